@@ -1,0 +1,35 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv first, which is quick once it is there.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: help setup demo test test-full lint format schema clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup:
+	@test -n "$(PYTHON)" || { echo "setup: no python3.11 or python3.12 found; install one, or: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@"$(PYTHON)" tools/setup.py
+
+demo: setup  ## serve the demo's recipes on the CPU and print what each gets right
+	@$(BIN)/python examples/demo/run.py
+
+test: setup  ## lint, types, and the tests (a few real vLLM servers on the CPU)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/python -m pytest -m "not full"
+
+test-full: setup  ## everything, the long tests too
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/python -m pytest
+
+lint: setup  ## what pre-commit checks
+	@$(BIN)/pre-commit run --all-files
+
+format: setup  ## let ruff format and fix
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+schema: setup  ## rewrite configs/recipe.schema.json
+	@$(BIN)/vllm-merge schema > configs/recipe.schema.json
+
+clean:  ## remove the environment and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

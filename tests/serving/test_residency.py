@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+import gc
+
+import pytest
+import torch
+
+from vllm_merge.serving.residency import ArtifactStore, OutOfBudget, ResidentArtifact
+
+SIZE = 2 * 4 * 100 * 4  # bytes of one artifact below
+
+
+def artifact(digest: str) -> ResidentArtifact:
+    return ResidentArtifact(digest, f"{digest}@0", {"m": (torch.zeros(4, 100), torch.zeros(100, 4))}, "", {}, 0.0)
+
+
+def test_least_recently_used_goes_first_and_bytes_follow():
+    store = ArtifactStore(3 * SIZE)
+    for digest in "abc":
+        store.insert(artifact(digest))
+    assert store.get("a") is not None  # now b is the oldest
+    store.insert(artifact("d"))
+    assert store.get("b") is None
+    assert {row["digest"] for row in store.describe()["artifacts"]} == {"a", "c", "d"}
+    assert store.describe()["bytes"] == 3 * SIZE
+
+
+def test_a_leased_artifact_is_never_evicted():
+    store = ArtifactStore(2 * SIZE)
+    store.insert(artifact("a"))
+    store.lease("a")
+    for digest in "bcd":
+        store.insert(artifact(digest))
+    assert store.get("a") is not None
+    assert not store.evict("a")
+    store.release("a")
+    assert store.evict("a")
+    assert store.get("a") is None
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_kept_of_it():
+    store = ArtifactStore(SIZE)
+    store.insert(artifact("a"))
+    store.lease("a")
+    with pytest.raises(OutOfBudget, match="VLLM_MERGE_CACHE_BYTES"):
+        store.insert(artifact("b"))
+    assert store.get("b") is None
+    assert store.get("a") is not None
+    assert store.describe()["bytes"] == SIZE
+
+
+def test_an_evicted_artifact_that_vllm_still_refers_to_counts_and_comes_back_without_a_merge():
+    store = ArtifactStore(2 * SIZE)
+    vllms = artifact("a")
+    store.insert(vllms)
+    assert store.evict("a")
+    assert store.describe()["bytes"] == SIZE
+    assert store.get("a") is vllms
+    assert store.evict("a")
+    del vllms
+    gc.collect()
+    assert store.get("a") is None
+    assert store.describe()["bytes"] == 0

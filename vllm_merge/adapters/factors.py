@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters in memory: the factors of one module and the named collection of all modules."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from vllm_merge.errors import UserInputError
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """The weight change of one module, ΔW = scaling · B @ A.
+
+    A: (r, d_in), B: (d_out, r), any floating dtype, on any one device. scaling: alpha / r, or alpha / √r for rsLoRA.
+    Raises UserInputError when the shapes do not fit together or the scaling is not finite.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        found = f"found A {tuple(self.A.shape)} {self.A.dtype}, B {tuple(self.B.shape)} {self.B.dtype}"
+        if self.A.ndim != 2 or self.B.ndim != 2:
+            raise UserInputError(f"LoRA factors must be matrices, A (r, d_in) and B (d_out, r); {found}")
+        if self.A.shape[0] != self.B.shape[1]:
+            raise UserInputError(f"LoRA factors A (r, d_in) and B (d_out, r) must have the same rank r; {found}")
+        if 0 in self.A.shape or 0 in self.B.shape:
+            raise UserInputError(f"LoRA factors must not be empty; {found}")
+        if not (self.A.is_floating_point() and self.B.is_floating_point()):
+            raise UserInputError(f"LoRA factors must be floating point; {found}")
+        if not math.isfinite(self.scaling):
+            raise UserInputError(f"LoRA scaling must be finite; found {self.scaling}")
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one terms, r."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of ΔW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.A.nbytes + self.B.nbytes
+
+    def delta(self) -> Tensor:
+        """ΔW as a dense (d_out, d_in) float32 matrix."""
+        return self.scaling * (self.B.float() @ self.A.float())
+
+    def folded(self) -> LoraFactors:
+        """The same ΔW with the scaling multiplied into B, in the dtype of B."""
+        if self.scaling == 1.0:
+            return self
+        return LoraFactors(self.A, self.B * self.scaling, 1.0)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts `layers.2` before `layers.10`."""
+    parts = re.findall(r"\d+|\D+", name)
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's elements in row-major order, as bytes in host memory."""
+    host = tensor.detach().contiguous().cpu()
+    return memoryview(host.view(torch.uint8).numpy()).cast("B")
+
+
+def factors_sha256(factors: Mapping[str, LoraFactors]) -> str:
+    """SHA-256 (hex) of names, shapes, dtypes, scalings and bytes, in natural module order."""
+    digest = hashlib.sha256()
+    for name in sorted(factors, key=natural_key):
+        module = factors[name]
+        digest.update(f"{name}\0{module.scaling!r}\0".encode())
+        for tensor in (module.A, module.B):
+            digest.update(f"{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+            digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+class Adapter:
+    """A named LoRA adapter in memory: module name → LoraFactors, in natural module order.
+
+    Module names are those of the base model, e.g. `model.layers.0.self_attn.q_proj`. A module that is absent has ΔW = 0.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        factors: Mapping[str, LoraFactors],
+        *,
+        content_hash: str | None = None,
+        base_model: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> None:
+        self.name = name
+        self.factors: Mapping[str, LoraFactors] = MappingProxyType(
+            {module: factors[module] for module in sorted(factors, key=natural_key)}
+        )
+        self.base_model = base_model
+        self.metadata: Mapping[str, object] = MappingProxyType(dict(metadata or {}))
+        self.known_hash = content_hash
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) that identifies the adapter's content; computed from the factors unless it was given."""
+        if self.known_hash is None:
+            self.known_hash = factors_sha256(self.factors)
+        return self.known_hash
+
+    @property
+    def rank(self) -> int:
+        """Largest rank over the modules (0 without modules)."""
+        return max((module.rank for module in self.factors.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(module.nbytes for module in self.factors.values())
+
+    @classmethod
+    def from_peft(cls, path: str | Path, name: str | None = None) -> Adapter:
+        """Read a PEFT folder (safetensors). The name defaults to the folder's name."""
+        from vllm_merge.adapters.peft import read_adapter
+
+        return read_adapter(Path(path), name)
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {len(self.factors)} modules, rank {self.rank})"

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT LoRA folders in and out: adapter_config.json and adapter_model.safetensors.
+
+An adapter's content hash is SHA-256 over the fields of the configuration that decide ΔW (r, lora_alpha, rank_pattern,
+alpha_pattern, use_rslora, as canonical JSON) and over every byte of the safetensors file. Names, target modules,
+dropout and the like do not enter it. `read_adapter` hashes the very bytes that it parses.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_merge.adapters.factors import Adapter, LoraFactors
+from vllm_merge.adapters.folders import new_folder
+from vllm_merge.adapters.peft_config import LoraConfig, parse_config
+from vllm_merge.adapters.tensor_file import TensorEntry, parse_header, read_header, tensor_view
+from vllm_merge.errors import MergeError, UserInputError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_HASH_DOMAIN = b"vllm-merge adapter 1\n"
+# PEFT saves the weight itself beside the factors where an embedding or the language model's head is a target.
+_BASE_COPY = ".base_layer.weight"
+_FULL_WEIGHT_HINT = "only LoRA factors can be merged: save the adapter with save_embedding_layers=False"
+_CHUNK_BYTES = 4 * 2**20
+_UNSUPPORTED_PARTS = {
+    "lora_magnitude_vector": "a DoRA magnitude, which is not a low-rank update",
+    "lora_embedding_A": "LoRA on an embedding, which is not supported yet",
+    "lora_embedding_B": "LoRA on an embedding, which is not supported yet",
+    "modules_to_save": "a whole module saved beside the LoRA factors",
+}
+
+
+@dataclass(frozen=True)
+class AdapterShapes:
+    """A PEFT folder without its values. modules: name -> (d_out, d_in, rank); size_bytes: of the safetensors file."""
+
+    config: LoraConfig
+    modules: Mapping[str, tuple[int, int, int]]
+    dtypes: tuple[str, ...]
+    size_bytes: int
+    warnings: tuple[str, ...]
+
+
+# module -> {"A" or "B": (tensor name, entry)}
+_Pairs = Mapping[str, Mapping[str, tuple[str, TensorEntry]]]
+
+
+def read_adapter(path: str | Path, name: str | None = None, *, expected_hash: str | None = None) -> Adapter:
+    """Read the PEFT folder `path` as the adapter `name` (default: the folder's name).
+
+    Factors keep the file's dtype (float32, float16 or bfloat16) on the CPU; the scaling is alpha/r, or alpha/√r for
+    rsLoRA, per module. Raises UserInputError for anything that is not a plain LoRA, and where `expected_hash` is given and the
+    content has another hash.
+    """
+    folder = Path(path)
+    name = name if name is not None else folder.resolve().name
+    config = _read_config(folder, name)
+    weights = _read_weights(folder / WEIGHTS_FILE)
+    content_hash = _content_hash(config, lambda digest: digest.update(weights))
+    if expected_hash is not None and content_hash != expected_hash:
+        raise UserInputError(
+            f"adapter {name!r} ({folder}): the content changed since it was registered: expected hash "
+            f"{expected_hash[:12]}, found {content_hash[:12]}; register it again or restore the files"
+        )
+    try:
+        pairs, warnings = _checked_pairs(parse_header(weights, folder / WEIGHTS_FILE), config, folder)
+        factors = {module: _factors(weights, pair, config, module, folder) for module, pair in pairs.items()}
+    except UserInputError as error:
+        raise UserInputError(f"adapter {name!r}: {error}") from None
+    metadata = {"path": str(folder.resolve()), "revision": config.revision, "warnings": tuple(warnings)}
+    return Adapter(name, factors, content_hash=content_hash, base_model=config.base_model, metadata=metadata)
+
+
+def hash_adapter(path: str | Path) -> str:
+    """The content hash of the PEFT folder `path`, 64 hexadecimal digits, without building a tensor."""
+    folder = Path(path)
+    config = _read_config(folder, folder.resolve().name)
+
+    def feed(digest: "hashlib._Hash") -> None:
+        chunk = bytearray(_CHUNK_BYTES)
+        with (folder / WEIGHTS_FILE).open("rb", buffering=0) as file:
+            while count := file.readinto(chunk):
+                digest.update(memoryview(chunk)[:count])
+
+    return _content_hash(config, feed)
+
+
+def read_shapes(path: str | Path, name: str | None = None) -> AdapterShapes:
+    """What the PEFT folder `path` holds, checked but for the values: neither tensors nor their hash are read."""
+    folder = Path(path)
+    name = name if name is not None else folder.resolve().name
+    config = _read_config(folder, name)
+    try:
+        pairs, warnings = _checked_pairs(read_header(folder / WEIGHTS_FILE), config, folder)
+    except UserInputError as error:
+        raise UserInputError(f"adapter {name!r}: {error}") from None
+    shapes = {m: (pair["B"][1].shape[0], pair["A"][1].shape[1], pair["A"][1].shape[0]) for m, pair in pairs.items()}
+    dtypes = sorted({entry.dtype for pair in pairs.values() for _, entry in pair.values()})
+    size = (folder / WEIGHTS_FILE).stat().st_size
+    return AdapterShapes(config, shapes, tuple(dtypes), size, tuple(warnings))
+
+
+def write_adapter(folder: str | Path, factors: Mapping[str, LoraFactors], *, base_model: str | None) -> None:
+    """Write `factors` as the PEFT folder `folder`, which must not exist or be empty; it appears whole or not at all.
+
+    A scaling other than 1 is folded into B. The configuration has lora_alpha = r and gives every module its own rank
+    as alpha too, so that PEFT scales by 1 everywhere. Equal factors give equal bytes. Raises MergeError where a factor
+    is not finite or there is none.
+    """
+    if not factors:
+        raise MergeError(f"{folder}: there is no module to write; PEFT cannot load an adapter without one")
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for module, pair in sorted(factors.items()):
+        ranks[module] = pair.rank
+        for part, tensor in (("A", pair.A), ("B", pair.folded().B)):
+            if not torch.isfinite(tensor).all():
+                raise MergeError(f"{folder}: lora_{part} of module {module!r} is not finite; nothing was written")
+            tensors[f"{_PREFIX}{module}.lora_{part}.weight"] = tensor.detach().cpu().contiguous()
+    with new_folder(Path(folder)) as temporary:
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        config = json.dumps(_written_config(ranks, base_model), indent=2, sort_keys=True)
+        (temporary / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+
+
+def _written_config(ranks: Mapping[str, int], base_model: str | None) -> dict[str, object]:
+    largest = max(ranks.values())
+    # Anchored and escaped, so that a key matches its module and no other under PEFT's matching of name endings.
+    smaller = {f"^{_escape(module)}$": rank for module, rank in sorted(ranks.items()) if rank != largest}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _escape(module: str) -> str:
+    # Like re.escape without escaping '-', which is only special in brackets: the keys stay readable.
+    return re.escape(module).replace("\\-", "-")
+
+
+def _read_config(folder: Path, name: str) -> LoraConfig:
+    if not folder.is_dir():
+        raise UserInputError(f"adapter {name!r}: {folder} is not a folder; give a PEFT folder with {CONFIG_FILE}")
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise UserInputError(f"adapter {name!r}: {folder} has no {CONFIG_FILE}; give a folder that PEFT saved")
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
+        found = f"it has {', '.join(pickles)}, and pickle is never read" if pickles else "nothing else is read"
+        raise UserInputError(
+            f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}; {found}: save the adapter with safe_serialization=True"
+        )
+    try:
+        return parse_config(config.read_bytes(), config)
+    except UserInputError as error:
+        raise UserInputError(f"adapter {name!r}: {error}") from None
+
+
+def _read_weights(path: Path) -> bytearray:
+    """The whole file in one buffer, which the tensors will be views of."""
+    with path.open("rb", buffering=0) as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        view, filled = memoryview(data), 0
+        while filled < len(data) and (count := file.readinto(view[filled:])):
+            filled += count
+    if filled != len(data):
+        raise UserInputError(f"{path}: ended after {filled:,} of {len(data):,} bytes; it changed while it was read")
+    return data
+
+
+def _content_hash(config: LoraConfig, feed: "Callable[[hashlib._Hash], None]") -> str:
+    digest = hashlib.sha256(_HASH_DOMAIN + config.canonical() + b"\n")
+    feed(digest)
+    return digest.hexdigest()
+
+
+def _checked_pairs(entries: Mapping[str, TensorEntry], config: LoraConfig, folder: Path) -> tuple[_Pairs, list[str]]:
+    """The A and B of every module, their shapes checked against each other and the configuration; and the warnings."""
+    where = folder / WEIGHTS_FILE
+    pairs: dict[str, dict[str, tuple[str, TensorEntry]]] = {}
+    copies = {key for key in entries if key.endswith(_BASE_COPY)}
+    for key, entry in sorted(entries.items()):
+        if key in copies:
+            continue
+        module, part = _split_key(key, where)
+        pair = pairs.setdefault(module, {})
+        if part in pair:
+            raise UserInputError(
+                f"{where}: module {module!r} has two lora_{part}, {pair[part][0]!r} and {key!r}; "
+                "save one adapter per file"
+            )
+        pair[part] = (key, entry)
+    if not pairs:
+        raise UserInputError(f"{where}: no lora_A and lora_B tensors; this adapter changes nothing")
+    for module, pair in pairs.items():
+        _check_pair(module, pair, config, where)
+    for key in copies:
+        module = key.removeprefix(_PREFIX).removesuffix(_BASE_COPY)
+        if module not in pairs:
+            raise UserInputError(f"{where}: tensor {key!r} is a weight of a module without LoRA; {_FULL_WEIGHT_HINT}")
+    ignored = [f"tensor {key!r} is a copy of a base weight and is ignored" for key in sorted(copies)]
+    return pairs, ignored + config.unmatched_patterns(pairs)
+
+
+def _split_key(key: str, where: Path) -> tuple[str, str]:
+    """`base_model.model.<module>.lora_A[.<adapter name>].weight` as (module, "A")."""
+    for part, meaning in _UNSUPPORTED_PARTS.items():
+        if part in key.split("."):
+            raise UserInputError(f"{where}: tensor {key!r} is {meaning}; only plain LoRA adapters can be merged")
+    for part in ("A", "B"):
+        module, found, rest = key.rpartition(f".lora_{part}.")
+        if found and module.startswith(_PREFIX) and (rest == "weight" or rest.endswith(".weight")):
+            return module.removeprefix(_PREFIX), part
+    if key.endswith((".embed_tokens.weight", ".lm_head.weight")):
+        raise UserInputError(f"{where}: tensor {key!r} is a whole weight; {_FULL_WEIGHT_HINT}")
+    raise UserInputError(
+        f"{where}: tensor {key!r} is not part of a LoRA adapter; expected names are "
+        f"{_PREFIX}<module>.lora_A.weight and {_PREFIX}<module>.lora_B.weight"
+    )
+
+
+def _check_pair(module: str, pair: Mapping[str, tuple[str, TensorEntry]], config: LoraConfig, where: Path) -> None:
+    for part, other in ("A", "B"), ("B", "A"):
+        if part not in pair:
+            raise UserInputError(f"{where}: module {module!r} has lora_{other} but no lora_{part}; save the adapter again")
+    shape_a, shape_b = pair["A"][1].shape, pair["B"][1].shape
+    if len(shape_a) != 2 or len(shape_b) != 2:
+        raise UserInputError(
+            f"{where}: module {module!r} has lora_A {list(shape_a)} and lora_B {list(shape_b)}; only linear layers, "
+            "whose factors have two dimensions, can be merged"
+        )
+    if shape_a[0] != shape_b[1]:
+        raise UserInputError(
+            f"{where}: module {module!r}: lora_B {list(shape_b)} · lora_A {list(shape_a)} do not multiply; "
+            "expected (d_out, r) and (r, d_in)"
+        )
+    if 0 in shape_a + shape_b:
+        raise UserInputError(
+            f"{where}: module {module!r} has lora_A {list(shape_a)} and lora_B {list(shape_b)}; a rank of 0 or an "
+            "empty factor usually means that sharded weights were not gathered before saving"
+        )
+    expected = config.rank(module)
+    if shape_a[0] != expected:
+        raise UserInputError(
+            f"{where}: module {module!r} has rank {shape_a[0]} and {CONFIG_FILE} says {expected}; "
+            "correct r or rank_pattern, on which the scaling depends"
+        )
+
+
+def _factors(
+    weights: bytearray, pair: Mapping[str, tuple[str, TensorEntry]], config: LoraConfig, module: str, folder: Path
+) -> LoraFactors:
+    tensors = {part: tensor_view(weights, entry) for part, (_, entry) in pair.items()}
+    for part, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise UserInputError(
+                f"{folder / WEIGHTS_FILE}: module {module!r}: lora_{part} has {count} NaN or infinite values; "
+                "train or save the adapter again"
+            )
+    return LoraFactors(tensors["A"], tensors["B"], config.scaling(module, tensors["A"].shape[0]))

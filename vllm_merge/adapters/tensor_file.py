@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a safetensors file whole, with every size checked before it is believed.
+
+The layout (https://huggingface.co/docs/safetensors): 8 bytes, the header's length as a little-endian unsigned integer;
+the header, a JSON object {tensor: {dtype, shape, data_offsets}}; the tensors' bytes, to the end of the file.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_merge.errors import UserInputError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 16 * 2**20
+DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `start` and `end` are byte offsets from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors that `path` declares, without reading them. Raises UserInputError for a malformed file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(LENGTH_BYTES)
+        length = _header_length(prefix, size, path)
+        return _parse_header(file.read(length), size, path)
+
+
+def parse_header(data: bytes | bytearray, where: Path) -> dict[str, TensorEntry]:
+    """The tensors that the file content `data` declares; `where` names the file in messages."""
+    length = _header_length(bytes(data[:LENGTH_BYTES]), len(data), where)
+    return _parse_header(bytes(data[LENGTH_BYTES : LENGTH_BYTES + length]), len(data), where)
+
+
+def tensor_view(data: bytearray, entry: TensorEntry) -> torch.Tensor:
+    """The tensor of `entry` as a view of `data` (a copy only where its bytes are not aligned to its dtype)."""
+    dtype = DTYPES[entry.dtype]
+    count = (entry.end - entry.start) // dtype.itemsize
+    if count == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    if entry.start % dtype.itemsize:
+        return torch.frombuffer(bytearray(data[entry.start : entry.end]), dtype=dtype).reshape(entry.shape)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=entry.start).reshape(entry.shape)
+
+
+def _header_length(prefix: bytes, size: int, path: Path) -> int:
+    if len(prefix) < LENGTH_BYTES:
+        raise UserInputError(f"{path}: {size} bytes is too short for a safetensors file; copy the adapter again")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise UserInputError(
+            f"{path}: the header claims {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read; "
+            "this is not a safetensors file of a LoRA adapter"
+        )
+    if LENGTH_BYTES + length > size:
+        raise UserInputError(
+            f"{path}: the header claims {length:,} bytes and the file has {size:,}; it is truncated, copy it again"
+        )
+    return length
+
+
+def _parse_header(raw: bytes, size: int, path: Path) -> dict[str, TensorEntry]:
+    data_start = LENGTH_BYTES + len(raw)
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UserInputError(f"{path}: the safetensors header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise UserInputError(f"{path}: the safetensors header is not a JSON object")
+    header.pop("__metadata__", None)
+    entries = {key: _entry(key, item, data_start, size, path) for key, item in header.items()}
+    _check_coverage(entries, data_start, size, path)
+    return entries
+
+
+def _entry(key: str, item: object, data_start: int, size: int, path: Path) -> TensorEntry:
+    match item:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
+            type(d) is int and d >= 0 for d in shape
+        ):
+            pass
+        case _:
+            raise UserInputError(f"{path}: tensor {key!r} is not described by dtype, shape and data_offsets")
+    if dtype not in DTYPES:
+        raise UserInputError(
+            f"{path}: tensor {key!r} has dtype {dtype}; allowed are {', '.join(DTYPES)}: convert the adapter to one"
+        )
+    if not 0 <= begin <= end or data_start + end > size:
+        raise UserInputError(
+            f"{path}: tensor {key!r} claims bytes {begin:,} to {end:,} and the file holds {size - data_start:,}; "
+            "it is truncated or damaged, copy it again"
+        )
+    expected = DTYPES[dtype].itemsize
+    for dimension in shape:
+        expected *= dimension
+    if expected != end - begin:
+        raise UserInputError(
+            f"{path}: tensor {key!r} of shape {shape} and dtype {dtype} needs {expected:,} bytes, it has {end - begin:,}"
+        )
+    return TensorEntry(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _check_coverage(entries: Mapping[str, TensorEntry], data_start: int, size: int, path: Path) -> None:
+    """The tensors must tile the data exactly: no gap that hides bytes, no overlap, no tail."""
+    position = data_start
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position:
+            raise UserInputError(
+                f"{path}: tensor {key!r} begins at byte {entry.start:,}, expected {position:,}: "
+                "tensors overlap or leave a gap"
+            )
+        position = entry.end
+    if position != size:
+        raise UserInputError(f"{path}: {size - position:,} bytes follow the last tensor; the file is damaged")
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is given twice")
+    return result

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batched linear algebra of low-rank weight changes: bases, coordinates, selection, truncation."""

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank-revealing orthonormal bases of stacked factors, from their Gram matrices in float64.
+
+A stack X (d, K) has an orthonormal basis Q = X T of its column space, and X = Q R. Only XᵀX enters, so d is touched
+twice (the Gram matrix before, X T at the end) and everything between is K × K. The columns are equilibrated first:
+the support does not depend on how large one adapter is beside another, nor on how its scale is split between A and B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_merge.algebra.symmetric import descending_eigh
+
+TOLERANCE = 1e-6  # of singular values, relative to the largest
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """Q = X T and X = Q R. T: (modules, K, k), R: (modules, k, K), float64; rank: (modules,) int64, the numerical rank.
+
+    Columns of T and rows of R beyond the rank are zero.
+    """
+
+    T: Tensor
+    R: Tensor
+    rank: Tensor
+
+
+def gram(stack: Tensor) -> Tensor:
+    """XᵀX of (modules, d, K) stacks, accumulated in float64."""
+    wide = stack.double()
+    return wide.mT @ wide
+
+
+def orthonormal_basis(gram_matrix: Tensor, width: int, *, singular: bool = False) -> Basis:
+    """Basis of the column space of stacks, from their Gram matrices (modules, K, K).
+
+    width: number of columns to return, at least the largest possible rank, min(d, K).
+    singular: make Q the left singular vectors of the stack, largest first (the bases of Core Space merging,
+    arXiv:2509.17786); otherwise any orthonormal basis of the same space.
+    """
+    norms = gram_matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    values, vectors = descending_eigh(inverse[:, :, None] * gram_matrix * inverse[:, None, :])
+    values, vectors = values[:, :width], vectors[:, :, :width]
+    support = values > TOLERANCE**2 * values[:, :1]
+    roots = torch.where(support, values, 0.0).sqrt()
+    inverse_roots = torch.where(support, 1 / roots, 0.0)
+    transform = inverse[:, :, None] * vectors * inverse_roots[:, None, :]
+    coordinates = roots[:, :, None] * vectors.mT * norms[:, None, :]
+    if singular:
+        _, rotation = descending_eigh(coordinates @ coordinates.mT)
+        transform, coordinates = transform @ rotation, rotation.mT @ coordinates
+    return Basis(transform, coordinates, support.sum(-1))

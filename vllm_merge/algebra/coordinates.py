@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The spaces a merge works in: each represents task i at a module by the entries of left_i @ right_i.
+
+delta: left_i = B_i, right_i = A_i, the dense ΔW_i.
+knots: [ΔW_1 … ΔW_n] = U [Z_1 … Z_n], Z_i = (Uᵀ B_i) A_i (KnOTS, arXiv:2410.19735).
+core:  ΔW_i = Q_B M_i Q_Aᵀ, M_i = (Q_Bᵀ B_i) (A_i Q_A) (Core Space, arXiv:2509.17786).
+The bases come from Gram matrices; no matrix with both d_out and d_in is made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_merge.adapters.stacking import ModuleGroup, Stack
+from vllm_merge.algebra.bases import TOLERANCE, gram, orthonormal_basis
+from vllm_merge.algebra.symmetric import descending_eigh
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Tasks of a batch of modules in one space.
+
+    left: (modules, rows, K), right: (modules, K, cols), adapter i at slots[i] of K; float32, in `core` float64.
+    left_transform, right_transform: (modules, K, rows) or (modules, K, cols) float64. A merged X (rows, cols) means
+    ΔW = (B T_left) X (Aᵀ T_right)ᵀ; None where the coordinate is the output or input feature itself.
+    entries: (modules,) int64, the number of entries a task has at a module (rows and columns of padding not counted).
+    """
+
+    group: ModuleGroup
+    left: Tensor
+    right: Tensor
+    left_transform: Tensor | None
+    right_transform: Tensor | None
+    entries: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(modules, n, rows, cols) of all entries."""
+        return self.left.shape[0], len(self.group.slots), self.left.shape[1], self.right.shape[2]
+
+    def values(self, modules: slice, rows: slice, cols: slice) -> Tensor:
+        """Entries (modules, n, rows, cols) of a part of the batch, the same bytes at every call."""
+        left, right = self.left[modules, rows], self.right[modules, :, cols]
+        parts = [left[:, :, slot] @ right[:, slot] for slot in self.group.slots]
+        return torch.stack(parts, dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Grams:
+    """A Aᵀ and BᵀB of a stack, (modules, K, K) float64, and ‖ΔW_i‖_F, (modules, n) float64."""
+
+    A: Tensor
+    B: Tensor
+    norms: Tensor
+
+    @classmethod
+    def of(cls, stack: Stack) -> Grams:
+        """Non-finite factors give non-finite norms; a task within rounding of zero has norm exactly 0."""
+        gram_a, gram_b = gram(stack.A.mT), gram(stack.B)
+        norms = []
+        for slot in stack.group.slots:
+            a, b = gram_a[:, slot, slot], gram_b[:, slot, slot]
+            squared = (a * b).sum((-1, -2))  # tr(BᵀB AAᵀ)
+            bound = (a.diagonal(dim1=-2, dim2=-1) * b.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1) ** 2
+            norms.append(torch.where(squared <= 1e-14 * bound, 0.0, squared).sqrt())
+        return cls(gram_a, gram_b, torch.stack(norms, dim=1))
+
+
+Build = Callable[[Stack, Grams, bool], Coordinates]
+
+
+def delta_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates:
+    """The dense entries; nothing to compute."""
+    d_out, d_in = stack.group.shape
+    entries = torch.full((len(stack.group.modules),), d_out * d_in, device=stack.A.device)
+    return Coordinates(stack.group, stack.B, stack.A, None, None, entries)
+
+
+def knots_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates:
+    """U = left singular vectors of [ΔW_1 … ΔW_n] on its support, largest first.
+
+    With B = Q R, the left singular vectors are Q P for Σ_i R_i (A_i A_iᵀ) R_iᵀ = P s² Pᵀ. The support is that of
+    [ΔW_1/‖ΔW_1‖ … ΔW_n/‖ΔW_n‖], so that a small adapter keeps all its directions beside a large one.
+    """
+    group = stack.group
+    basis = orthonormal_basis(grams.B, min(group.shape[0], group.stacked_rank))
+    blocks = _block_diagonal(grams.A, group)
+    weight = torch.zeros_like(grams.B[:, 0])
+    for index, slot in enumerate(group.slots):
+        norm = grams.norms[:, index, None]
+        weight[:, slot] = torch.where(norm > 0, 1 / norm**2, 0.0)
+    values, support_basis = descending_eigh(basis.R @ (blocks * weight[:, None, :]) @ basis.R.mT)
+    support = values > TOLERANCE**2 * values[:, :1]
+    support_basis = support_basis * support[:, None, :]
+    inside = support_basis.mT @ basis.R
+    square = inside @ blocks @ inside.mT
+    # A negative diagonal where the support ends keeps its padding apart from small singular values, and last.
+    padding = torch.where(support, 0.0, -square.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True))
+    _, rotation = descending_eigh(square + torch.diag_embed(padding))
+    rows = int(support.sum(-1).max())
+    transform = (support_basis @ rotation)[:, :, :rows] * support[:, None, :rows]
+    left = (transform.mT @ basis.R).float()
+    entries = support.sum(-1) * group.shape[1]
+    return Coordinates(group, left, stack.A, basis.T @ transform, None, entries)
+
+
+def core_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates:
+    """M_i = R_B,i R_A,iᵀ from B = Q_B R_B and Aᵀ = Q_A R_A: K × K work only."""
+    group = stack.group
+    d_out, d_in = group.shape
+    left = orthonormal_basis(grams.B, min(d_out, group.stacked_rank), singular=singular)
+    right = orthonormal_basis(grams.A, min(d_in, group.stacked_rank), singular=singular)
+    sums = [sum(ranks) for ranks in group.ranks]
+    entries = torch.tensor([min(k, d_out) * min(k, d_in) for k in sums], device=stack.A.device)
+    return Coordinates(group, left.R, right.R.mT, left.T, right.T, entries)
+
+
+def _block_diagonal(gram_a: Tensor, group: ModuleGroup) -> Tensor:
+    blocks = torch.zeros_like(gram_a)
+    for slot in group.slots:
+        blocks[:, slot, slot] = gram_a[:, slot, slot]
+    return blocks
+
+
+_BUILDERS: dict[str, Build] = {"delta": delta_coordinates, "knots": knots_coordinates, "core": core_coordinates}
+
+
+def coordinates(space: str, stack: Stack, grams: Grams, *, singular: bool) -> Coordinates:
+    """The batch's tasks in a space. singular: whether the bases must be singular vectors, where the space has a choice."""
+    return _BUILDERS[space](stack, grams, singular)

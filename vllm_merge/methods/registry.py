@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of merge methods: the decorator that registers one, and what recipes and the engine ask about it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, metadata
+from pkgutil import iter_modules
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from vllm_merge import methods
+from vllm_merge.errors import UserInputError
+from vllm_merge.methods.parameters import ParameterSpec, parameter_specs, suggestion
+
+Apply = Callable[..., Tensor]
+Statistics = Callable[..., Any]
+F = TypeVar("F", bound=Apply)
+
+ENTRY_POINTS = "vllm_merge.methods"
+FULL_RANK_SPACES = frozenset({"delta"})
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """What a method is: its function, the spaces it is defined in, and the schema of its parameters.
+
+    apply(tile, statistics, **parameters) → (modules, rows, cols), the merged entries of a tile.
+    statistics(passes, **parameters) → anything, from all tiles of all modules; None when the method needs none.
+    entrywise: the method touches single entries, so its result depends on the basis; `core` then uses the SVD bases.
+    """
+
+    name: str
+    apply: Apply
+    spaces: tuple[str, ...]
+    default_space: str
+    reference: str
+    version: int
+    summary: str
+    parameters: tuple[ParameterSpec, ...]
+    statistics: Statistics | None = None
+    entrywise: bool = False
+
+    def parameter(self, name: str) -> ParameterSpec:
+        """The parameter of this name, or a UserInputError that lists the names there are."""
+        for spec in self.parameters:
+            if spec.name == name:
+                return spec
+        names = [spec.name for spec in self.parameters]
+        raise UserInputError(
+            f"merge method '{self.name}' has no parameter '{name}'{suggestion(name, names)} "
+            f"(its parameters: {', '.join(names)})"
+        )
+
+    def check_space(self, space: str | None) -> str:
+        """The space to use; None means the default. Raises UserInputError for one the method is not defined in."""
+        if space is None:
+            return self.default_space
+        if space not in self.spaces:
+            raise UserInputError(
+                f"merge method '{self.name}' is not defined in space '{space}'; allowed: {', '.join(self.spaces)}"
+            )
+        return space
+
+    def validate(self, space: str | None, parameters: Mapping[str, object], per_adapter: bool) -> dict[str, Any]:
+        """The given parameters as typed values, only those given.
+
+        per_adapter: they stand at one adapter (only per-adapter parameters may) rather than at the recipe (all may).
+        """
+        self.check_space(space)
+        values = {}
+        for name, value in parameters.items():
+            spec = self.parameter(name)
+            if per_adapter and not spec.per_adapter:
+                raise UserInputError(
+                    f"merge method '{self.name}': parameter '{name}' is one of the recipe, not of an adapter; "
+                    "move it to the recipe's parameters"
+                )
+            values[name] = spec.validate(f"merge method '{self.name}'", value)
+        return values
+
+    def defaults(self, per_adapter: bool) -> dict[str, Any]:
+        """Default values of the per-adapter, or of the per-recipe parameters."""
+        return {spec.name: spec.default for spec in self.parameters if spec.per_adapter == per_adapter}
+
+    def low_rank(self, space: str) -> bool:
+        """Whether the result's rank is at most Σ r_i in this space, so that it needs no truncation to be a LoRA."""
+        return space not in FULL_RANK_SPACES
+
+
+class MethodRegistry:
+    """Merge methods by name."""
+
+    def __init__(self, specs: Iterable[MethodSpec] = ()) -> None:
+        self._specs = {spec.name: spec for spec in specs}
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._specs)
+
+    def get(self, name: str) -> MethodSpec:
+        """The method of this name, or a UserInputError that lists the names and the nearest one."""
+        try:
+            return self._specs[name]
+        except KeyError:
+            raise UserInputError(
+                f"unknown merge method '{name}'{suggestion(name, self.names())} (known: {', '.join(self.names())})"
+            ) from None
+
+    def add(self, spec: MethodSpec) -> None:
+        """Register a method; a name that is taken is a ValueError."""
+        if spec.name in self._specs:
+            raise ValueError(f"merge method '{spec.name}' is registered twice")
+        self._specs[spec.name] = spec
+
+
+_registered = MethodRegistry()
+
+
+def merge_method(
+    name: str,
+    *,
+    spaces: tuple[str, ...],
+    default_space: str | None = None,
+    reference: str,
+    version: int = 1,
+    statistics: Statistics | None = None,
+    entrywise: bool = False,
+    default_lambda: float = 1.0,
+) -> Callable[[F], F]:
+    """Register a function `f(tile, statistics, *, parameters…) → Tensor` as a merge method. See MethodSpec.
+
+    Every method has the parameter `lambda` beside those of its signature: the engine multiplies the result with it.
+    version goes into the identity of results: raise it when the numbers change.
+    """
+
+    def register(function: F) -> F:
+        _registered.add(
+            MethodSpec(
+                name=name,
+                apply=function,
+                spaces=spaces,
+                default_space=default_space or spaces[0],
+                reference=reference,
+                version=version,
+                summary=(inspect.getdoc(function) or "").partition("\n")[0],
+                parameters=(*parameter_specs(function), ParameterSpec("lambda", False, default_lambda, float)),
+                statistics=statistics,
+                entrywise=entrywise,
+            )
+        )
+        return function
+
+    return register
+
+
+@cache
+def default_registry() -> MethodRegistry:
+    """The built-in methods and those that installed packages add through the entry points `vllm_merge.methods`."""
+    for module in iter_modules(methods.__path__):
+        import_module(f"{methods.__name__}.{module.name}")
+    for entry_point in metadata.entry_points(group=ENTRY_POINTS):
+        entry_point.load()
+    return _registered
+
+
+def list_methods() -> list[MethodSpec]:
+    """All merge methods, sorted by name."""
+    registry = default_registry()
+    return [registry.get(name) for name in registry.names()]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The value of every parameter for every adapter and module: per adapter, else per recipe, else the method's default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_merge.errors import UserInputError
+from vllm_merge.methods.registry import MethodSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedParameters:
+    """per_adapter[name][i] are the candidates of adapter i in order of precedence, scalars or {module: value};
+    per_recipe are plain keyword arguments; lam is λ, a scalar or {module: value}, with its default."""
+
+    per_adapter: Mapping[str, Sequence[Sequence[Any]]]
+    per_recipe: Mapping[str, Any]
+    lam: Sequence[Any]
+
+    def tensors(self, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """The per-adapter parameters at these modules, each (modules, n) float32."""
+        return {
+            name: torch.tensor([[_first(c, module) for c in candidates] for module in modules]).to(device)
+            for name, candidates in self.per_adapter.items()
+        }
+
+    def lambdas(self, modules: Sequence[str], device: torch.device) -> Tensor:
+        """λ at these modules, (modules,) float64."""
+        return torch.tensor([_first(self.lam, module) for module in modules], dtype=torch.float64).to(device)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values that apply, for the provenance of a result."""
+        per_adapter = {name: [chain[0] for chain in chains] for name, chains in self.per_adapter.items()}
+        return {**per_adapter, **self.per_recipe, "lambda": self.lam[0]}
+
+
+def _first(candidates: Sequence[Any], module: str) -> float:
+    for candidate in candidates:
+        if not isinstance(candidate, Mapping):
+            return float(candidate)
+        if module in candidate:
+            return float(candidate[module])
+    raise AssertionError("the last candidate is the default, a scalar")
+
+
+def resolve_parameters(
+    spec: MethodSpec,
+    space: str,
+    names: Sequence[str],
+    weights: Sequence[object] | None,
+    parameters: Mapping[str, object] | None,
+    adapter_parameters: Sequence[Mapping[str, object]] | None,
+) -> ResolvedParameters:
+    """Validate all given parameters and order them by precedence. names: the adapters'.
+
+    Raises UserInputError for a wrong number of entries, an unknown parameter, or a value that is not allowed.
+    """
+    given: list[dict[str, object]] = [{} for _ in names]
+    for title, entries in (("weights", weights), ("adapter_parameters", adapter_parameters)):
+        if entries is not None and len(entries) != len(names):
+            raise UserInputError(f"{title} has {len(entries)} entries for {len(names)} adapters; give one per adapter")
+    for mine, extra in zip(given, adapter_parameters or [{} for _ in names], strict=True):
+        mine.update(extra)
+    if weights is not None:
+        for name, mine, weight in zip(names, given, weights, strict=True):
+            if "weight" in mine:
+                raise UserInputError(f"adapter '{name}': its weight is given twice, in weights and adapter_parameters")
+            mine["weight"] = weight
+    recipe = spec.validate(space, parameters or {}, per_adapter=False)
+    typed = []
+    for name, mine in zip(names, given, strict=True):
+        try:
+            typed.append(spec.validate(space, mine, per_adapter=True))
+        except UserInputError as error:
+            raise UserInputError(f"adapter '{name}': {error}") from None
+    per_adapter = {
+        name: [[*([mine[name]] if name in mine else []), *([recipe[name]] if name in recipe else []), default]
+               for mine in typed]
+        for name, default in spec.defaults(per_adapter=True).items()
+    }
+    per_recipe = {**spec.defaults(per_adapter=False), **{k: v for k, v in recipe.items() if k not in per_adapter}}
+    default = spec.parameter("lambda").default
+    given_lambda = per_recipe.pop("lambda")
+    return ResolvedParameters(per_adapter, per_recipe, [given_lambda, default])

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe file says must hold together: names, references, methods and their parameters."""
+
+from collections.abc import Collection, Iterator, Mapping
+
+from vllm_merge.errors import UserInputError
+from vllm_merge.recipe.file import is_local
+from vllm_merge.recipe.problems import KeyPath, listed, nearest
+from vllm_merge.recipe.protocols import MethodSpec, Registry
+from vllm_merge.recipe.resolve import scalars, varies
+from vllm_merge.recipe.schema import Recipe, RecipeDocument
+from vllm_merge.recipe.values import NAME, NAME_RULE
+
+Finding = tuple[KeyPath, str]
+
+
+def check_document(
+    document: RecipeDocument, registry: Registry, registered: Collection[str], preconditions: Collection[str]
+) -> Iterator[Finding]:
+    """Every (key, message) that is wrong. `registered`: names of adapters that are known from elsewhere."""
+    yield from _names(document, registered)
+    yield from _adapters(document)
+    yield from _aliases(document, registered)
+    for name, recipe in document.recipes.items():
+        yield from _references(document, name, recipe, registered)
+        yield from _method(("recipes", name), recipe, registry)
+        for index, precondition in enumerate(recipe.precondition):
+            if precondition not in preconditions:
+                hint = nearest(precondition, preconditions)
+                message = f"unknown precondition {precondition!r}{hint} (known: {listed(sorted(preconditions))})"
+                yield ("recipes", name, "precondition", index), message
+    yield from _cycles(document.recipes)
+
+
+def _names(document: RecipeDocument, registered: Collection[str]) -> Iterator[Finding]:
+    owners = dict.fromkeys(registered, "a registered adapter")
+    for section, kind in (("adapters", "an adapter"), ("recipes", "a recipe"), ("aliases", "an alias")):
+        for name in getattr(document, section):
+            if not NAME.fullmatch(name):
+                yield (section, name), f"{name!r} is not a name; a name is {NAME_RULE}"
+            elif name in owners:
+                yield (section, name), f"the name {name!r} is that of {owners[name]} too; rename one of the two"
+            else:
+                owners[name] = kind
+
+
+def _adapters(document: RecipeDocument) -> Iterator[Finding]:
+    for name, entry in document.adapters.items():
+        if entry.revision is not None and is_local(entry.path):
+            message = f"{entry.path} is a folder; a revision is for Hub repositories (org/name) only"
+            yield ("adapters", name, "revision"), message
+
+
+def _aliases(document: RecipeDocument, registered: Collection[str]) -> Iterator[Finding]:
+    known = [*document.recipes, *document.adapters, *registered]
+    for name, target in document.aliases.items():
+        if target in document.aliases:
+            yield ("aliases", name), f"{target!r} is an alias; aliases point to recipes or adapters"
+        elif target not in known:
+            yield ("aliases", name), f"no recipe or adapter {target!r}{nearest(target, known)} (known: {listed(known)})"
+
+
+def _references(document: RecipeDocument, name: str, recipe: Recipe, registered: Collection[str]) -> Iterator[Finding]:
+    known = [*document.adapters, *registered, *(other for other in document.recipes if other != name)]
+    for index, item in enumerate(recipe.adapters):
+        path: KeyPath = ("recipes", name, "adapters", index, "adapter")
+        if item.adapter in document.aliases:
+            target = document.aliases[item.adapter]
+            yield path, f"{item.adapter!r} is an alias, which may move; name what it points to, {target!r}"
+        elif item.adapter not in known and item.adapter != name:
+            hint = nearest(item.adapter, known)
+            yield path, f"no registered adapter or recipe {item.adapter!r}{hint} (known: {listed(known)})"
+
+
+def _method(path: KeyPath, recipe: Recipe, registry: Registry) -> Iterator[Finding]:
+    try:
+        spec = registry.get(recipe.merge_method)
+    except UserInputError as error:
+        yield (*path, "merge_method"), str(error)
+        return
+    if recipe.space is not None and recipe.space not in spec.spaces:
+        yield (
+            (*path, "space"),
+            f"{spec.name!r} is not defined in space {recipe.space!r}; allowed: {listed(spec.spaces)}",
+        )
+        return
+    yield from _parameters((*path, "parameters"), recipe.parameters, spec, recipe.space, per_adapter=False)
+    for index, item in enumerate(recipe.adapters):
+        here = (*path, "adapters", index, "parameters")
+        yield from _parameters(here, item.parameters, spec, recipe.space, per_adapter=True)
+
+
+def _parameters(
+    path: KeyPath, values: Mapping[str, object], spec: MethodSpec, space: str | None, *, per_adapter: bool
+) -> Iterator[Finding]:
+    by_name = {parameter.name: parameter for parameter in spec.parameters}
+    for name, value in values.items():
+        if isinstance(value, list) and name in by_name and not varies(by_name[name]):
+            yield (*path, name), "is a list; this parameter has one value for the whole merge, not one per module"
+            continue
+        for scalar in scalars(value):
+            try:
+                spec.validate(space, {name: scalar}, per_adapter)
+            except UserInputError as error:
+                yield (*path, name), str(error)
+                break
+
+
+def _cycles(recipes: Mapping[str, Recipe]) -> Iterator[Finding]:
+    """Each circle of recipes once, at its first recipe in the file."""
+    done: set[str] = set()
+    for start in recipes:
+        trail: list[str] = []
+        stack = [(start, iter(recipes[start].adapters))] if start not in done else []
+        trail.extend(name for name, _ in stack)
+        while stack:
+            name, items = stack[-1]
+            for item in items:
+                if item.adapter in trail:
+                    circle = [*trail[trail.index(item.adapter) :], item.adapter]
+                    yield ("recipes", item.adapter), f"recipes use each other in a circle: {' -> '.join(circle)}"
+                elif item.adapter in recipes and item.adapter not in done:
+                    stack.append((item.adapter, iter(recipes[item.adapter].adapters)))
+                    trail.append(item.adapter)
+                    break
+            else:
+                done.add(name)
+                trail.pop()
+                stack.pop()

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe file that has been read and checked."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vllm_merge.errors import UserInputError
+from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.schema import AdapterEntry, Recipe
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """The content of `path`. Adapter paths are absolute folders or Hub repositories; all names are distinct."""
+
+    path: Path
+    base_model: str | None
+    adapters: Mapping[str, AdapterEntry]
+    recipes: Mapping[str, Recipe]
+    aliases: Mapping[str, str]
+
+    def with_adapters(self, adapters: Mapping[str, AdapterEntry]) -> "RecipeFile":
+        """The file with further registered adapters. Raises UserInputError where a name is taken."""
+        for name in adapters:
+            if name in self.adapters or name in self.recipes or name in self.aliases:
+                raise UserInputError(f"{self.path}: the name {name!r} is that of a registered adapter too; rename one")
+        return replace(self, adapters={**self.adapters, **adapters})
+
+    def with_paths(self, paths: Mapping[str, Path]) -> "RecipeFile":
+        """The file with the adapters of `paths` at these folders: for Hub repositories that are on this machine."""
+        found = {n: e.model_copy(update={"path": str(paths[n])}) if n in paths else e for n, e in self.adapters.items()}
+        return replace(self, adapters=found)
+
+    def target(self, name: str) -> str:
+        """The recipe or adapter that `name` stands for: itself, or where the alias points. Raises UserInputError."""
+        name = self.aliases.get(name, name)
+        if name not in self.recipes and name not in self.adapters:
+            names = [*self.recipes, *self.aliases, *self.adapters]
+            hint = nearest(name, names)
+            raise UserInputError(f"{self.path}: no recipe or adapter {name!r}{hint} (known: {listed(names)})")
+        return name
+
+    def stage_order(self, recipe: str) -> list[str]:
+        """The recipes that `recipe` uses, directly or not, each after those it uses; `recipe` itself is the last."""
+        order: dict[str, None] = {}
+
+        def visit(name: str) -> None:
+            for item in self.recipes[name].adapters:
+                if item.adapter in self.recipes and item.adapter not in order:
+                    visit(item.adapter)
+            order[name] = None
+
+        visit(recipe)
+        return list(order)
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` can only be a folder, not the name of a Hub repository."""
+    return path.startswith((".", "/", "~")) or _HUB_NAME.fullmatch(path) is None
+
+
+def absolute_path(path: str, directory: Path) -> str:
+    """`path` as an absolute folder, taken from `directory`; a Hub name stays, unless such a folder is there."""
+    local = Path(os.path.normpath(directory.absolute() / Path(path).expanduser()))
+    return str(local) if is_local(path) or local.is_dir() else path

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a recipe file: every mistake in it with its line, several at a time."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from vllm_merge.recipe.checks import check_document
+from vllm_merge.recipe.file import RecipeFile, absolute_path
+from vllm_merge.recipe.hints import message
+from vllm_merge.recipe.problems import Problem, RecipeError
+from vllm_merge.recipe.protocols import Registry
+from vllm_merge.recipe.schema import RecipeDocument
+from vllm_merge.recipe.yaml_tree import YamlTree, parse_yaml, read_yaml
+
+
+def load_recipes(
+    path: str | Path, registry: Registry, *, registered: Collection[str] = (), preconditions: Collection[str] = ()
+) -> RecipeFile:
+    """Read and check the recipe file `path`. Raises RecipeError, which lists every mistake with its line.
+
+    registry: the merge methods; registered: names of adapters that are known beside the file's (vLLM's --lora-modules);
+    preconditions: the names a recipe may list under `precondition`.
+    """
+    file = Path(path)
+    return _checked(read_yaml(file), file, registry, registered, preconditions)
+
+
+def parse_recipes(
+    text: str, file: Path, registry: Registry, *, registered: Collection[str] = (), preconditions: Collection[str] = ()
+) -> RecipeFile:
+    """`load_recipes` of the content `text`; `file` gives the name for messages and the folder of relative paths."""
+    return _checked(parse_yaml(text, file), file, registry, registered, preconditions)
+
+
+def _checked(
+    tree: YamlTree, file: Path, registry: Registry, registered: Collection[str], preconditions: Collection[str]
+) -> RecipeFile:
+    if not isinstance(tree.data, dict):
+        raise RecipeError(file, [Problem((), 1, "is not a mapping; a recipe file begins with `version: 1`")])
+    try:
+        document = RecipeDocument.model_validate(tree.data)
+    except ValidationError as error:
+        findings = [message(details) for details in error.errors(include_url=False)]
+    else:
+        findings = list(check_document(document, registry, registered, preconditions))
+    if findings:
+        raise RecipeError(file, [Problem(path, tree.line(path), text) for path, text in findings])
+    adapters = {
+        name: entry.model_copy(update={"path": absolute_path(entry.path, file.parent)})
+        for name, entry in document.adapters.items()
+    }
+    return RecipeFile(file, document.base_model, adapters, document.recipes, document.aliases)

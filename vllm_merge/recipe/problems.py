@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a recipe file: where, in words, several at a time."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_merge.errors import UserInputError
+
+KeyPath = tuple[str | int, ...]
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the key it is at (empty: the whole file), its line (1-based), and the message."""
+
+    path: KeyPath
+    line: int
+    message: str
+
+
+class RecipeError(UserInputError):
+    """A recipe file is wrong. The text has a line `file:line: key: message` for each of `problems`."""
+
+    def __init__(self, file: Path, problems: Sequence[Problem]) -> None:
+        self.file = file
+        self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
+        lines = [_text(file, problem) for problem in self.problems[:MAX_SHOWN]]
+        if len(self.problems) > MAX_SHOWN:
+            lines.append(f"{file}: and {len(self.problems) - MAX_SHOWN} more")
+        super().__init__("\n".join(lines))
+
+
+def _text(file: Path, problem: Problem) -> str:
+    key = dotted(problem.path)
+    return f"{file}:{problem.line}: {key}: {problem.message}" if key else f"{file}:{problem.line}: {problem.message}"
+
+
+def dotted(path: KeyPath) -> str:
+    """`("recipes", "a", "adapters", 0)` as `recipes.a.adapters[0]`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for the nearest of `names`, or nothing."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a, b, c` for a message, cut where it is long; `none` for none."""
+    items = list(names)
+    return (", ".join(items[:12]) + (f" and {len(items) - 12} more" if len(items) > 12 else "")) or "none"

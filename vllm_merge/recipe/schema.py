@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of a recipe file: its keys and their types. What refers to what is checked in `checks`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_merge.recipe.values import MAX_SEED, ParameterValue, Rank
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class AdapterEntry(_Strict):
+    """A registered adapter: a PEFT folder, or the name of a repository on the Hugging Face Hub."""
+
+    path: Text = Field(description="PEFT folder, relative to this file, or a Hub repository such as org/name.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of a Hub repository.")
+
+
+class RecipeInput(_Strict):
+    """One adapter of a recipe."""
+
+    adapter: Text = Field(description="Name of a registered adapter or of another recipe.")
+    parameters: dict[str, ParameterValue] = Field({}, description="Its parameters; they win over the recipe's.")
+
+
+class Recipe(_Strict):
+    """How adapters are merged into one."""
+
+    merge_method: Text = Field(description="The merge method; `vllm-merge methods` lists them.")
+    space: Text | None = Field(None, description="delta, core, knots or factors; each method has a default.")
+    adapters: list[RecipeInput] = Field(min_length=1, description="What is merged, in order.")
+    precondition: list[Text] = Field([], description="What is done to the adapters first, in order.")
+    parameters: dict[str, ParameterValue] = Field({}, description="The method's parameters.")
+    rank: Rank = "auto"
+    load: Literal["eager", "lazy"] = Field(
+        "eager", description="eager: merged before the server is ready. lazy: at the first request."
+    )
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(0, description="Seed of everything random in the merge.")
+
+
+class RecipeDocument(_Strict):
+    """A recipe file."""
+
+    version: Literal[1] = Field(description="The version of this format.")
+    base_model: Text | None = Field(None, description="The model that the adapters belong to: a folder or a Hub name.")
+    adapters: dict[str, AdapterEntry] = Field({}, description="Registered adapters by name.")
+    recipes: dict[str, Recipe] = Field({}, description="Recipes by name; the name is what clients ask for.")
+    aliases: dict[str, Text] = Field({}, description="Names that point to a recipe or an adapter.")

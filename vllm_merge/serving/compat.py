@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every touch of vLLM that its documentation does not promise. docs/architecture/contracts.md is this file in prose.
+
+| what | why | how | since | until |
+|---|---|---|---|---|
+| WorkerLoRAManager._load_adapter | a request whose path is ours must get tensors of ours, never files | wrapped | 0.26 | vLLM takes adapters from tensors |
+| {WorkerLoRAManager, LRUCacheWorkerLoRAManager}.create_lora_manager | a worker's service starts once its slots exist | wrapped | 0.26 | vLLM tells plugins when a worker is ready |
+| LoRAModel.from_lora_tensors, PEFTHelper | tensors to a LoRAModel, with the model's own renames | called by signature | 0.26 | as above |
+| LoRAModelManager.{modules, packed_modules, packed_modules_mapping, supported_lora_modules, vocab_size, model, create_dummy_lora} | refuse what does not fit a slot before it can kill the engine | read | 0.26 | vLLM validates before it schedules |
+| OpenAIServingModels.{lora_requests, show_available_models} | our names on every route and in /v1/models | entries added; method replaced | 0.26 | resolvers may choose ids and run without the runtime-update flag |
+| AsyncLLM.{generate, encode} | an artifact is leased while a request runs | wrapped on the instance | 0.26 | engine hooks for request start and end |
+
+Signatures are probed, versions never compared. `check_ground` names what has moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_merge.errors import MergeError
+
+Loader = Callable[[Any, Any], Any]
+
+
+class GroundMoved(MergeError):
+    """This vLLM lacks something the plugin relies on."""
+
+
+def check_ground() -> None:
+    """Raise GroundMoved naming each vLLM name we rely on that is missing or has another signature."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+
+    wanted: list[tuple[object, str, tuple[str, ...]]] = [
+        (WorkerLoRAManager, "_load_adapter", ("lora_request",)),
+        (WorkerLoRAManager, "create_lora_manager", ("model", "vllm_config")),
+        (LRUCacheWorkerLoRAManager, "create_lora_manager", ("model", "vllm_config")),
+        (LoRAModel, "from_lora_tensors", ("lora_model_id", "tensors", "peft_helper", "device", "dtype")),
+        (LoRAModelManager, "create_dummy_lora", ("lora_id", "rank", "embedding_modules")),
+        (LoRAModelManager, "activate_adapter", ("lora_id",)),
+        (PEFTHelper, "__init__", ("r", "lora_alpha", "target_modules")),
+    ]
+    moved = []
+    for owner, name, parameters in wanted:
+        label = f"{getattr(owner, '__name__', owner)}.{name}"
+        function = getattr(owner, name, None)
+        if function is None:
+            moved.append(f"{label} is gone")
+        elif missing := set(parameters) - set(inspect.signature(function).parameters):
+            moved.append(f"{label} no longer takes {', '.join(sorted(missing))}")
+    if moved:
+        raise GroundMoved(
+            "this vLLM is not one that vllm-merge knows: " + "; ".join(moved) + ". Supported: vLLM 0.26 and newer; "
+            "see docs/architecture/contracts.md."
+        )
+
+
+# -- in the worker ------------------------------------------------------------------------------------------------------
+
+
+def wrap_worker(on_manager: Callable[[Any, Any], None], load: Loader) -> None:
+    """Install both worker hooks, once per process.
+
+    on_manager(worker_lora_manager, vllm_config) runs when the LoRA slots exist. load(worker_lora_manager, lora_request)
+    returns a LoRAModel, or None for requests that are not ours, which vLLM then loads as always.
+    """
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+
+    if getattr(WorkerLoRAManager._load_adapter, "_vllm_merge", False):
+        return
+    original_load = WorkerLoRAManager._load_adapter
+
+    @functools.wraps(original_load)
+    def load_adapter(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, lora_request)
+        return model if model is not None else original_load(self, lora_request, *args, **kwargs)
+
+    load_adapter._vllm_merge = True  # type: ignore[attr-defined]
+    WorkerLoRAManager._load_adapter = load_adapter
+
+    for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
+        if "create_lora_manager" not in vars(owner):
+            continue
+        original_create = vars(owner)["create_lora_manager"]
+
+        def create_lora_manager(self: Any, *args: Any, __original: Any = original_create, **kwargs: Any) -> Any:
+            model = __original(self, *args, **kwargs)
+            bound = inspect.signature(__original).bind(self, *args, **kwargs)
+            on_manager(self, bound.arguments.get("vllm_config"))
+            return model
+
+        owner.create_lora_manager = functools.wraps(original_create)(create_lora_manager)
+
+
+def _weights_mapper(manager: Any) -> Any:
+    """The model's renames of checkpoint names, without the fusing of q, k and v, which vLLM does itself later."""
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    for method in ("get_rename_mapper", "get_unstacked_mapper"):  # 0.27 and newer, 0.26
+        if mapper is not None and hasattr(mapper, method):
+            return getattr(mapper, method)()
+    return mapper
+
+
+def slot_dtype(worker_manager: Any) -> torch.dtype:
+    dtype: torch.dtype = worker_manager.lora_config.lora_dtype
+    return dtype
+
+
+def max_rank(worker_manager: Any) -> int:
+    return int(worker_manager.lora_config.max_lora_rank)
+
+
+def peft_names(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """{module: (A, B)} as {PEFT tensor name: tensor}, A before B."""
+    return {
+        f"base_model.model.{module}.lora_{letter}.weight": tensor
+        for module, pair in factors.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def lora_model(worker_manager: Any, lora_id: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+    """A LoRAModel over exactly these tensors (nothing is copied when they are on the worker's device in its dtype)."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    manager = worker_manager._adapter_manager
+    rank = max(a.shape[0] for a, _ in factors.values())
+    device = next(iter(factors.values()))[0].device
+    return LoRAModel.from_lora_tensors(
+        lora_model_id=lora_id,
+        tensors=peft_names(factors),
+        peft_helper=PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),  # alpha = r: scaling 1 everywhere
+        device=str(device),
+        dtype=slot_dtype(worker_manager),
+        model_vocab_size=worker_manager.vocab_size,
+        weights_mapper=_weights_mapper(manager),
+        skip_prefixes=getattr(manager.model, "lora_skip_prefixes", None),
+    )
+
+
+def zero_lora_model(worker_manager: Any, lora_id: int) -> Any:
+    """A LoRAModel that changes nothing, of rank 1."""
+    return worker_manager._adapter_manager.create_dummy_lora(lora_id, 1, worker_manager.embedding_modules)
+
+
+def misfits(worker_manager: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """Why these factors could not be put into a slot of this model: one sentence a reason, empty if they can.
+
+    vLLM finds out only while it fills a slot inside a step, where an exception ends the engine; so we ask first, with
+    tensors that have shapes but no storage, sliced by the layers' own tensor-parallel rules.
+    """
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    manager = worker_manager._adapter_manager
+    mapper = _weights_mapper(manager)
+    limit = max_rank(worker_manager)
+    places = {
+        part: (name, index)
+        for name in manager.modules
+        for index, part in enumerate(manager.packed_modules.get(name, [name]))
+    }
+    reasons = []
+    for module, (a, b) in factors.items():
+        inside, _ = parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)
+        if a.shape[0] > limit:
+            reasons.append(
+                f"{module} has rank {a.shape[0]}, but this server was started with --max-lora-rank {limit}. "
+                "Restart it with a higher one, or give the recipe `rank: auto` or a rank that fits."
+            )
+        elif inside not in places:
+            if not _on_another_stage(manager.model, inside):
+                reasons.append(
+                    f"{module} is not a module of {type(manager.model).__name__} that LoRA can be applied to here "
+                    f"(supported: {', '.join(sorted(_supported_suffixes(manager)))})."
+                )
+        elif problem := _slot_problem(manager, places[inside], a, b):
+            reasons.append(f"{module}: {problem}")
+    return reasons
+
+
+def _supported_suffixes(manager: Any) -> set[str]:
+    suffixes: set[str] = set()
+    for module in manager.supported_lora_modules:
+        suffixes.update(manager.packed_modules_mapping.get(module, [module]))
+    return suffixes
+
+
+def _on_another_stage(model: torch.nn.Module, module: str) -> bool:
+    """Is this a module of a layer that another pipeline stage holds?"""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    node: Any = model
+    for part in module.split("."):
+        try:
+            node = node[int(part)] if part.isdigit() else getattr(node, part)
+        except (AttributeError, IndexError, TypeError):
+            return False
+        if isinstance(node, PPMissingLayer):
+            return True
+    return False
+
+
+def _slot_problem(manager: Any, place: tuple[str, int], a: Tensor, b: Tensor) -> str | None:
+    name, index = place
+    layer = manager.modules[name]
+    stacks_a, stacks_b = layer.lora_a_stacked, layer.lora_b_stacked
+    if isinstance(stacks_a, Tensor):  # lm_head keeps one tensor; its B has a row per token of the vocabulary
+        stacks_a, stacks_b = (stacks_a,), (stacks_b,)
+        if b.shape[0] != manager.vocab_size:
+            return f"B has {b.shape[0]} rows, but the base model's vocabulary has {manager.vocab_size} tokens."
+        want_in, want_out = stacks_a[0].shape[-1], b.shape[0]
+    else:
+        want_in, want_out = stacks_a[index].shape[-1], stacks_b[index].shape[-2]
+    meta_a, meta_b = torch.empty(a.shape, device="meta"), torch.empty(b.shape, device="meta")
+    if getattr(layer, "tp_size", 1) > 1:
+        count = len(stacks_a)
+        if count == 1:
+            meta_a, meta_b = layer.slice_lora_a(meta_a), layer.slice_lora_b(meta_b)
+        else:
+            meta_a = layer.slice_lora_a([meta_a if i == index else None for i in range(count)])[index]
+            meta_b = layer.slice_lora_b([meta_b if i == index else None for i in range(count)])[index]
+    if (meta_a.shape[1], meta_b.shape[0]) != (want_in, want_out):
+        return (
+            f"it maps {a.shape[1]} to {b.shape[0]} features, but the base model's layer maps {want_in} to {want_out} "
+            "(per tensor-parallel rank). The adapter was trained on another base model."
+        )
+    return None
+
+
+# -- in the API process -------------------------------------------------------------------------------------------------
+
+
+def wrap_engine(engine_client: Any, lease: Callable[[Any], Any]) -> None:
+    """Hold `lease(lora_request)` (an async context manager giving the request to use) around generate and encode.
+
+    lease(request) is None for requests that are not ours; those go straight through.
+    """
+    for name in ("generate", "encode"):
+        original = getattr(engine_client, name, None)
+        if original is not None and not getattr(original, "_vllm_merge", False):
+            setattr(engine_client, name, _leased(original, lease))
+
+
+def _leased(original: Callable[..., AsyncGenerator[Any, None]], lease: Callable[[Any], Any]) -> Callable[..., AsyncGenerator[Any, None]]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        bound = signature.bind(*args, **kwargs)
+        held = lease(bound.arguments.get("lora_request"))
+        if held is None:
+            return original(*args, **kwargs)
+        return run(bound, held)
+
+    async def run(bound: inspect.BoundArguments, held: Any) -> AsyncGenerator[Any, None]:
+        async with held as holder:
+            bound.arguments["lora_request"] = holder.lora_request
+            # Closed here and now, so that a client that left aborts its request before the lease ends.
+            async with contextlib.aclosing(original(*bound.args, **bound.kwargs)) as outputs:
+                async for output in outputs:
+                    holder.check()
+                    yield output
+
+    call._vllm_merge = True  # type: ignore[attr-defined]
+    return call
+
+
+def lora_request(name: str, lora_id: int, path: str, base_model: str | None = None) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=path, base_model_name=base_model)
+
+
+def publish(serving_models: Any, requests: Callable[[], Mapping[str, Any]], is_ours: Callable[[str], bool]) -> None:
+    """List our names in /v1/models beside vLLM's: requests() gives {name: LoRARequest}; what is not ours stays as it is."""
+    original = serving_models.show_available_models
+
+    async def show_available_models() -> Any:
+        models = await original()
+        models.data = [card for card in models.data if not is_ours(str(card.root))]
+        base = models.data[0]  # vLLM lists its base models first
+        models.data += [
+            type(base)(id=name, root=request.lora_name, parent=base.id, permission=[type(base.permission[0])()])
+            for name, request in requests().items()
+        ]
+        return models
+
+    serving_models.show_available_models = show_available_models
+
+
+def lora_config(engine_client: Any) -> Any | None:
+    return engine_client.vllm_config.lora_config
+
+
+def worker_count(engine_client: Any) -> int:
+    """Workers of every engine this front end talks to: tensor × pipeline × data parallel."""
+    parallel = engine_client.vllm_config.parallel_config
+    return int(parallel.world_size) * int(parallel.data_parallel_size)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The line between API processes and workers: JSON lines over Unix sockets, beside vLLM's engine loop.
+
+Every worker serves one socket in a private folder; every API process (or offline program) keeps one connection to each.
+Requests are `{"id", "op", …}`, answers `{"id", "result"}` or `{"id", "error": {"kind", "message"}}`, and a worker also sends
+events, `{"event", …}`, on its own. A closed connection ends the session and with it everything the session held.
+Nothing here passes through vLLM's engine loop, so no message ever makes a running request wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllm_merge.errors import MergeError
+
+logger = logging.getLogger("vllm_merge.control")
+
+RUNTIME_DIR_VARIABLE = "VLLM_MERGE_RUNTIME_DIR"
+MAX_LINE = 32 << 20  # bytes; a plan of thousands of adapters is far below
+
+Message = dict[str, Any]
+
+
+class ControlError(MergeError):
+    """An error that travels over the line. `kind` is one of: failed, busy, conflict, missing, broken, disconnected."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Session:
+    """One connection at the worker's side."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+
+    def send(self, message: Message) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(encode(message))
+
+
+class Handler(Protocol):
+    """What a worker does with requests; runs on the server's own event loop."""
+
+    async def handle(self, session: Session, op: str, message: Message) -> Message: ...
+
+    def closed(self, session: Session) -> None: ...
+
+
+def encode(message: Message) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def runtime_dir(create: bool = False) -> Path | None:
+    """The folder of the sockets, named by an environment variable that child processes inherit.
+
+    Created (private to the user) by the first process of a server that asks for it.
+    """
+    if name := os.environ.get(RUNTIME_DIR_VARIABLE):
+        path = Path(name)
+        if create:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path
+    if not create:
+        return None
+    # A socket's path may have 107 bytes: a long TMPDIR would not do.
+    base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+    path = Path(tempfile.mkdtemp(prefix="vllm-merge-", dir=base))
+    os.environ[RUNTIME_DIR_VARIABLE] = str(path)
+    return path
+
+
+class ControlServer:
+    """Serves one socket from a thread of its own, whose event loop is `loop`."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        self.path = path
+        self._handler = handler
+        self._stopping: asyncio.Event
+        self._started = threading.Event()
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="vllm-merge-control", daemon=True)
+
+    def start(self) -> None:
+        """Returns once the socket takes connections. Raises OSError if it cannot be made."""
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(timeout=5)
+
+    async def _main(self) -> None:
+        self.loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        self.path.unlink(missing_ok=True)
+        try:
+            server = await asyncio.start_unix_server(self._serve, path=str(self.path), limit=MAX_LINE)
+            self.path.chmod(0o600)
+        except OSError as error:
+            self._failure = error
+            return
+        finally:
+            self._started.set()
+        await self._stopping.wait()  # the tasks of open connections are cancelled when this returns
+        server.close()
+        self.path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        session = Session(writer)
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            while line := await reader.readline():
+                task = asyncio.create_task(self._answer(session, json.loads(line)))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+        except (ConnectionError, ValueError) as error:
+            logger.warning("closing a control connection: %s", error)
+        finally:
+            for task in tasks:
+                task.cancel()
+            self._handler.closed(session)
+            writer.close()
+
+    async def _answer(self, session: Session, message: Message) -> None:
+        answer: Message = {"id": message.get("id")}
+        try:
+            answer["result"] = await self._handler.handle(session, str(message.get("op")), message)
+        except ControlError as error:
+            answer["error"] = {"kind": error.kind, "message": str(error)}
+        except Exception as error:
+            logger.exception("control request failed: %s", message.get("op"))
+            answer["error"] = {"kind": "failed", "message": f"{type(error).__name__}: {error}"}
+        session.send(answer)
+
+
+class WorkerLink:
+    """The API side of one connection."""
+
+    def __init__(self, path: Path, on_event: Callable[[Message], None]) -> None:
+        self.path = path
+        self._on_event = on_event
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
+        reader, self._writer = await asyncio.open_unix_connection(str(self.path), limit=MAX_LINE)
+        self._reading = asyncio.create_task(self._read(reader))
+
+    @property
+    def connected(self) -> bool:
+        return self._reading is not None and not self._reading.done()
+
+    async def call(self, op: str, **fields: Any) -> Message:
+        """Send a request and wait for its answer. Raises ControlError, of kind `disconnected` if the worker is gone."""
+        if self._writer is None or not self.connected:
+            raise ControlError("disconnected", f"the worker at {self.path.name} is gone")
+        number = next(self._ids)
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        try:
+            self._writer.write(encode({"id": number, "op": op, **fields}))
+            await self._writer.drain()
+            return await future
+        except ConnectionError as error:
+            raise ControlError("disconnected", f"the worker at {self.path.name} is gone: {error}") from error
+        finally:
+            self._waiting.pop(number, None)
+
+    def post(self, op: str, **fields: Any) -> None:
+        """Send a request whose answer nobody waits for."""
+        if self._writer is not None and self.connected:
+            self._writer.write(encode({"id": next(self._ids), "op": op, **fields}))
+
+    async def close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(ConnectionError):
+                await self._writer.wait_closed()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                if "event" in message:
+                    self._on_event(message)
+                elif (future := self._waiting.get(message.get("id"))) is not None and not future.done():
+                    if error := message.get("error"):
+                        future.set_exception(ControlError(error["kind"], error["message"]))
+                    else:
+                        future.set_result(message["result"])
+        except (ConnectionError, ValueError) as error:
+            logger.error("lost the worker at %s: %s", self.path.name, error)
+        finally:
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(ControlError("disconnected", f"the worker at {self.path.name} is gone"))
+
+
+async def connect_all(
+    folder: Path, count: int, on_event: Callable[[Message], None], *, timeout: float = 60.0
+) -> list[WorkerLink]:
+    """Connect to at least `count` workers whose sockets are in `folder`; sockets of dead workers are passed over."""
+    deadline = asyncio.get_running_loop().time() + timeout
+    links: dict[Path, WorkerLink] = {}
+    while True:
+        for path in sorted(folder.glob("worker-*.sock")):
+            if path in links:
+                continue
+            link = WorkerLink(path, on_event)
+            with contextlib.suppress(ConnectionError, FileNotFoundError):
+                await link.connect()
+                links[path] = link
+        if len(links) >= count:
+            return list(links.values())
+        if asyncio.get_running_loop().time() > deadline:
+            raise ControlError(
+                "disconnected",
+                f"found {len(links)} of {count} vLLM workers in {folder} after {timeout:.0f} s. Is the plugin loaded in the "
+                "workers (VLLM_PLUGINS must name vllm_merge or be unset) and LoRA enabled (--enable-lora)?",
+            )
+        await asyncio.sleep(0.1)

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The API process's half of the plugin: names, what they stand for now, and leases on it.
+
+A name (recipe, alias, adapter) stands for an artifact, an artifact is made ready on every worker before a request enters the
+engine, and while requests run it is leased, so that no worker lets go of it. A lease is kept a little longer than its last
+request: the next one finds it without a message, and an aborted request has left the engine by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_merge.adapters.catalogue import Catalogue
+from vllm_merge.errors import MergeError
+from vllm_merge.methods.registry import default_registry
+from vllm_merge.recipe.loading import load_recipes
+from vllm_merge.recipe.plan import Plan, make_adapter_plan, make_plan
+from vllm_merge.recipe.file import RecipeFile
+from vllm_merge.serving import compat
+from vllm_merge.serving.control import ControlError, Message, WorkerLink
+from vllm_merge.serving.identity import lora_id, lora_path, parse_path
+
+logger = logging.getLogger("vllm_merge")
+
+LINGER_SECONDS = 2.0  # how long a lease outlives its last request
+FAILURE_SECONDS = 10.0  # how long a failed merge is remembered before a request may try it again
+PREPARE_SECONDS = 600.0  # how long a request waits for its artifact
+MAX_ATTEMPTS = 8  # LoRA ids tried for one artifact
+
+
+class ArtifactUnavailable(MergeError):
+    """An artifact cannot be served now. `retry` says whether asking again may help."""
+
+    def __init__(self, message: str, *, retry: bool) -> None:
+        super().__init__(message)
+        self.retry = retry
+
+
+@dataclass
+class Artifact:
+    """One artifact as this process knows it."""
+
+    plan: Plan
+    attempt: int = 0
+    state: str = "cold"  # cold | preparing | ready | failed
+    reason: str = ""
+    retry_at: float = 0.0  # a failure that will not pass by itself is not tried again before this (time.monotonic)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    users: int = 0
+    leased: bool = False
+    broken: str = ""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    linger: asyncio.TimerHandle | None = None
+
+    @property
+    def name(self) -> str:
+        return self.plan.artifact_name
+
+    @property
+    def lora_request(self) -> Any:
+        digest = self.plan.digest
+        return compat.lora_request(self.name, lora_id(digest, self.attempt), lora_path(digest, self.attempt))
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a model name stands for: an artifact, or the reason why it has none."""
+
+    name: str
+    kind: str  # recipe | alias | adapter
+    digest: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A held lease: the request to give to vLLM, and a check that what it runs on is what was promised."""
+
+    artifact: Artifact
+    attempt: int
+    lora_request: Any
+
+    def check(self) -> None:
+        if self.artifact.attempt != self.attempt:
+            raise ArtifactUnavailable(self.artifact.broken or f"{self.artifact.name} was replaced", retry=True)
+
+
+class FrontDoor:
+    """Names to artifacts to leases, for one API process (or one offline program)."""
+
+    def __init__(self, links: list[WorkerLink]) -> None:
+        self._links = links
+        self.names: dict[str, Name] = {}
+        self.artifacts: dict[str, Artifact] = {}
+        self._by_artifact_name: dict[str, Artifact] = {}
+        self.recipes: RecipeFile | None = None
+
+    @property
+    def connected(self) -> bool:
+        return all(link.connected for link in self._links)
+
+    # -- names ----------------------------------------------------------------------------------------------------------
+
+    async def load(self, config: Path) -> None:
+        """Read the recipe file and resolve every name in it. Raises UserInputError if the file itself is wrong.
+
+        A recipe whose adapters cannot be read is kept with its reason: it answers with that, the others are served.
+        """
+        workers = await asyncio.gather(*(link.call("hello") for link in self._links))
+        facts = workers[0]
+        self.recipes, names, plans = await asyncio.to_thread(resolve_names, config, facts)
+        self.artifacts = {digest: self.artifacts.get(digest) or Artifact(plan) for digest, plan in plans.items()}
+        self._by_artifact_name = {artifact.name: artifact for artifact in self.artifacts.values()}
+        self.names = names
+
+    def find(self, name: str) -> Artifact | None:
+        """The artifact that a model name (of a recipe, alias, adapter or artifact) stands for; None if it is not ours.
+
+        Raises ArtifactUnavailable for a name of ours that has no artifact.
+        """
+        known = self.names.get(name)
+        if known is None:
+            return self._by_artifact_name.get(name)
+        if known.digest is None:
+            raise ArtifactUnavailable(known.reason, retry=False)
+        return self.artifacts[known.digest]
+
+    def lora_requests(self) -> dict[str, Any]:
+        """{name: LoRARequest} of every name that has an artifact, and of the artifacts' own names."""
+        return self.listed() | {artifact.name: artifact.lora_request for artifact in self.artifacts.values()}
+
+    def listed(self) -> dict[str, Any]:
+        """{name: LoRARequest} for /v1/models: the names that people wrote, not the artifacts behind them."""
+        return {n.name: self.artifacts[n.digest].lora_request for n in self.names.values() if n.digest is not None}
+
+    def owns(self, lora_path: str) -> bool:
+        return parse_path(lora_path) is not None
+
+    # -- readiness ------------------------------------------------------------------------------------------------------
+
+    async def warm_eager(self) -> None:
+        """Make every `load: eager` recipe ready on every worker; one that fails is logged and answers with its reason."""
+        assert self.recipes is not None
+        eager = [name for name, recipe in self.recipes.recipes.items() if recipe.load == "eager"]
+        for name in eager:
+            try:
+                artifact = self.find(name)
+                assert artifact is not None
+                await self.ready(artifact)
+                logger.info("%s is ready as %s", name, artifact.name)
+            except ArtifactUnavailable as error:
+                logger.error("recipe %s is not served: %s", name, error)
+
+    async def ready(self, artifact: Artifact) -> None:
+        """Return once every worker holds the artifact. Raises ArtifactUnavailable."""
+        if not artifact.leased:
+            await self._prepare(artifact, lease=False)
+
+    def lease(self, lora_request: Any) -> AbstractAsyncContextManager[Holder] | None:
+        """A lease for a request of ours, None for others."""
+        digest = parse_path(lora_request.lora_path) if lora_request is not None else None
+        if digest is None:
+            return None
+        if digest not in self.artifacts:
+            raise ArtifactUnavailable(f"{lora_request.lora_name} is not an artifact of this server", retry=False)
+        return self._lease(self.artifacts[digest])
+
+    @asynccontextmanager
+    async def _lease(self, artifact: Artifact) -> AsyncIterator[Holder]:
+        artifact.users += 1
+        if artifact.linger is not None:
+            artifact.linger.cancel()
+            artifact.linger = None
+        try:
+            if not artifact.leased:
+                await self._prepare(artifact, lease=True)
+            holder = Holder(artifact, artifact.attempt, artifact.lora_request)
+            yield holder
+            holder.check()
+        finally:
+            artifact.users -= 1
+            if artifact.users == 0 and artifact.leased:
+                loop = asyncio.get_running_loop()
+                artifact.linger = loop.call_later(LINGER_SECONDS, self._release, artifact)
+
+    def _release(self, artifact: Artifact) -> None:
+        if artifact.users == 0 and artifact.leased:
+            artifact.leased = False
+            for link in self._links:
+                link.post("release", digest=artifact.plan.digest)
+
+    async def _prepare(self, artifact: Artifact, *, lease: bool) -> None:
+        async with artifact.lock:
+            if artifact.leased:
+                return
+            if artifact.state == "failed" and time.monotonic() < artifact.retry_at:
+                raise ArtifactUnavailable(artifact.reason, retry=False)
+            artifact.state, artifact.reason = "preparing", ""
+            try:
+                async with asyncio.timeout(PREPARE_SECONDS):
+                    replies = await self._prepare_everywhere(artifact, lease)
+            except TimeoutError:
+                self._failed(artifact, f"{artifact.name} was not ready within {PREPARE_SECONDS:.0f} s", retry=True)
+            except ControlError as error:
+                self._failed(artifact, f"{artifact.name}: {error}", retry=error.kind != "failed")
+            except BaseException:
+                artifact.state = "cold"
+                raise
+            hashes = {reply["tensors_sha256"] for reply in replies}
+            if len(hashes) > 1:
+                logger.warning("%s has different bytes on different workers: %s", artifact.name, sorted(hashes))
+            artifact.state, artifact.facts, artifact.leased = "ready", replies[0], lease
+
+    async def _prepare_everywhere(self, artifact: Artifact, lease: bool) -> list[Message]:
+        plan = artifact.plan.to_json()
+        for _ in range(MAX_ATTEMPTS):
+            wanted = lora_id(artifact.plan.digest, artifact.attempt)
+            calls = (link.call("prepare", plan=plan, lora_id=wanted, lease=lease) for link in self._links)
+            replies = await asyncio.gather(*calls, return_exceptions=True)
+            errors = [reply for reply in replies if isinstance(reply, BaseException)]
+            if not errors:
+                return [reply for reply in replies if not isinstance(reply, BaseException)]
+            if lease:
+                for link, reply in zip(self._links, replies, strict=True):
+                    if not isinstance(reply, BaseException):
+                        link.post("release", digest=artifact.plan.digest)
+            if not all(isinstance(error, ControlError) and error.kind == "conflict" for error in errors):
+                raise next(e for e in errors if not (isinstance(e, ControlError) and e.kind == "conflict"))
+            artifact.attempt += 1
+        raise ControlError("failed", f"no free LoRA id in {MAX_ATTEMPTS} attempts")
+
+    def _failed(self, artifact: Artifact, reason: str, *, retry: bool) -> None:
+        artifact.state, artifact.reason = "failed", reason
+        artifact.retry_at = 0.0 if retry else time.monotonic() + FAILURE_SECONDS
+        raise ArtifactUnavailable(reason, retry=retry)
+
+    def on_event(self, event: Message) -> None:
+        """A worker served a request without its artifact: that request fails, and the artifact gets a new id and path."""
+        artifact = self.artifacts.get(event.get("digest", ""))
+        if artifact is not None and event["event"] == "broken":
+            if event["lora_id"] == lora_id(artifact.plan.digest, artifact.attempt):
+                artifact.broken = event["reason"]
+                artifact.attempt += 1
+                artifact.leased = False
+
+    # -- for people -----------------------------------------------------------------------------------------------------
+
+    def describe_names(self) -> list[dict[str, Any]]:
+        rows = []
+        for known in self.names.values():
+            artifact = self.artifacts.get(known.digest or "")
+            rows.append(
+                {
+                    "name": known.name,
+                    "kind": known.kind,
+                    "artifact": artifact.name if artifact else None,
+                    "digest": known.digest,
+                    "state": artifact.state if artifact else "failed",
+                    "reason": (artifact.reason if artifact else known.reason) or None,
+                    **{key: artifact.facts[key] for key in ("rank", "bytes", "seconds") if artifact and artifact.facts},
+                }
+            )
+        return rows
+
+    async def describe_workers(self) -> list[Message]:
+        return list(await asyncio.gather(*(link.call("status") for link in self._links)))
+
+
+def resolve_names(
+    config: Path, facts: Mapping[str, Any]
+) -> tuple[RecipeFile, dict[str, Name], dict[str, Plan]]:
+    """Read a recipe file and plan every name in it for a server with these facts (a worker's answer to `hello`)."""
+    registry = default_registry()
+    recipes = load_recipes(config, registry)
+    catalogue = Catalogue()
+    hashes: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    for name, source in recipes.adapters.items():
+        try:
+            hashes[name] = catalogue.register(name, Path(source.path)).content_hash
+        except MergeError as error:
+            broken[name] = str(error)
+            logger.error("adapter %s cannot be served: %s", name, error)
+    names: dict[str, Name] = {}
+    plans: dict[str, Plan] = {}
+
+    def add(name: str, kind: str, make: Any) -> None:
+        try:
+            plan = make()
+        except MergeError as error:
+            names[name] = Name(name, kind, None, str(error))
+            return
+        plans[plan.digest] = plan
+        names[name] = Name(name, kind, plan.digest)
+
+    common = {"base_model_hash": facts["base_model_hash"], "dtype": facts["dtype"], "max_rank": facts["max_lora_rank"]}
+    for name in recipes.recipes:
+        missing = _missing(recipes, name, broken)
+        if missing:
+            names[name] = Name(name, "recipe", None, "; ".join(missing))
+        else:
+            add(name, "recipe", lambda: make_plan(recipes, name, registry=registry, adapter_hashes=hashes, **common))
+    for name in recipes.adapters:
+        if name in broken:
+            names[name] = Name(name, "adapter", None, broken[name])
+        else:
+            add(name, "adapter", lambda: make_adapter_plan(recipes, name, adapter_hashes=hashes, **common))
+    for alias, target in recipes.aliases.items():
+        names[alias] = Name(alias, "alias", names[target].digest, names[target].reason)
+    return recipes, names, plans
+
+
+def _missing(recipes: RecipeFile, name: str, broken: Mapping[str, str]) -> list[str]:
+    """Why the adapters of a recipe, or of the recipes it uses, cannot be read."""
+    reasons: dict[str, None] = {}
+    waiting: list[str] = [name]
+    while waiting:
+        used: Iterable[str] = (item.adapter for item in recipes.recipes[waiting.pop()].adapters)
+        for source in used:
+            if source in broken:
+                reasons[broken[source]] = None
+            elif source in recipes.recipes:
+                waiting.append(source)
+    return list(reasons)
+

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two entry points vLLM knows: `register` (every process) and `endpoint_plugin` (API processes).
+
+Both are named `vllm_merge`, so one word in VLLM_PLUGINS names the whole plugin. Without VLLM_MERGE_CONFIG nothing is touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import sys
+from argparse import Namespace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_merge.errors import MergeError, UserInputError
+from vllm_merge.serving.control import RUNTIME_DIR_VARIABLE, connect_all, runtime_dir
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.datastructures import State
+
+logger = logging.getLogger("vllm_merge")
+
+PLUGIN = "vllm_merge"
+CONFIG_VARIABLE = "VLLM_MERGE_CONFIG"
+PLUGINS_VARIABLE = "VLLM_PLUGINS"
+
+# Groups that VLLM_PLUGINS restricts although they load by default; endpoint plugins load only if named.
+_DEFAULT_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def config_path() -> Path | None:
+    value = os.environ.get(CONFIG_VARIABLE)
+    return Path(value) if value else None
+
+
+def extended_plugins(current: str | None) -> str:
+    """VLLM_PLUGINS with ours in it and nothing lost: an unset list means every plugin, so every name is spelled out."""
+    if current is None:
+        names = sorted({entry.name for group in _DEFAULT_GROUPS for entry in entry_points(group=group)} | {PLUGIN})
+    else:
+        names = [name for name in current.split(",") if name]
+        if PLUGIN not in names:
+            names.append(PLUGIN)
+    return ",".join(names)
+
+
+def register() -> None:
+    """vLLM's general plugin: called in the API server, the engine core and every worker, possibly more than once."""
+    if config_path() is None:
+        return
+    _log_like_vllm()
+    os.environ[PLUGINS_VARIABLE] = extended_plugins(os.environ.get(PLUGINS_VARIABLE))
+    if RUNTIME_DIR_VARIABLE not in os.environ:
+        folder, owner = runtime_dir(create=True), os.getpid()
+        atexit.register(lambda: shutil.rmtree(str(folder), ignore_errors=True) if os.getpid() == owner else None)
+
+    from vllm_merge.serving import compat
+
+    # Before vLLM binds the worker's threads to cores, which a merge need not share.
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    services: dict[int, Any] = {}
+
+    def on_manager(worker_manager: Any, vllm_config: Any) -> None:
+        from vllm_merge.serving.worker import WorkerService
+
+        folder = runtime_dir(create=True)
+        assert folder is not None
+        service = WorkerService(
+            worker_manager, vllm_config, folder / f"worker-{os.getpid()}-{len(services)}.sock", affinity
+        )
+        service.start()
+        services[id(worker_manager)] = service
+        atexit.register(service.stop)
+
+    def load(worker_manager: Any, lora_request: Any) -> Any | None:
+        service = services.get(id(worker_manager))
+        return service.load(lora_request) if service is not None else None
+
+    compat.check_ground()
+    compat.wrap_worker(on_manager, load)
+
+
+def _log_like_vllm() -> None:
+    """Give our loggers vLLM's handler and format, if vLLM configured its own."""
+    ours, theirs = logging.getLogger("vllm_merge"), logging.getLogger("vllm")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers, ours.propagate = list(theirs.handlers), False
+        ours.setLevel(theirs.level)
+
+
+class MergeEndpoints:
+    """vLLM's endpoint plugin: our middleware and routes, and the names once the engine runs."""
+
+    name = PLUGIN
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        if config_path() is None:
+            return
+        from vllm_merge.serving.middleware import MergeMiddleware
+        from vllm_merge.serving.routes import router
+
+        app.add_middleware(MergeMiddleware)  # added before vLLM's own, so inside its API-key check
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Runs before the server listens: when /health answers, every eager recipe is ready."""
+        config = config_path()
+        if config is None or engine_client is None:
+            return
+        from vllm_merge.serving import compat
+        from vllm_merge.serving.front import FrontDoor
+
+        if compat.lora_config(engine_client) is None:
+            raise UserInputError("vllm-merge serves LoRA adapters, but LoRA is off: start vLLM with --enable-lora.")
+        folder = runtime_dir()
+        assert folder is not None
+        front: FrontDoor
+        links = await connect_all(folder, compat.worker_count(engine_client), lambda event: front.on_event(event))
+        front = FrontDoor(links)
+        try:
+            await front.load(config)
+        except MergeError as error:
+            print(f"vllm-merge: {error}", file=sys.stderr)
+            raise
+        models = state.openai_serving_models
+        if taken := sorted(set(front.names) & {path.name for path in models.base_model_paths}):
+            raise UserInputError(f"{config}: the name {taken[0]} is the served base model's; rename it in the recipe file.")
+        models.lora_requests.update(front.lora_requests())
+        compat.publish(models, front.listed, front.owns)
+        compat.wrap_engine(engine_client, front.lease)
+        state.vllm_merge = front
+        await front.warm_eager()
+
+
+def endpoint_plugin() -> MergeEndpoints:
+    return MergeEndpoints()

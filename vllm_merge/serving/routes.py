@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read-only routes under /v1/merge/, where vLLM's own API-key check covers them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+router = APIRouter(prefix="/v1/merge", tags=["merge"])
+
+
+@router.get("/recipes")
+async def recipes(request: Request) -> dict[str, Any]:
+    """Every name of the recipe file, the artifact it stands for, and that artifact's state (or why it has none)."""
+    return {"object": "list", "data": request.app.state.vllm_merge.describe_names()}
+
+
+@router.get("/artifacts")
+async def artifacts(request: Request) -> dict[str, Any]:
+    """What every worker holds in memory, with bytes, leases, and the merges that run."""
+    return {"object": "list", "data": await request.app.state.vllm_merge.describe_workers()}

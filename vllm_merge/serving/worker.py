@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's half of the plugin: merges plans in the background and hands vLLM's loader what is ready.
+
+One thread merges (on the worker's own device, one merge at a time), one serves the control socket, and vLLM's own thread
+comes by in `load`. `load` reads no file, allocates nothing of an adapter's size and never raises: a request whose artifact
+is not here (its lease was broken) gets an adapter that changes nothing, and every API process is told at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_merge.adapters.base_model import base_model_hash
+from vllm_merge.artifact import MergedAdapter
+from vllm_merge.errors import MergeCancelled, MergeError
+from vllm_merge.plan_runner import run_plan
+from vllm_merge.recipe.plan import Plan
+from vllm_merge.serving import compat
+from vllm_merge.serving.control import ControlError, ControlServer, Message, Session
+from vllm_merge.serving.identity import parse_path
+from vllm_merge.serving.residency import ArtifactStore, OutOfBudget, ResidentArtifact
+
+logger = logging.getLogger("vllm_merge.worker")
+
+CACHE_BYTES_VARIABLE = "VLLM_MERGE_CACHE_BYTES"
+DEFAULT_CACHE_BYTES = 4 << 30
+
+
+@dataclass
+class Job:
+    """One merge, wanted by any number of requests."""
+
+    plan: Plan
+    future: asyncio.Future[ResidentArtifact]
+    status: str = "queued"  # queued | merging
+    done: int = 0
+    total: int = 0
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    waiters: int = 0
+
+
+class WorkerService:
+    """Serves one worker process; create it when the model's LoRA slots exist."""
+
+    def __init__(
+        self, worker_manager: Any, vllm_config: Any, socket_path: Path, affinity: Collection[int] | None
+    ) -> None:
+        self._manager = worker_manager
+        self._device = torch.device(worker_manager.device)
+        self._dtype = compat.slot_dtype(worker_manager)
+        self._base_model = str(vllm_config.model_config.model)
+        parallel = vllm_config.parallel_config
+        self._workers = int(parallel.world_size) * int(parallel.data_parallel_size)
+        self.store = ArtifactStore(int(os.environ.get(CACHE_BYTES_VARIABLE, DEFAULT_CACHE_BYTES)))
+        self._jobs: dict[str, Job] = {}
+        self._claims: dict[int, str] = {}  # LoRA id -> digest
+        self._failures: Counter[str] = Counter()
+        self._sessions: dict[Session, Counter[str]] = {}
+        self._zero = compat.zero_lora_model(worker_manager, 1)
+        self._affinity = affinity
+        self._merging = ThreadPoolExecutor(1, thread_name_prefix="vllm-merge")
+        self._server = ControlServer(socket_path, self)
+
+    def start(self) -> None:
+        self._server.start()
+
+    def stop(self) -> None:
+        for job in list(self._jobs.values()):
+            job.cancelled.set()
+        self._server.stop()
+        self._merging.shutdown(wait=False, cancel_futures=True)
+
+    # -- vLLM's thread --------------------------------------------------------------------------------------------------
+
+    def load(self, lora_request: Any) -> Any | None:
+        """The LoRAModel of a request of ours, None for others. Never raises."""
+        digest = parse_path(lora_request.lora_path)
+        if digest is None:
+            return None
+        try:
+            artifact = self.store.get(digest)
+            if artifact is not None:
+                model = compat.lora_model(self._manager, lora_request.lora_int_id, artifact.factors)
+                model.vllm_merge_artifact = artifact  # counted for as long as vLLM keeps the model
+                return model
+            reason = f"{lora_request.lora_name} was not in memory when a request needed it"
+        except Exception as error:
+            logger.exception("could not hand %s to vLLM", lora_request.lora_name)
+            reason = f"{lora_request.lora_name} could not be handed to vLLM: {error}"
+        logger.error("%s; its requests fail", reason)
+        self._server.loop.call_soon_threadsafe(
+            self._broadcast, {"event": "broken", "digest": digest, "lora_id": lora_request.lora_int_id, "reason": reason}
+        )
+        return self._zero.clone(lora_request.lora_int_id)
+
+    # -- control thread -------------------------------------------------------------------------------------------------
+
+    async def handle(self, session: Session, op: str, message: Message) -> Message:
+        leases = self._sessions.setdefault(session, Counter())
+        match op:
+            case "hello":
+                return self._hello()
+            case "prepare":
+                return await self._prepare(leases, message)
+            case "release":
+                if leases[message["digest"]] > 0:
+                    leases[message["digest"]] -= 1
+                    self.store.release(message["digest"])
+                return {}
+            case "evict":
+                return {"evicted": self.store.evict(message["digest"])}
+            case "status":
+                return self._status()
+            case "cancel":
+                job = self._jobs.get(message["digest"])
+                if job is not None:
+                    job.cancelled.set()
+                return {"cancelled": job is not None}
+        raise ControlError("failed", f"unknown operation {op!r}")
+
+    def closed(self, session: Session) -> None:
+        for digest, count in self._sessions.pop(session, Counter()).items():
+            for _ in range(count):
+                self.store.release(digest)
+
+    def _hello(self) -> Message:
+        return {
+            "pid": os.getpid(),
+            "workers": self._workers,
+            "max_lora_rank": compat.max_rank(self._manager),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "base_model": self._base_model,
+            "base_model_hash": base_model_hash(self._base_model),
+        }
+
+    def _status(self) -> Message:
+        merging = [
+            {"digest": digest, "name": job.plan.artifact_name, "status": job.status, "done": job.done, "total": job.total}
+            for digest, job in self._jobs.items()
+        ]
+        return {**self.store.describe(), "pid": os.getpid(), "merging": merging}
+
+    async def _prepare(self, leases: Counter[str], message: Message) -> Message:
+        """Make an artifact resident, merging it if need be (once, whoever asks), and lease it to the session if asked."""
+        plan = Plan.from_json(message["plan"])
+        digest, wanted_id = plan.digest, int(message["lora_id"])
+        if (owner := self._claims.setdefault(wanted_id, digest)) != digest:
+            raise ControlError("conflict", f"LoRA id {wanted_id} belongs to artifact {owner[:12]}")
+        # Leased from before the merge, so that nothing can evict it between its arrival and the request's turn.
+        self.store.lease(digest)
+        try:
+            artifact = self.store.get(digest) or await self._merged(plan)
+        except BaseException:
+            self.store.release(digest)
+            raise
+        if message.get("lease"):
+            leases[digest] += 1
+        else:
+            self.store.release(digest)
+        return {
+            "rank": artifact.rank,
+            "bytes": artifact.nbytes,
+            "seconds": artifact.seconds,
+            "tensors_sha256": artifact.tensors_sha256,
+            "report": dict(artifact.report),
+        }
+
+    async def _merged(self, plan: Plan) -> ResidentArtifact:
+        job = self._jobs.get(plan.digest)
+        if job is None:
+            loop = asyncio.get_running_loop()
+            job = self._jobs[plan.digest] = Job(plan, loop.create_future())
+            task = loop.run_in_executor(self._merging, self._merge, job)
+            task.add_done_callback(lambda done: self._finish(job, done))
+        job.waiters += 1
+        try:
+            return await asyncio.shield(job.future)
+        except asyncio.CancelledError:
+            if job.waiters == 1:  # the last one that waited is gone
+                job.cancelled.set()
+            raise
+        finally:
+            job.waiters -= 1
+
+    def _finish(self, job: Job, done: asyncio.Future[ResidentArtifact]) -> None:
+        self._jobs.pop(job.plan.digest, None)
+        if job.future.done():
+            return
+        error = done.exception()
+        if error is None:
+            job.future.set_result(done.result())
+            return
+        if isinstance(error, (OutOfBudget, MergeCancelled)):
+            failure = ControlError("busy", str(error))
+        elif isinstance(error, MergeError):
+            failure = ControlError("failed", str(error))
+        else:
+            failure = ControlError("failed", f"{type(error).__name__}: {error}")
+        logger.error("merging %s failed: %s", job.plan.artifact_name, failure)
+        job.future.set_exception(failure)
+        job.future.exception()  # somebody looked, even if every waiter has gone
+
+    def _broadcast(self, event: Message) -> None:
+        for session in self._sessions:
+            session.send(event)
+
+    # -- merging thread -------------------------------------------------------------------------------------------------
+
+    def _merge(self, job: Job) -> ResidentArtifact:
+        if self._affinity is not None:
+            os.sched_setaffinity(0, self._affinity)  # vLLM's CPU worker binds its threads; ours may run anywhere
+        job.status = "merging"
+        started = time.perf_counter()
+
+        def progress(stage: str, done: int, total: int) -> None:
+            job.done, job.total = done, total
+
+        with torch.inference_mode(), self._stream():
+            merged = run_plan(
+                job.plan, device=self._device, dtype=self._dtype, progress=progress, cancelled=job.cancelled.is_set
+            )
+            artifact = self._resident(job.plan, merged, time.perf_counter() - started)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        if reasons := compat.misfits(self._manager, artifact.factors):
+            more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
+            raise MergeError(f"{artifact.name} does not fit this server: " + " ".join(reasons[:3]) + more)
+        self.store.insert(artifact)
+        logger.info("merged %s: rank %d, %.1f MB, %.3f s", artifact.name, artifact.rank, artifact.nbytes / 1e6, artifact.seconds)
+        return artifact
+
+    def _stream(self) -> Any:
+        if self._device.type != "cuda":
+            return contextlib.nullcontext()
+        lowest, _ = torch.cuda.Stream.priority_range()
+        return torch.cuda.stream(torch.cuda.Stream(self._device, priority=lowest))
+
+    def _resident(self, plan: Plan, merged: MergedAdapter, seconds: float) -> ResidentArtifact:
+        factors = {
+            module: (f.A.to(self._device, self._dtype).contiguous(), f.B.to(self._device, self._dtype).contiguous())
+            for module, f in merged.factors.items()
+        }
+        return ResidentArtifact(
+            plan.digest, plan.artifact_name, factors, merged.tensors_sha256, merged.report.to_dict(), seconds
+        )
