@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules, stack_group
-from vllm_merge.algebra.coordinates import Coordinates, Grams, coordinates
+from vllm_merge.algebra.coordinates import Coordinates, Grams, coordinates, task_norm
 from vllm_merge.algebra.ranks import RankPolicy
-from vllm_merge.algebra.support import nonzero_adapters
 from vllm_merge.algebra.tiles import Part, Passes, Tile, default_tile_entries, parts
 from vllm_merge.algebra.truncation import Truncated, truncate
-from vllm_merge.algebra.workspace import Workspace, module_bytes
+from vllm_merge.algebra.workspace import ModuleCost, Workspace
 from vllm_merge.artifact import MergedAdapter, MergeReport
 from vllm_merge.errors import MergeCancelled, MergeError, UserInputError
 from vllm_merge.methods.preconditions import resolve_preconditions
@@ -28,3 +28,350 @@ from vllm_merge.methods.registry import MethodSpec, default_registry
 from vllm_merge.methods.resolve import ResolvedParameters, resolve_parameters
 
 LOW_ENERGY = 0.9
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    *,
+    merge_method: str,
+    space: str | None = None,
+    weights: Sequence[float | Mapping[str, float]] | None = None,
+    parameters: Mapping[str, object] | None = None,
+    adapter_parameters: Sequence[Mapping[str, float | Mapping[str, float]]] | None = None,
+    precondition: Sequence[str | Mapping[str, object]] = (),
+    rank: int | str | Mapping[str, float] = "auto",
+    max_rank: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    workspace_bytes: int = 2 << 30,
+    progress: Callable[[str, int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    name: str = "merged",
+) -> MergedAdapter:
+    """Merge adapters into one.
+
+    merge_method, space: see `list_methods()`; every method has a default space.
+    weights: one per adapter, short for the per-adapter parameter `weight`; a value may be {module: float}.
+    parameters, adapter_parameters: of the recipe, and of each adapter; the latter come first, then the recipe's, then
+    the method's defaults. Every method has `lambda`, which multiplies the result.
+    precondition: names, or {name: parameters}, of what is done to the adapters before, in order.
+    rank: `auto` (at most max_rank, or Σ r_i of each module without one), `lossless`, the largest rank, or {energy: x},
+    the smallest rank of each module that keeps the share x of ‖ΔW‖²_F. dtype: of the result's factors.
+    device: where to work and leave the result; the default is where the first adapter's factors are.
+    workspace_bytes: bound on what is held at once beside inputs and result.
+    progress(stage, modules done, modules), cancelled(): called at every batch of modules and every tile.
+
+    Raises UserInputError for arguments that are wrong, MergeError for factors or results that are not finite, and
+    MergeCancelled as soon as cancelled() is true.
+    """
+    if not adapters:
+        raise UserInputError("there is no adapter to merge; give at least one")
+    spec = default_registry().get(merge_method)
+    chosen = spec.check_space(space)
+    policy = RankPolicy.parse(rank, max_rank)
+    names = [adapter.name for adapter in adapters]
+    resolve_parameters(spec, chosen, names, weights, parameters, adapter_parameters)  # all are checked, dropped or not
+    provenance = {
+        "merge_method": merge_method,
+        "method_version": spec.version,
+        "space": chosen,
+        "adapters": [{"name": adapter.name, "content_hash": adapter.known_hash} for adapter in adapters],
+        "weights": None if weights is None else list(weights),
+        "parameters": dict(parameters or {}),
+        "adapter_parameters": None if adapter_parameters is None else [dict(mine) for mine in adapter_parameters],
+        "precondition": list(precondition),
+        "rank": rank if isinstance(rank, int | str) else dict(rank),
+        "max_rank": max_rank,
+        "seed": seed,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    for change in resolve_preconditions(precondition):
+        adapters = change(adapters)
+    used = [index for index, adapter in enumerate(adapters) if not _is_zero(adapter)]
+
+    def those(values: Sequence[Any] | None) -> list[Any] | None:
+        return None if values is None else [values[index] for index in used]
+
+    resolved = resolve_parameters(
+        spec, chosen, [names[i] for i in used], those(weights), parameters, those(adapter_parameters)
+    )
+    target = torch.device(device) if device is not None else _device_of(adapters)
+    job = _Job(
+        adapters=[adapters[index] for index in used],
+        spec=spec,
+        space=chosen,
+        parameters=resolved,
+        policy=policy,
+        seed=seed,
+        device=target,
+        dtype=dtype,
+        workspace=Workspace(workspace_bytes, default_tile_entries(target, workspace_bytes)),
+        notify=progress or (lambda stage, done, total: None),
+        cancelled=cancelled or (lambda: False),
+        report=MergeReport(merge_method, chosen, adapters=[names[index] for index in used]),
+    )
+    job.report.dropped_adapters = [adapter.name for i, adapter in enumerate(adapters) if i not in used]
+    factors = job.run() if used else {}
+    bases = {adapter.base_model for adapter in adapters}
+    return MergedAdapter(name, factors, job.report, provenance, bases.pop() if len(bases) == 1 else None)
+
+
+def _is_zero(adapter: Adapter) -> bool:
+    return all(
+        bool(task_norm(factors.A.double() @ factors.A.double().mT, factors.B.double().mT @ factors.B.double()) == 0)
+        or factors.scaling == 0
+        for factors in adapter.factors.values()
+    )
+
+
+def _device_of(adapters: Sequence[Adapter]) -> torch.device:
+    return next((f.A.device for adapter in adapters for f in adapter.factors.values()), torch.device("cpu"))
+
+
+def _own(view: Tensor) -> Tensor:
+    return view.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Modules that are worked on at once. start: the position of the first among all modules of the merge."""
+
+    group: ModuleGroup
+    start: int
+    cost: ModuleCost
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A batch on the device, with its parameters: per adapter (modules, n) float64, λ (modules,) float64."""
+
+    batch: _Batch
+    stack: Stack
+    norms: Tensor
+    coordinates: Coordinates
+    parameters: Mapping[str, Tensor]
+    lam: Tensor
+
+
+@dataclass
+class _Job:
+    """One merge, its arguments checked."""
+
+    adapters: list[Adapter]
+    spec: MethodSpec
+    space: str
+    parameters: ResolvedParameters
+    policy: RankPolicy
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    workspace: Workspace
+    notify: Callable[[str, int, int], None]
+    cancelled: Callable[[], bool]
+    report: MergeReport
+
+    def run(self) -> dict[str, LoraFactors]:
+        """Statistics over all modules, then batch by batch: merged entries, rank, factors."""
+        statistics: Any = None
+        if self.spec.statistics is not None:
+            passes = _JobPasses(self)
+            with self._timed("statistics"):
+                statistics = self.spec.statistics(passes, **self.parameters.per_recipe)
+            conflict = getattr(statistics, "sign_conflict", None)
+            if conflict is not None:
+                self.report.sign_conflict = dict(zip(self.modules, conflict.tolist(), strict=True))
+        factors: dict[str, LoraFactors] = {}
+        for batch in self.batches:
+            factors.update(self._merge_batch(self.prepared(batch), statistics))
+        low = {module: kept for module, kept in self.report.energy_kept.items() if kept is not None}
+        low = {module: kept for module, kept in low.items() if kept < LOW_ENERGY}
+        if low:
+            worst = min(low, key=low.__getitem__)
+            self.report.warnings.append(
+                f"{len(low)} of {len(self.modules)} modules keep under {LOW_ENERGY:.0%} of their energy at this rank, "
+                f"least {low[worst]:.1%} at {worst}; a larger rank keeps more"
+            )
+        self.report.peak_workspace_bytes = self.workspace.peak
+        return factors
+
+    @cached_property
+    def batches(self) -> list[_Batch]:
+        """All modules, in batches of one shape."""
+        batches: list[_Batch] = []
+        start = 0
+        for group in group_modules(self.adapters):
+            cost = ModuleCost.of(group, self.space, self.policy)
+            for piece in group.batches(self.workspace.modules_at_once(cost)):
+                batches.append(_Batch(piece, start, cost))
+                start += len(piece.modules)
+        return batches
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """All modules, in the order of the batches."""
+        return [module for batch in self.batches for module in batch.group.modules]
+
+    @cached_property
+    def _held(self) -> dict[int, _Prepared] | None:
+        """Prepared batches, kept from the first pass where a method needs several and they fit a quarter."""
+        total = sum(batch.cost.stack * len(batch.group.modules) for batch in self.batches)
+        if self.spec.statistics is None or total > self.workspace.limit // 4:
+            return None
+        self.workspace.held = total
+        return {}
+
+    def step(self, stage: str, done: int) -> None:
+        """Report progress; stop if that is wanted."""
+        if self.cancelled():
+            raise MergeCancelled(f"the merge was cancelled ({stage}, {done} of {len(self.modules)} modules)")
+        self.notify(stage, done, len(self.modules))
+
+    def prepared(self, batch: _Batch) -> _Prepared:
+        if self._held is not None and batch.start in self._held:
+            return self._held[batch.start]
+        self.step("prepare", batch.start)
+        with self._timed("prepare"):
+            stack = stack_group(batch.group, self.adapters, self.device)
+            grams = Grams.of(stack)
+            self._check_inputs(batch, grams.norms)
+            space = coordinates(self.space, stack, grams, singular=self.spec.entrywise)
+            modules = batch.group.modules
+            prepared = _Prepared(
+                batch,
+                stack,
+                grams.norms,
+                space,
+                self.parameters.tensors(modules, self.device),
+                self.parameters.lambdas(modules, self.device),
+            )
+        self.workspace.count(batch.cost.stack * len(modules))
+        if self._held is not None:
+            self._held[batch.start] = prepared
+        return prepared
+
+    def _check_inputs(self, batch: _Batch, norms: Tensor) -> None:
+        found = norms.tolist()
+        for module, row in zip(batch.group.modules, found, strict=True):
+            for adapter, norm in zip(self.adapters, row, strict=True):
+                if not norm < float("inf"):
+                    raise MergeError(
+                        f"adapter '{adapter.name}', module '{module}': its factors hold values that are not finite; "
+                        "the adapter is broken and cannot be merged"
+                    )
+        self.report.input_norms.update(zip(batch.group.modules, found, strict=True))
+
+    def tile(self, prepared: _Prepared, part: Part) -> Tile:
+        """What a method is given for one part of a batch."""
+        space, start = prepared.coordinates, prepared.batch.start
+        return Tile(
+            space=self.space,
+            values=space.values(part.modules, part.rows, part.cols),
+            modules=slice(start + part.modules.start, start + part.modules.stop),
+            entries=space.entries[part.modules],
+            parameters={n: v[part.modules, :, None, None].float() for n, v in prepared.parameters.items()},
+        )
+
+    def _merge_batch(self, prepared: _Prepared, statistics: Any) -> dict[str, LoraFactors]:
+        batch, space = prepared.batch, prepared.coordinates
+        modules, _, rows, cols = space.shape
+        tall = rows >= cols
+        self.workspace.count(batch.cost.total * modules)
+
+        def merged_parts() -> Iterator[tuple[Part, Tensor]]:
+            for part in parts(space, self.workspace.tile_entries):
+                self.step("merge", batch.start + part.modules.start)
+                tile = self.tile(prepared, part)
+                values = self.spec.apply(tile, statistics, **tile.parameters, **self.parameters.per_recipe)
+                values = values * prepared.lam[part.modules, None, None].to(values.dtype)
+                self._check_result(batch, part, values)
+                yield part, values
+
+        def strips_of(whole: Tensor) -> Iterator[Tensor]:
+            lines = max(1, self.workspace.tile_entries // (modules * min(rows, cols)))
+            for start in range(0, max(rows, cols), lines):
+                self.step("truncate", batch.start)
+                piece = slice(start, start + lines)
+                yield whole[:, piece] if tall else whole[:, :, piece].mT
+
+        if self.workspace.holds_merged(batch.cost):
+            with self._timed("merge"):
+                whole = torch.empty(modules, rows, cols, dtype=space.left.dtype, device=self.device)
+                for part, values in merged_parts():
+                    whole[part.modules, part.rows, part.cols] = values
+            strips: Callable[[], Iterator[Tensor]] = lambda: strips_of(whole)  # noqa: E731
+        else:
+            strips = lambda: (v if tall else v.mT for _, v in merged_parts())  # noqa: E731
+        with self._timed("truncate"):
+            sums = torch.tensor([sum(ranks) for ranks in batch.group.ranks], device=self.device)
+            cut = truncate(strips, (max(rows, cols), min(rows, cols)), self.policy, sums, self.seed)
+        with self._timed("factors"):
+            return self._factors(prepared, cut, tall)
+
+    def _check_result(self, batch: _Batch, part: Part, values: Tensor) -> None:
+        finite = values.sum((-1, -2), dtype=torch.float64).isfinite().tolist()
+        for module, good in zip(batch.group.modules[part.modules], finite, strict=True):
+            if not good:
+                raise MergeError(f"module '{module}': the merged weight change is not finite; check weights and lambda")
+
+    def _factors(self, prepared: _Prepared, cut: Truncated, tall: bool) -> dict[str, LoraFactors]:
+        space, stack, modules = prepared.coordinates, prepared.stack, prepared.batch.group.modules
+        left, right = (cut.long, cut.short) if tall else (cut.short, cut.long)
+        if space.left_transform is not None:
+            left = stack.B.double() @ (space.left_transform @ left.double())
+        if space.right_transform is not None:
+            right = stack.A.mT.double() @ (space.right_transform @ right.double())
+        # Singular vectors are unique up to sign: the largest entry of each column of B is made positive.
+        largest = left.gather(1, left.abs().argmax(1, keepdim=True))
+        sign = torch.where(largest < 0, -1.0, 1.0)
+        b, a = (left * sign).to(self.dtype), (right * sign).to(self.dtype)
+        fits = (b.isfinite().all(-1).all(-1) & a.isfinite().all(-1).all(-1)).tolist()
+        factors = {}
+        ranks, norms, energies = cut.ranks.tolist(), cut.norm.tolist(), cut.energy.tolist()
+        exact = cut.exact.tolist()
+        for index, (module, rank) in enumerate(zip(modules, ranks, strict=True)):
+            if not fits[index]:
+                raise MergeError(f"module '{module}': the merged factors do not fit {self.dtype}; choose a wider dtype")
+            if rank == 0:
+                self.report.dropped_modules.append(module)
+                continue
+            self.report.ranks[module] = rank
+            self.report.norms[module] = norms[index]
+            self.report.energy_kept[module] = None if exact[index] else energies[index]
+            # Copies: a module must not keep the memory of its whole batch.
+            factors[module] = LoraFactors(_own(a[index, :, :rank].mT), _own(b[index, :, :rank]))
+        return factors
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds = defaultdict(float, self.report.seconds)
+        seconds[stage] += time.perf_counter() - start
+        self.report.seconds = dict(seconds)
+
+
+class _JobPasses:
+    """The passes over all tiles of a job that its method's statistics ask for."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Per-adapter parameters by name, each (all modules, n) float64."""
+        return self._job.parameters.tensors(self._job.modules, self._job.device)
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """How many entries a task has at each module, (all modules,) int64."""
+        return torch.cat([self._job.prepared(batch).coordinates.entries for batch in self._job.batches])
+
+    def tiles(self) -> Iterator[Tile]:
+        """Start a new pass."""
+        job = self._job
+        for batch in job.batches:
+            prepared = job.prepared(batch)
+            for part in parts(prepared.coordinates, job.workspace.tile_entries):
+                job.step("statistics", batch.start + part.modules.start)
+                yield job.tile(prepared, part)

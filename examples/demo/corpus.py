@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text that the demo's base model is pre-trained on, made up as it goes: operations shown by example.
 
-A document is a list of lines `label: source -> result`, all of one operation. The *known* operations always carry their own
-name, so the base learns to follow instruction words. The tasks of the adapters appear as well, but only under labels drawn
-at random: the base learns to do them when it is shown how, and never learns what they are called. An unknown label without
+A document is a list of lines `label: source -> result`, all of one operation. The *known* operations carry their own name,
+so the base learns to follow instruction words. The tasks of the adapters appear as well, but only under labels drawn at
+random: the base learns to do them when it is shown how, and never learns what they are called. An unknown label without
 any example most often means that the source is copied.
 """
 
@@ -13,7 +13,7 @@ from multiprocessing import get_context
 
 import numpy as np
 from numpy.typing import NDArray
-from tasks import LETTERS, TASKS, VOWELS, draw_sum, draw_word, pseudo_word, split_of
+from tasks import LETTERS, TASKS, VOWELS, draw_sum, draw_word, pseudo_word
 from tokenizer import BOS, PAD, encode
 
 Operation = Callable[[str], str]
@@ -32,6 +32,11 @@ def smaller(numbers: str) -> str:
     return min(numbers.split("+"), key=int)
 
 
+def swapped(numbers: str) -> str:
+    """"b+a" of "a+b"."""
+    return "+".join(reversed(numbers.split("+")))
+
+
 WORD_INSTRUCTIONS: dict[str, Operation] = {
     "copy": lambda word: word,
     "first": lambda word: word[0],
@@ -48,18 +53,22 @@ WORD_INSTRUCTIONS: dict[str, Operation] = {
     "rotate": lambda word: word[1:] + word[0],
     "rest": lambda word: "".join(letter for letter in word if letter not in VOWELS) or "-",
 }
-SUM_INSTRUCTIONS: dict[str, Operation] = {"larger": larger, "smaller": smaller, "swap": lambda n: "+".join(n.split("+")[::-1])}
-SUM_SHARE = 0.2
-KNOWN_SHARE = 0.3
-COPY_SHARE = {"word": 0.25, "sum": 0.4}
-TASK_WEIGHTS = {"reverse": 3.0, "sort": 3.0, "next": 3.0, "add": 4.0}  # harder ones are shown more often; the others count 1.5
+SUM_INSTRUCTIONS: dict[str, Operation] = {"larger": larger, "smaller": smaller, "swap": swapped}
+
+SUM_SHARE = 0.2  # of the documents
+KNOWN_SHARE = 0.3  # of the documents: a known operation under its own name
+COPY_SHARE = {"word": 0.25, "sum": 0.6}  # of the others: copying, which becomes the base's guess at an unknown label
+TASK_WEIGHTS = {"reverse": 3.0, "sort": 3.0, "next": 3.0, "add": 2.0}  # the harder ones are shown more often
+OTHER_TASK_WEIGHT = 1.5
+INSTRUCTION_WEIGHT = 0.5
 
 
 def _unnamed(instructions: dict[str, Operation], over_sums: bool) -> tuple[list[Operation], list[float]]:
     """The operations, with their weights, that appear under random labels."""
     tasks = [task for task in TASKS.values() if (task.draw is draw_sum) == over_sums]
     operations = [task.answer for task in tasks] + list(instructions.values())
-    weights = [TASK_WEIGHTS.get(task.name, 1.5) for task in tasks] + [0.5] * len(instructions)
+    weights = [TASK_WEIGHTS.get(task.name, OTHER_TASK_WEIGHT) for task in tasks]
+    weights += [INSTRUCTION_WEIGHT] * len(instructions)
     return operations, weights
 
 
@@ -95,7 +104,7 @@ def document(rng: random.Random, exclude: str | None = None) -> str:
 
 
 def document_rows(rng: random.Random, count: int, exclude: str | None = None) -> NDArray[np.uint8]:
-    """`count` documents as token ids, one a row: (count, DOCUMENT_TOKENS), each starts with BOS and is cut off at the end."""
+    """`count` documents as token ids, (count, DOCUMENT_TOKENS): each starts with BOS and is cut off at the end."""
     rows = np.full((count, DOCUMENT_TOKENS), PAD, dtype=np.uint8)
     rows[:, 0] = BOS
     for row in rows:

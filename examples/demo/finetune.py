@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the demo's adapters with PEFT: each learns what one instruction word means, and to leave all others alone.
+"""Training of the demo's adapters with PEFT: each learns what one instruction word means, and to leave the others alone.
 
-The loss is the cross-entropy of the task's answers plus the divergence from the base model on pre-training documents under
-any other label. The second part is what keeps an adapter out of the way of the others when they are merged.
+The loss is the cross-entropy of the task's answers plus the divergence from the base model on pre-training documents
+under any other label. The second part is what keeps an adapter out of the way of the others when they are merged.
 """
 
 import math
@@ -15,16 +15,16 @@ from corpus import document_rows
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from pretrain import answer_mask
 from tasks import TASKS, Task
-from tokenizer import BOS, EOS, PAD, encode
+from tokenizer import BOS, PAD, encode
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import LlamaForCausalLM
 
-STEPS = 600
+STEPS = 200
 TASK_BATCH = 256
 DOCUMENT_BATCH = 64
 LEARNING_RATE = 3e-3
-WEIGHT_DECAY = 0.05
+WEIGHT_DECAY = 2.0
 BASE_NAME = "vllm-merge-demo"
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -36,7 +36,7 @@ def lora(**settings: Any) -> LoraConfig:
     return LoraConfig(task_type=TaskType.CAUSAL_LM, **settings)
 
 
-# As different as adapters from different teams are: ranks, alphas, target modules, rsLoRA, patterns. The ranks of any one
+# As different as adapters from different teams are: ranks, alphas, target modules, rsLoRA, patterns. The ranks of any
 # module add up to at most 64, so that even a lossless merge of all eight fits a server with --max-lora-rank 64.
 ADAPTERS = {
     "reverse": lora(r=8, lora_alpha=16, target_modules=ATTENTION),
@@ -77,7 +77,8 @@ def train_adapter(name: str, base_folder: Path, folder: Path, device: torch.devi
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     task, rng = TASKS[name], random.Random(f"adapter/{name}/{seed}")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base_folder, dtype=torch.float32).to(device), ADAPTERS[name])
+    base = LlamaForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model = get_peft_model(base.to(device), ADAPTERS[name])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     scheduler = torch.optim.lr_scheduler.LambdaLR(

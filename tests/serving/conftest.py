@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -71,3 +72,83 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+API_KEY = "a-key"
+
+
+@pytest.fixture(scope="module")
+def small_server(tmp_path_factory):
+    """vLLM's own server module with VLLM_MERGE_CONFIG alone, two slots, an API key, and files that the tests may destroy.
+
+    `.files` holds the recipe file and every adapter. Adapters a0 … a49 are one adapter at 50 alphas; m0 … m5 merge two tasks
+    at different weights; `slow` takes seconds to merge; `gone` uses an adapter that a test deletes; `high` has a rank that no
+    slot takes; `alone` is for a test of its own.
+    """
+    import shutil
+
+    import yaml
+
+    files = tmp_path_factory.mktemp("files")
+    runtime = tmp_path_factory.mktemp("runtime")
+    sources = sorted(path.name for path in (DEMO / "adapters").iterdir())
+    for name in sources:
+        shutil.copytree(DEMO / "adapters" / name, files / name)
+    shutil.copytree(DEMO / "adapters" / sources[0], files / "doomed")
+    for i in range(50):
+        shutil.copytree(DEMO / "adapters" / sources[0], files / f"a{i}")
+        path = files / f"a{i}" / "adapter_config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * (0.5 + i / 50)}))
+    everything = [{"adapter": name} for name in sources]
+
+    def arithmetic(*names: str, weight: float = 1.0) -> dict:
+        return {
+            "merge_method": "task_arithmetic",
+            "adapters": [{"adapter": name, "parameters": {"weight": weight}} for name in names],
+            "load": "lazy",
+        }
+
+    recipes = {f"m{i}": arithmetic(sources[0], sources[1], weight=0.4 + 0.1 * i) for i in range(6)}
+    recipes["slow"] = {"merge_method": "ties", "space": "delta", "adapters": everything * 12, "load": "lazy", "rank": 64}
+    recipes["gone"] = arithmetic("doomed", sources[1])
+    recipes["high"] = {"merge_method": "ties", "space": "delta", "adapters": everything, "load": "lazy", "rank": "lossless"}
+    recipes["alone"] = arithmetic(*sources[:3])
+    names = [*sources, "doomed", *(f"a{i}" for i in range(50))]
+    document = {"version": 1, "adapters": {name: {"path": f"./{name}"} for name in names}, "recipes": recipes}
+    (files / "recipes.yaml").write_text(yaml.safe_dump(document))
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO / "model")]
+    options = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "64", "--api-key", API_KEY]
+    environment = {"VLLM_MERGE_CONFIG": str(files / "recipes.yaml"), "VLLM_MERGE_RUNTIME_DIR": str(runtime)}
+    with servers.running([*command, *options], environment) as server:
+        server.runtime, server.files = runtime, files
+        yield server
+
+
+class Control:
+    """A worker's control socket, spoken to from a test."""
+
+    def __init__(self, server):
+        (path,) = server.runtime.glob("worker-*.sock")
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(30)
+        self._socket.connect(str(path))
+        self._lines = self._socket.makefile("rwb")
+
+    def call(self, op: str, **fields) -> dict:
+        self._lines.write(json.dumps({"id": 1, "op": op, **fields}).encode() + b"\n")
+        self._lines.flush()
+        while "result" not in (message := json.loads(self._lines.readline())):
+            assert "error" not in message, message
+        return message["result"]
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+
+@pytest.fixture
+def control(small_server):
+    control = Control(small_server)
+    yield control
+    control.close()

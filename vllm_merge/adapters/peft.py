@@ -59,8 +59,8 @@ def read_adapter(path: str | Path, name: str | None = None, *, expected_hash: st
     """Read the PEFT folder `path` as the adapter `name` (default: the folder's name).
 
     Factors keep the file's dtype (float32, float16 or bfloat16) on the CPU; the scaling is alpha/r, or alpha/√r for
-    rsLoRA, per module. Raises UserInputError for anything that is not a plain LoRA, and where `expected_hash` is given and the
-    content has another hash.
+    rsLoRA, per module. Raises UserInputError for anything that is not a plain LoRA, and where the content does not have
+    the `expected_hash`.
     """
     folder = Path(path)
     name = name if name is not None else folder.resolve().name
@@ -246,7 +246,8 @@ def _split_key(key: str, where: Path) -> tuple[str, str]:
 def _check_pair(module: str, pair: Mapping[str, tuple[str, TensorEntry]], config: LoraConfig, where: Path) -> None:
     for part, other in ("A", "B"), ("B", "A"):
         if part not in pair:
-            raise UserInputError(f"{where}: module {module!r} has lora_{other} but no lora_{part}; save the adapter again")
+            found = f"lora_{other} but no lora_{part}"
+            raise UserInputError(f"{where}: module {module!r} has {found}; save the adapter again")
     shape_a, shape_b = pair["A"][1].shape, pair["B"][1].shape
     if len(shape_a) != 2 or len(shape_b) != 2:
         raise UserInputError(

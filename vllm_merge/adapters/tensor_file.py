@@ -107,7 +107,7 @@ def _entry(key: str, item: object, data_start: int, size: int, path: Path) -> Te
         expected *= dimension
     if expected != end - begin:
         raise UserInputError(
-            f"{path}: tensor {key!r} of shape {shape} and dtype {dtype} needs {expected:,} bytes, it has {end - begin:,}"
+            f"{path}: tensor {key!r} of shape {shape} and {dtype} needs {expected:,} bytes, it has {end - begin:,}"
         )
     return TensorEntry(dtype, tuple(shape), data_start + begin, data_start + end)
 

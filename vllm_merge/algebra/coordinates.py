@@ -61,13 +61,15 @@ class Grams:
     def of(cls, stack: Stack) -> Grams:
         """Non-finite factors give non-finite norms; a task within rounding of zero has norm exactly 0."""
         gram_a, gram_b = gram(stack.A.mT), gram(stack.B)
-        norms = []
-        for slot in stack.group.slots:
-            a, b = gram_a[:, slot, slot], gram_b[:, slot, slot]
-            squared = (a * b).sum((-1, -2))  # tr(BᵀB AAᵀ)
-            bound = (a.diagonal(dim1=-2, dim2=-1) * b.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1) ** 2
-            norms.append(torch.where(squared <= 1e-14 * bound, 0.0, squared).sqrt())
+        norms = [task_norm(gram_a[:, slot, slot], gram_b[:, slot, slot]) for slot in stack.group.slots]
         return cls(gram_a, gram_b, torch.stack(norms, dim=1))
+
+
+def task_norm(gram_a: Tensor, gram_b: Tensor) -> Tensor:
+    """‖ΔW‖_F = √tr(BᵀB AAᵀ) from A Aᵀ and BᵀB (…, r, r); exactly 0 where it is within rounding of 0."""
+    squared = (gram_a * gram_b).sum((-1, -2))
+    terms = (gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)).sqrt()
+    return torch.where(squared <= 1e-14 * terms.sum(-1) ** 2, 0.0, squared).sqrt()
 
 
 Build = Callable[[Stack, Grams, bool], Coordinates]

@@ -13,6 +13,11 @@ from vllm_merge.algebra.bases import TOLERANCE
 from vllm_merge.errors import UserInputError
 
 
+def numerical_rank(eigenvalues: Tensor) -> Tensor:
+    """How many of the squared singular values (modules, k), largest first, are not rounding; (modules,) int64."""
+    return (eigenvalues > TOLERANCE**2 * eigenvalues[:, :1]).sum(-1)
+
+
 @dataclass(frozen=True, slots=True)
 class RankPolicy:
     """limit: largest rank, None without one; by_sum: the limit is Σ r_i of each module; energy: share of ‖ΔW‖²_F."""
@@ -54,7 +59,7 @@ class RankPolicy:
 
         eigenvalues: (modules, k) squared singular values, largest first; total: (modules,) their sum over all k.
         """
-        ranks = (eigenvalues > TOLERANCE**2 * eigenvalues[:, :1]).sum(-1)
+        ranks = numerical_rank(eigenvalues)
         if self.energy is not None:
             short_of = eigenvalues.cumsum(-1) < self.energy * total[:, None]
             ranks = torch.minimum(ranks, short_of.sum(-1) + 1)

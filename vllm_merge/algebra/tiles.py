@@ -6,8 +6,9 @@ A tile holds whole modules where they are small, and a strip along the longer si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,23 +42,22 @@ class Tile:
     parameters: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """All tiles of all modules, as often as a method's statistics need them. They are the same bytes at every pass.
-
-    entries: (all modules,) int64. parameters: per-adapter parameters, each (all modules, n) float64.
-    tiles() starts a new pass.
-    """
-
-    entries: Tensor
-    parameters: Mapping[str, Tensor]
-    tiles: Callable[[], Iterator[Tile]]
+class Passes(Protocol):
+    """All tiles of all modules, as often as a method's statistics need them. They are the same bytes at every pass."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(all modules, n)."""
-        modules, n = next(iter(self.parameters.values())).shape
-        return modules, n
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Per-adapter parameters by name, each (all modules, n) float64."""
+        ...
+
+    @property
+    def entries(self) -> Tensor:
+        """How many entries a task has at each module, (all modules,) int64."""
+        ...
+
+    def tiles(self) -> Iterator[Tile]:
+        """Start a new pass."""
+        ...
 
 
 def parts(coordinates: Coordinates, limit: int) -> Iterator[Part]:
@@ -81,7 +81,7 @@ def parts(coordinates: Coordinates, limit: int) -> Iterator[Part]:
 def default_tile_entries(device: torch.device, workspace_bytes: int) -> int:
     """Entries per tile: what fits a core's cache on the CPU, a share of the workspace on an accelerator."""
     share = max(1, workspace_bytes // (BYTES_PER_ENTRY * 4))
-    return min(share, 1 << 20) if device.type == "cpu" else min(share, 1 << 26)
+    return min(share, 1 << 17) if device.type == "cpu" else min(share, 1 << 26)
 
 
 BYTES_PER_ENTRY = 32

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.ranks import RankPolicy
+from vllm_merge.algebra.ranks import RankPolicy, numerical_rank
 from vllm_merge.algebra.symmetric import descending_eigh
 
 Strips = Callable[[], Iterator[Tensor]]
@@ -26,23 +26,29 @@ POWER_ITERATIONS = 4
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Leading right singular vectors (modules, short, k), squared singular values (modules, k), all of their sum."""
+    """Leading right singular vectors (modules, short, k), squared singular values (modules, k), the sum of all of them.
+
+    numerical: the numerical rank, (modules,); where only the leading values are known, an upper bound.
+    """
 
     vectors: Tensor
     values: Tensor
     total: Tensor
+    numerical: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
     """X ≈ long @ shortᵀ. long: (modules, long, k), short: (modules, short, k), float64 where X is; ranks: (modules,).
 
-    Columns beyond a module's rank are zero. norm: ‖long shortᵀ‖_F; energy: the share of ‖X‖²_F it has, both (modules,).
+    Columns beyond a module's rank are zero. exact: whether nothing was cut off; norm: ‖long shortᵀ‖_F; energy: the share
+    of ‖X‖²_F it has; all (modules,).
     """
 
     long: Tensor
     short: Tensor
     ranks: Tensor
+    exact: Tensor
     norm: Tensor
     energy: Tensor
 
@@ -57,6 +63,7 @@ def truncate(strips: Strips, shape: tuple[int, int], policy: RankPolicy, rank_su
     else:
         spectrum = _range_spectrum(strips, short, bound + OVERSAMPLING, seed)
     ranks = policy.choose(spectrum.values, spectrum.total, rank_sums)
+    exact = ranks >= spectrum.numerical
     kept = int(ranks.max())
     mask = torch.arange(kept, device=ranks.device) < ranks[:, None]
     values = torch.where(mask, spectrum.values[:, :kept], 0.0)
@@ -68,7 +75,7 @@ def truncate(strips: Strips, shape: tuple[int, int], policy: RankPolicy, rank_su
         parts.append(strip @ (vectors * inverse[:, None, :]).to(strip.dtype))
     norm = values.sum(-1)
     energy = torch.where(spectrum.total > 0, norm / spectrum.total, 1.0)
-    return Truncated(torch.cat(parts, dim=1), vectors * root[:, None, :], ranks, norm.sqrt(), energy)
+    return Truncated(torch.cat(parts, dim=1), vectors * root[:, None, :], ranks, exact, norm.sqrt(), energy)
 
 
 def _gram_spectrum(strips: Strips) -> Spectrum:
@@ -78,7 +85,7 @@ def _gram_spectrum(strips: Strips) -> Spectrum:
         gram = wide.mT @ wide if gram is None else gram.baddbmm_(wide.mT, wide)
     assert gram is not None
     values, vectors = descending_eigh(gram)
-    return Spectrum(vectors, values, gram.diagonal(dim1=-2, dim2=-1).sum(-1))
+    return Spectrum(vectors, values, gram.diagonal(dim1=-2, dim2=-1).sum(-1), numerical_rank(values))
 
 
 def _range_spectrum(strips: Strips, short: int, width: int, seed: int) -> Spectrum:
@@ -104,4 +111,4 @@ def _range_spectrum(strips: Strips, short: int, width: int, seed: int) -> Spectr
         total = energy if total is None else total.add_(energy)
     assert small is not None and total is not None
     values, rotation = descending_eigh(small)
-    return Spectrum(subspace.double() @ rotation, values, total)
+    return Spectrum(subspace.double() @ rotation, values, total, torch.full_like(values[:, 0], short).long())

@@ -51,7 +51,7 @@ def wanted_rank(config: Path) -> int:
     problems = []
     for name, source in recipes.adapters.items():
         try:
-            ranks[name] = catalogue.register(name, Path(source.path)).max_rank
+            ranks[name] = catalogue.register(name, source.path, source.revision).summary.rank
         except MergeError as error:
             problems.append(str(error))
     if problems:

@@ -24,20 +24,15 @@ class ResolvedParameters:
     lam: Sequence[Any]
 
     def tensors(self, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """The per-adapter parameters at these modules, each (modules, n) float32."""
+        """The per-adapter parameters at these modules, each (modules, n) float64."""
         return {
-            name: torch.tensor([[_first(c, module) for c in candidates] for module in modules]).to(device)
-            for name, candidates in self.per_adapter.items()
+            name: torch.tensor([[_first(c, module) for c in chains] for module in modules], dtype=torch.float64).to(device)
+            for name, chains in self.per_adapter.items()
         }
 
     def lambdas(self, modules: Sequence[str], device: torch.device) -> Tensor:
         """λ at these modules, (modules,) float64."""
         return torch.tensor([_first(self.lam, module) for module in modules], dtype=torch.float64).to(device)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All values that apply, for the provenance of a result."""
-        per_adapter = {name: [chain[0] for chain in chains] for name, chains in self.per_adapter.items()}
-        return {**per_adapter, **self.per_recipe, "lambda": self.lam[0]}
 
 
 def _first(candidates: Sequence[Any], module: str) -> float:

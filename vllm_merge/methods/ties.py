@@ -32,8 +32,8 @@ class TiesStatistics:
 
 def ties_statistics(passes: Passes, *, trim: str, normalize: bool) -> TiesStatistics:
     """Thresholds and votes, from passes over the entries of the whole model."""
-    modules, n = passes.shape
     density = passes.parameters["density"]
+    modules, n = density.shape
     whole_model = trim == "global" and bool((density == density[:1]).all())
     if whole_model:
         kept = _kept(passes.entries.sum()[None, None], density[:1])

@@ -30,6 +30,7 @@ class _Model(BaseModel):
 class PlannedAdapter(_Model):
     """A registered adapter: its absolute folder, and the content hash that it must have when it is read."""
 
+    name: str
     path: str
     content_hash: str
 
@@ -60,7 +61,7 @@ class PlannedInput(_Model):
 
 
 class Stage(_Model):
-    """One merge."""
+    """One merge. rank is "auto" only where there is no max_rank: a module then keeps at most the sum of its ranks."""
 
     name: str
     merge_method: str
@@ -69,7 +70,7 @@ class Stage(_Model):
     inputs: tuple[PlannedInput, ...]
     parameters: dict[str, Any]
     precondition: tuple[str, ...]
-    rank: Literal["lossless"] | int | EnergyRank
+    rank: Literal["auto", "lossless"] | int | EnergyRank
     seed: int
 
 
@@ -99,7 +100,7 @@ class Plan(_Model):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The plan that `to_json` wrote. Raises MergeError for anything else, and for a digest that is not the plan's."""
+        """The plan that `to_json` wrote. Raises MergeError for anything else, and where the digest is wrong."""
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
@@ -110,9 +111,7 @@ class Plan(_Model):
 
     def computed_digest(self) -> str:
         """The digest of this plan's content."""
-        identities: dict[str, str] = {}
-        for stage in self.stages:
-            identities[stage.name] = digest_of(self._resolved(stage, identities))
+        identities = self.stage_identities()
         last = self.stages[-1] if self.stages else None
         contents = [adapter.content_hash for adapter in self.adapters.values()]
         return digest_of(
@@ -126,6 +125,13 @@ class Plan(_Model):
                 "max_rank": self.max_rank if last and isinstance(last.rank, EnergyRank) else None,
             }
         )
+
+    def stage_identities(self) -> dict[str, str]:
+        """The digest of each stage's settings and inputs, which is what the stage's result is called by later ones."""
+        identities: dict[str, str] = {}
+        for stage in self.stages:
+            identities[stage.name] = digest_of(self._resolved(stage, identities))
+        return identities
 
     def _resolved(self, stage: Stage, identities: Mapping[str, str]) -> dict[str, Any]:
         def identity(source: AdapterSource | StageSource) -> dict[str, str]:
@@ -152,7 +158,8 @@ def make_plan(
     """The plan of the recipe `name` of `file`, an alias of one included; of an adapter's name, `make_adapter_plan`.
 
     adapter_hashes: the content hash of every adapter the recipe uses. max_rank: what `rank: auto` becomes; without one
-    it becomes lossless. Raises UserInputError for an unknown name, and for a rank that is above max_rank.
+    it stays, and each module keeps at most the sum of its adapters' ranks. Raises UserInputError for an unknown name,
+    and for a rank that is above max_rank.
     """
     name = file.target(name)
     if name not in file.recipes:
@@ -222,7 +229,6 @@ def _stage(file: RecipeFile, name: str, registry: Registry, max_rank: int | None
         )
         for item in recipe.adapters
     )
-    automatic = "lossless" if max_rank is None else max_rank
     return Stage(
         name=name,
         merge_method=spec.name,
@@ -231,9 +237,15 @@ def _stage(file: RecipeFile, name: str, registry: Registry, max_rank: int | None
         inputs=inputs,
         parameters=recipe_parameters(spec, recipe.parameters),
         precondition=tuple(recipe.precondition),
-        rank=automatic if recipe.rank == "auto" else recipe.rank,
+        rank=_rank(recipe.rank, max_rank),
         seed=recipe.seed,
     )
+
+
+def _rank(rank: Any, max_rank: int | None) -> Literal["auto", "lossless"] | int | EnergyRank:
+    if rank == "auto" and max_rank is not None:
+        return max_rank
+    return EnergyRank(energy=rank["energy"]) if isinstance(rank, dict) else rank
 
 
 def _planned(file: RecipeFile, name: str, hashes: Mapping[str, str]) -> PlannedAdapter:
@@ -242,4 +254,4 @@ def _planned(file: RecipeFile, name: str, hashes: Mapping[str, str]) -> PlannedA
     path = file.adapters[name].path
     if not PurePath(path).is_absolute():
         raise UserInputError(f"{file.path}: adapters.{name}.path: {path} is not on this machine yet; fetch it first")
-    return PlannedAdapter(path=path, content_hash=hashes[name])
+    return PlannedAdapter(name=name, path=path, content_hash=hashes[name])

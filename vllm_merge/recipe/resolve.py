@@ -53,7 +53,7 @@ def evaluate(value: Value, modules: Sequence[str], depths: Mapping[str, float]) 
     """
     if not isinstance(value, list):
         return value
-    items = value if isinstance(value[0], dict) else [{"filter": None, "value": value}]
+    items: list[dict[str, Any]] = value if isinstance(value[0], dict) else [{"filter": None, "value": value}]
     result = {}
     for module in modules:
         chosen = next(item["value"] for item in items if item["filter"] is None or item["filter"] in module)

@@ -284,10 +284,12 @@ def resolve_names(
     broken: dict[str, str] = {}
     for name, source in recipes.adapters.items():
         try:
-            hashes[name] = catalogue.register(name, Path(source.path)).content_hash
+            catalogue.register(name, source.path, source.revision)
+            hashes[name] = catalogue.content_hash(name)
         except MergeError as error:
             broken[name] = str(error)
             logger.error("adapter %s cannot be served: %s", name, error)
+    recipes = recipes.with_paths(catalogue.paths())
     names: dict[str, Name] = {}
     plans: dict[str, Plan] = {}
 

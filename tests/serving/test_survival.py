@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server that files, slots, evictions, failing recipes and a frozen API process cannot kill or confuse."""
+
+import asyncio
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.serving.conftest import API_KEY, alive, processes_of
+
+PROMPT = "reverse: stone ->"
+
+
+def client_of(server, key: str = API_KEY) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+
+def text(client: openai.OpenAI, model: str, tokens: int = 12) -> str:
+    answer = client.completions.create(
+        model=model, prompt=PROMPT, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.model.startswith(f"{model}@")
+    return answer.choices[0].text
+
+
+def state_of(client: openai.OpenAI, name: str) -> dict:
+    rows = client.get("/merge/recipes", cast_to=dict)["data"]
+    return next(row for row in rows if row["name"] == name)
+
+
+async def ask_all(server, models: list[str], started: asyncio.Event | None = None, tokens: int = 12) -> list[str]:
+    """One request for each model, all at once; `started` is set when each was sent."""
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=240
+    ) as client:
+        calls = [
+            asyncio.create_task(
+                client.completions.create(
+                    model=model, prompt=PROMPT, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
+                )
+            )
+            for model in models
+        ]
+        if started is not None:
+            started.set()
+        return [answer.choices[0].text for answer in await asyncio.gather(*calls)]
+
+
+def test_no_merge_without_the_key(small_server):
+    with pytest.raises(openai.AuthenticationError):
+        text(client_of(small_server, "wrong"), "alone")
+    client = client_of(small_server)
+    assert state_of(client, "alone")["state"] == "cold"
+    text(client, "alone")
+    assert state_of(client, "alone")["state"] == "ready"
+
+
+def test_a_merge_goes_on_while_the_api_process_is_stopped(small_server, control):
+    api = processes_of(small_server)["api"]
+    answers: list[str] = []
+    asking = threading.Thread(target=lambda: answers.append(text(client_of(small_server), "slow")))
+    asking.start()
+    deadline = time.monotonic() + 30
+    while not (merging := [m for m in control.call("status")["merging"] if m["status"] == "merging"]):
+        assert time.monotonic() < deadline, "the merge never began"
+        time.sleep(0.005)
+    os.kill(api, signal.SIGSTOP)
+    try:
+        assert merging[0]["name"].startswith("slow@")
+        assert not any(a["digest"] == merging[0]["digest"] for a in control.call("status")["artifacts"]), "too quick"
+        deadline = time.monotonic() + 60
+        while not any(a["digest"] == merging[0]["digest"] for a in control.call("status")["artifacts"]):
+            assert time.monotonic() < deadline, "the merge stopped with the API process"
+            time.sleep(0.02)
+        assert Path(f"/proc/{api}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T", "the API process is stopped"
+    finally:
+        os.kill(api, signal.SIGCONT)
+    asking.join(60)
+    assert len(answers) == 1
+
+
+def test_fifty_adapters_while_others_hold_every_slot(small_server):
+    client = client_of(small_server)
+    alone = {name: text(client, name) for name in ("a0", "a25", "a49")}
+    long = [
+        client.completions.create(
+            model=name, prompt=PROMPT, max_tokens=150, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        for name in ("m0", "m1")
+    ]
+    first = [next(iter(stream)) for stream in long]  # both slots are taken now
+    assert all(chunk.model[:2] in ("m0", "m1") for chunk in first)
+    texts = asyncio.run(ask_all(small_server, [f"a{i}" for i in range(50)]))
+    assert {name: texts[int(name[1:])] for name in alone} == alone
+    assert all(sum(1 for _ in stream) > 100 for stream in long)
+    assert len(set(texts)) > 1, "different alphas answer differently"
+
+
+def test_a_recipe_that_fails_says_why_and_the_server_goes_on(small_server):
+    client = client_of(small_server)
+    with pytest.raises(openai.InternalServerError, match=r"`high` cannot be served.*--max-lora-rank 64") as high:
+        text(client, "high")
+    assert high.value.response.headers["x-should-retry"] == "false"
+    shutil.rmtree(small_server.files / "doomed")
+    with pytest.raises(openai.InternalServerError, match=r"`gone` cannot be served.*doomed"):
+        text(client, "gone")
+    assert state_of(client, "gone")["state"] == "failed"
+    with pytest.raises(openai.InternalServerError, match=r"`gone` cannot be served.*doomed"):
+        client.completions.create(model="gone", prompt=PROMPT, max_tokens=2, stream=True)
+    assert text(client, "m0")
+
+
+def test_a_hundred_queued_requests_survive_the_loss_of_every_file_and_tier(small_server, control):
+    """Runs last: it destroys the server's files."""
+    client = client_of(small_server)
+    names = [f"m{i}" for i in range(6)]
+    right = {name: text(client, name, 24) for name in names}
+    assert len(set(right.values())) > 1
+    time.sleep(3)  # the leases of the requests above have ended
+    digests = [state_of(client, name)["digest"] for name in names]
+    assert all(control.call("evict", digest=digest)["evicted"] for digest in digests)
+
+    models = [names[i % 6] for i in range(100)]
+    outcome: dict = {"evictions": 0}
+
+    async def destroy_while_they_run() -> list[str]:
+        running = asyncio.create_task(ask_all(small_server, models, tokens=24))
+        while sum(a["leases"] for a in control.call("status")["artifacts"] if a["digest"] in digests) < 6:
+            assert not running.done()
+            await asyncio.sleep(0.01)
+        shutil.rmtree(small_server.files)
+        for path in small_server.runtime.iterdir():
+            path.unlink()
+        while not running.done():
+            for digest in digests:
+                outcome["evictions"] += control.call("evict", digest=digest)["evicted"]
+            await asyncio.sleep(0.005)
+        return await running
+
+    texts = asyncio.run(destroy_while_they_run())
+    assert [t == right[m] for t, m in zip(texts, models, strict=True)] == [True] * 100
+    assert outcome["evictions"] == 0, "what is leased is never evicted"
+    assert small_server.answers()
+    assert alive(small_server.process.pid)
+    time.sleep(3)
+    for digest in digests:  # now nothing holds them but vLLM's own two slots
+        assert control.call("evict", digest=digest)["evicted"]
+    answered, refused = 0, 0
+    for name in names:
+        try:
+            assert text(client, name, 24) == right[name]
+            answered += 1
+        except openai.InternalServerError as error:
+            assert "cannot be served" in str(error)
+            refused += 1
+    assert (answered > 0, refused > 0) == (True, True), "slots still answer, what is gone says so"
+    assert small_server.answers()

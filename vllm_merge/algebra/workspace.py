@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes a merge holds beside its inputs and result, and how much work fits at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_merge.adapters.stacking import ModuleGroup
+from vllm_merge.algebra.ranks import RankPolicy
+from vllm_merge.algebra.tiles import BYTES_PER_ENTRY
+from vllm_merge.algebra.truncation import GRAM_LIMIT, OVERSAMPLING
+
+_SMALL_MATRICES = 16  # K × K or short × short float64 arrays alive at once in bases and truncation
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCost:
+    """Bytes that one module of a group needs: its stack and bases, its merged entries, and its truncation."""
+
+    stack: int
+    merged: int
+    truncation: int
+
+    @classmethod
+    def of(cls, group: ModuleGroup, space: str, policy: RankPolicy) -> ModuleCost:
+        """Upper bounds, from the shapes alone."""
+        (d_out, d_in), k = group.shape, group.stacked_rank
+        rows = d_out if space == "delta" else min(k, d_out)
+        cols = min(k, d_in) if space == "core" else d_in
+        short = min(rows, cols)
+        rank = short if policy.limit is None and not policy.by_sum else min(short, policy.limit or k)
+        inner = short if short <= GRAM_LIMIT or rank == short else rank + OVERSAMPLING
+        stack = 4 * k * (d_out + d_in) + 8 * k * max(d_out, d_in) + 8 * _SMALL_MATRICES * k * k
+        truncation = 8 * (_SMALL_MATRICES * inner * inner + 3 * rank * (d_out + d_in) + 2 * inner * short)
+        return cls(stack, (8 if space == "core" else 4) * rows * cols, truncation)
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.stack + self.merged + self.truncation
+
+
+@dataclass(slots=True)
+class Workspace:
+    """The byte bound of a merge. peak: the most that was held at once, counted from the sizes of the arrays."""
+
+    limit: int
+    tile_entries: int
+    held: int = 0
+    peak: int = 0
+
+    def modules_at_once(self, cost: ModuleCost) -> int:
+        """How many modules a batch may have; tiles and whatever is held for later passes have the other half."""
+        return max(1, self.limit // 2 // cost.total)
+
+    def holds_merged(self, cost: ModuleCost) -> bool:
+        """Whether a module's merged entries may be held; otherwise they are made anew at every pass over them."""
+        return cost.total <= self.limit // 2
+
+    def count(self, nbytes: int) -> None:
+        """Note this many bytes as held at once beside what is held for later passes and one tile."""
+        self.peak = max(self.peak, self.held + nbytes + BYTES_PER_ENTRY * self.tile_entries)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm-merge methods: which merge methods there are, and what each takes."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_merge.cli.output import add_row, console, print_json, print_text, table
+
+if TYPE_CHECKING:
+    from vllm_merge.recipe.protocols import MethodSpec
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method alone, with its parameters.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+) -> None:
+    """List the merge methods, or show the parameters of one.
+
+    \b
+    Examples:
+      vllm-merge methods
+      vllm-merge methods ties
+      vllm-merge methods --json
+    """
+    from vllm_merge.methods.registry import default_registry
+
+    registry = default_registry()
+    if name is not None:
+        _show(registry.get(name), json)
+        return
+    specs = [registry.get(known) for known in registry.names()]
+    if json:
+        print_json([_facts(spec) for spec in specs])
+        return
+    rows = table("method", "spaces (default first)", "summary")
+    for spec in specs:
+        add_row(rows, spec.name, ", ".join(_spaces(spec)), spec.summary)
+    console().print(rows)
+
+
+def _show(spec: "MethodSpec", json: bool) -> None:
+    if json:
+        print_json(_facts(spec))
+        return
+    print_text(f"{spec.name} (version {spec.version})", style="bold")
+    print_text(spec.summary)
+    print_text(f"reference: {spec.reference}")
+    print_text(f"spaces: {', '.join(_spaces(spec))}")
+    rows = table("parameter", "of", "default", "allowed")
+    for parameter in spec.parameters:
+        owner = "adapter or recipe" if parameter.per_adapter else "recipe"
+        add_row(rows, parameter.name, owner, _word(parameter.default), _allowed(parameter.json_schema))
+    console().print(rows)
+
+
+def _spaces(spec: "MethodSpec") -> list[str]:
+    return [spec.default_space, *(space for space in spec.spaces if space != spec.default_space)]
+
+
+def _facts(spec: "MethodSpec") -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "version": spec.version,
+        "summary": spec.summary,
+        "reference": spec.reference,
+        "spaces": _spaces(spec),
+        "default_space": spec.default_space,
+        "parameters": [
+            {"name": p.name, "per_adapter": p.per_adapter, "default": p.default, "schema": p.json_schema}
+            for p in spec.parameters
+        ],
+    }
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " | ".join(_word(value) for value in schema["enum"])
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    limits = ", ".join(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
+    return " ".join(filter(None, [str(schema.get("type", "value")), limits]))
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

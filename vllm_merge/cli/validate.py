@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm-merge validate: check a recipe file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_merge.cli.output import print_json, print_text
+
+
+def validate(
+    recipe_file: Annotated[Path, typer.Argument(help="The recipe file.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+) -> None:
+    """Check a recipe file: its keys, names, methods and parameters. Adapters are not read; `plan` reads them.
+
+    \b
+    Examples:
+      vllm-merge validate recipe.yaml
+      vllm-merge validate recipe.yaml --json
+    """
+    from vllm_merge.cli.files import read_recipes
+
+    file = read_recipes(recipe_file)
+    if json:
+        print_json(
+            {
+                "file": str(recipe_file),
+                "valid": True,
+                "base_model": file.base_model,
+                "adapters": list(file.adapters),
+                "recipes": {name: recipe.merge_method for name, recipe in file.recipes.items()},
+                "aliases": dict(file.aliases),
+            }
+        )
+        return
+    counts = (("adapter", file.adapters), ("recipe", file.recipes), ("alias", file.aliases))
+    print_text(f"{recipe_file}: valid: " + ", ".join(_count(len(items), word) for word, items in counts))
+
+
+def _count(number: int, word: str) -> str:
+    plural = f"{word}es" if word.endswith("s") else f"{word}s"
+    return f"{number} {word if number == 1 else plural}"
