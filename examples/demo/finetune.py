@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the demo's adapters with PEFT: each learns what one instruction word means, and to leave the others alone.
+"""Training of the demo's adapters with PEFT: each learns what one instruction word means, and no other.
 
 The loss is the cross-entropy of the task's answers plus the divergence from the base model on pre-training documents
 under any other label. The second part is what keeps an adapter out of the way of the others when they are merged.

@@ -53,7 +53,7 @@ def answer_mask(tokens: Tensor) -> Tensor:
     at = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     last_arrow = torch.where(tokens == ARROW_END, at, -1).cummax(1).values
     last_newline = torch.where(tokens == EOS, at, -1).cummax(1).values
-    follows = last_arrow[:, :-1] > last_newline[:, :-1]  # the token before belongs to an answer or is the arrow before it
+    follows = last_arrow[:, :-1] > last_newline[:, :-1]  # the token before is in an answer or is the arrow before it
     return torch.nn.functional.pad(follows, (1, 0))
 
 

@@ -94,7 +94,7 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None) 
 
 def merge_serve(model: Path, config: Path, *options: str) -> list[str]:
     """The command line of `vllm-merge serve`, by this Python."""
-    return [sys.executable, "-m", "vllm_merge.cli.app", "serve", str(model), "--config", str(config), *options]
+    return [sys.executable, "-m", "vllm_merge", "serve", str(model), "--config", str(config), *options]
 
 
 @contextlib.contextmanager

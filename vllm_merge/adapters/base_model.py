@@ -3,9 +3,9 @@
 
 For a folder: SHA-256 over config.json and, for each weight file in order of name, its name, its size, its safetensors
 header and 64 KiB from each of evenly spaced places; all files together give 64 such samples, so that some 4 MiB beside
-the headers are read whatever the model weighs. Two checkpoints of a model differ in nearly every weight, so samples tell them apart;
-a change of single weights on purpose may go unseen. For a Hub name: of the snapshot folder in the local cache; where
-there is none, of the name and the revision alone.
+the headers are read whatever the model weighs. Two checkpoints of a model differ in nearly every weight, so samples
+tell them apart; a change of single weights on purpose may go unseen. For a Hub name: of the snapshot folder in the
+local cache; where there is none, of the name and the revision alone.
 """
 
 import hashlib

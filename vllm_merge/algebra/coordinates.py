@@ -45,8 +45,11 @@ class Coordinates:
     def values(self, modules: slice, rows: slice, cols: slice) -> Tensor:
         """Entries (modules, n, rows, cols) of a part of the batch, the same bytes at every call."""
         left, right = self.left[modules, rows], self.right[modules, :, cols]
-        parts = [left[:, :, slot] @ right[:, slot] for slot in self.group.slots]
-        return torch.stack(parts, dim=1)
+        shape = (left.shape[0], len(self.group.slots), left.shape[1], right.shape[2])
+        values = torch.empty(shape, dtype=left.dtype, device=left.device)
+        for task, slot in enumerate(self.group.slots):
+            torch.matmul(left[:, :, slot], right[:, slot], out=values[:, task])
+        return values
 
 
 @dataclass(frozen=True, slots=True)

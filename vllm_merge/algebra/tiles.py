@@ -81,7 +81,7 @@ def parts(coordinates: Coordinates, limit: int) -> Iterator[Part]:
 def default_tile_entries(device: torch.device, workspace_bytes: int) -> int:
     """Entries per tile: what fits a core's cache on the CPU, a share of the workspace on an accelerator."""
     share = max(1, workspace_bytes // (BYTES_PER_ENTRY * 4))
-    return min(share, 1 << 17) if device.type == "cpu" else min(share, 1 << 26)
+    return min(share, 1 << 18) if device.type == "cpu" else min(share, 1 << 26)
 
 
 BYTES_PER_ENTRY = 32

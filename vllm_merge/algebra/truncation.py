@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thin factors of matrices that come in strips: exact from the Gram matrix, or by a randomised range finder.
+"""Thin factors of matrices that come in strips.
 
-Each matrix X (long, short), short ≤ long, is seen as strips of its rows, as often as needed. The result is the best
+All singular values, which `lossless` and {energy: x} need, come from the Gram matrix in float64. For a bounded rank the
+leading subspace is enough: from the Gram matrix in float32, or by a randomised range finder where that is too large,
+followed by Rayleigh–Ritz in float64. Each matrix X (long, short), short ≤ long, is seen as strips of its rows, as often as needed. The result is the best
 approximation of its rank (Eckart–Young): X ≈ L Rᵀ with √σ in both factors.
 """
 
@@ -19,7 +21,8 @@ from vllm_merge.algebra.symmetric import descending_eigh
 Strips = Callable[[], Iterator[Tensor]]
 """Starts a pass over the strips X[:, rows], each (modules, rows, short), in order."""
 
-GRAM_LIMIT = 1024
+EXACT_LIMIT = 128  # short side up to which all singular values are computed, in float64, whatever the rank
+GRAM_LIMIT = 1024  # short side up to which the leading vectors come from the Gram matrix rather than a sketch
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 
@@ -58,10 +61,13 @@ def truncate(strips: Strips, shape: tuple[int, int], policy: RankPolicy, rank_su
     long, short = shape
     limits = policy.limits(rank_sums)
     bound = None if limits is None else int(limits.max())
-    if bound is None or short <= GRAM_LIMIT or bound + OVERSAMPLING >= short // 2:
-        spectrum = _gram_spectrum(strips)
+    width = short if bound is None else min(short, bound + OVERSAMPLING)
+    if width == short or short <= EXACT_LIMIT:
+        spectrum = _full_spectrum(strips)
+    elif short <= GRAM_LIMIT or width >= short // 2:
+        spectrum = _spectrum_within(strips, _leading_vectors(strips, width))
     else:
-        spectrum = _range_spectrum(strips, short, bound + OVERSAMPLING, seed)
+        spectrum = _spectrum_within(strips, _sketch(strips, short, width, seed))
     ranks = policy.choose(spectrum.values, spectrum.total, rank_sums)
     exact = ranks >= spectrum.numerical
     kept = int(ranks.max())
@@ -78,18 +84,28 @@ def truncate(strips: Strips, shape: tuple[int, int], policy: RankPolicy, rank_su
     return Truncated(torch.cat(parts, dim=1), vectors * root[:, None, :], ranks, exact, norm.sqrt(), energy)
 
 
-def _gram_spectrum(strips: Strips) -> Spectrum:
+def _gram(strips: Strips, dtype: torch.dtype) -> Tensor:
     gram: Tensor | None = None
     for strip in strips():
-        wide = strip.double()
+        wide = strip.to(dtype)
         gram = wide.mT @ wide if gram is None else gram.baddbmm_(wide.mT, wide)
     assert gram is not None
+    return gram
+
+
+def _full_spectrum(strips: Strips) -> Spectrum:
+    gram = _gram(strips, torch.float64)
     values, vectors = descending_eigh(gram)
     return Spectrum(vectors, values, gram.diagonal(dim1=-2, dim2=-1).sum(-1), numerical_rank(values))
 
 
-def _range_spectrum(strips: Strips, short: int, width: int, seed: int) -> Spectrum:
-    """Subspace iteration on XᵀX from a seeded start, then Rayleigh–Ritz (Halko, Martinsson, Tropp, arXiv:0909.4061)."""
+def _leading_vectors(strips: Strips, width: int) -> Tensor:
+    """The leading eigenvectors of XᵀX in float32, (modules, short, width)."""
+    return descending_eigh(_gram(strips, torch.float32))[1][:, :, :width]
+
+
+def _sketch(strips: Strips, short: int, width: int, seed: int) -> Tensor:
+    """Subspace iteration on XᵀX from a seeded start (Halko, Martinsson, Tropp, arXiv:0909.4061, algorithm 4.4)."""
     start = torch.randn(short, width, generator=torch.Generator().manual_seed(seed))
     subspace: Tensor | None = None
     for _ in range(POWER_ITERATIONS):
@@ -102,13 +118,23 @@ def _range_spectrum(strips: Strips, short: int, width: int, seed: int) -> Spectr
         assert image is not None
         subspace = torch.linalg.qr(image).Q
     assert subspace is not None
-    small: Tensor | None = None
+    return subspace
+
+
+def _spectrum_within(strips: Strips, subspace: Tensor) -> Spectrum:
+    """Rayleigh–Ritz: the singular values and vectors of X restricted to a subspace (modules, short, width)."""
+    subspace = subspace.double()
+    subspace = 1.5 * subspace - 0.5 * subspace @ (subspace.mT @ subspace)  # orthonormal in float32, now in float64
+    projected: Tensor | None = None
     total: Tensor | None = None
     for strip in strips():
-        product = (strip @ subspace).double()
-        square, energy = product.mT @ product, strip.double().square().sum((-1, -2))
-        small = square if small is None else small.add_(square)
+        product = (strip @ subspace.to(strip.dtype)).double()
+        square, energy = product.mT @ product, strip.square().sum((-1, -2), dtype=torch.float64)
+        projected = square if projected is None else projected.add_(square)
         total = energy if total is None else total.add_(energy)
-    assert small is not None and total is not None
-    values, rotation = descending_eigh(small)
-    return Spectrum(subspace.double() @ rotation, values, total, torch.full_like(values[:, 0], short).long())
+    assert projected is not None and total is not None
+    values, rotation = descending_eigh(projected)
+    short, width = subspace.shape[1:]
+    ranks = numerical_rank(values)
+    # A rank that fills the subspace may be larger outside it.
+    return Spectrum(subspace @ rotation, values, total, torch.where(ranks < width, ranks, short))

@@ -29,7 +29,7 @@ class ModuleCost:
         cols = min(k, d_in) if space == "core" else d_in
         short = min(rows, cols)
         rank = short if policy.limit is None and not policy.by_sum else min(short, policy.limit or k)
-        inner = short if short <= GRAM_LIMIT or rank == short else rank + OVERSAMPLING
+        inner = short if short <= GRAM_LIMIT or 2 * (rank + OVERSAMPLING) >= short else rank + OVERSAMPLING
         stack = 4 * k * (d_out + d_in) + 8 * k * max(d_out, d_in) + 8 * _SMALL_MATRICES * k * k
         truncation = 8 * (_SMALL_MATRICES * inner * inner + 3 * rank * (d_out + d_in) + 2 * inner * short)
         return cls(stack, (8 if space == "core" else 4) * rows * cols, truncation)

@@ -41,11 +41,10 @@ def serve(ctx: typer.Context) -> None:
     command(args=ctx.args, prog_name="vllm-merge serve")
 
 
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with `arguments` (default: those of the process) and exit."""
     try:
-        app(args=list(arguments) if arguments is not None else None)
+        app(args=list(arguments) if arguments is not None else None, prog_name="vllm-merge")
     except UserInputError as error:
         print_error(str(error))
         sys.exit(WRONG_INPUT)

@@ -24,7 +24,9 @@ def merge(
     *,
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="The folder to write: new, empty, or an earlier result.", show_default=False),
+        typer.Option(
+            "-o", "--output", help="The folder to write: new, empty, or an earlier result.", show_default=False
+        ),
     ],
     device: Annotated[str, typer.Option(help="Where to merge: cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Of the result.")] = "float32",

@@ -7,7 +7,7 @@ In space `knots` it is KnOTS-TIES (arXiv:2410.19735, §4), in `core` Core-TIES (
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -20,56 +20,61 @@ from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
 
-@dataclass(frozen=True, slots=True)
 class TiesStatistics:
-    """threshold: smallest magnitude kept, (modules, n) float32. majority: sign taken where the weighted sum is exactly
-    0, (modules,). sign_conflict: share of entries whose kept values differ in sign, (modules,)."""
+    """What TIES needs to know of the whole model."""
 
-    threshold: Tensor
-    majority: Tensor
-    sign_conflict: Tensor
+    def __init__(self, passes: Passes, *, trim: str, normalize: bool) -> None:
+        self._passes = passes
+        density, entries = passes.parameters["density"], passes.entries[:, None]
+        self._whole_model = trim == "global" and bool((density == density[:1]).all())
+        if self._whole_model:
+            entries, density = entries.sum(0, keepdim=True), density[:1]
+        # As the original keeps |x| ≥ the (d − ⌊d·density⌋)-th smallest, it keeps ⌊d·density⌋ + 1 of d entries.
+        thresholds = kth_largest(self._entries, (entries * density).long() + 1)
+        modules, n = passes.parameters["density"].shape
+        self.threshold = thresholds.expand(modules, n)
+        """Smallest magnitude that is kept, (all modules, n) float32."""
+        self._kept, self._conflicts = entries.new_zeros(modules), entries.new_zeros(modules)
+
+    def _entries(self) -> Iterator[tuple[Tensor, slice]]:
+        for tile in self._passes.tiles():
+            yield tile.values, tile.modules
+
+    @cached_property
+    def majority(self) -> Tensor:
+        """Sign of most sums of the whole model (of a module, if it trims by module), (all modules,) float32.
+
+        Taken where a sum of kept values is exactly 0, which is rare: the pass is made when it is first asked for.
+        """
+        votes = self.threshold.new_zeros(self.threshold.shape[0], dtype=torch.float64)
+        for tile in self._passes.tiles():
+            votes[tile.modules] += _trimmed(tile, self).sum(1).sign().sum((-1, -2), dtype=torch.float64)
+        return (votes.sum().expand_as(votes) if self._whole_model else votes).sign().float()
+
+    def count_conflicts(self, modules: slice, total: Tensor, magnitude: Tensor) -> None:
+        """Note entries whose kept values differ in sign: there |Σ x| < Σ |x|."""
+        self._kept[modules] += (magnitude > 0).sum((-1, -2))
+        self._conflicts[modules] += (total.abs() < magnitude).sum((-1, -2))
+
+    @property
+    def sign_conflict(self) -> Tensor:
+        """Share of the kept entries whose adapters differ in sign, (all modules,)."""
+        return self._conflicts / self._kept.clamp_min(1)
 
 
-def ties_statistics(passes: Passes, *, trim: str, normalize: bool) -> TiesStatistics:
-    """Thresholds and votes, from passes over the entries of the whole model."""
-    density = passes.parameters["density"]
-    modules, n = density.shape
-    whole_model = trim == "global" and bool((density == density[:1]).all())
-    if whole_model:
-        kept = _kept(passes.entries.sum()[None, None], density[:1])
-    else:
-        kept = _kept(passes.entries[:, None], density)
-    threshold = kth_largest(lambda: _entries(passes), kept).expand(modules, n)
-    votes, conflicts = passes.entries.new_zeros(modules), passes.entries.new_zeros(modules)
-    for tile in passes.tiles():
-        kept_values = _trimmed(tile, threshold) * tile.parameters["weight"]
-        total = kept_values.sum(1)
-        votes[tile.modules] += total.sign().sum((-1, -2)).long()
-        conflicts[tile.modules] += (kept_values.abs().sum(1) > total.abs()).sum((-1, -2))
-    majority = votes.sum().expand(modules) if whole_model else votes
-    return TiesStatistics(threshold, majority.sign().float(), conflicts / passes.entries.clamp_min(1))
-
-
-def _entries(passes: Passes) -> Iterator[tuple[Tensor, slice]]:
-    for tile in passes.tiles():
-        yield tile.values, tile.modules
-
-
-def _kept(entries: Tensor, density: Tensor) -> Tensor:
-    """⌊d·density⌋ + 1 entries, as the original keeps |x| ≥ the (d − ⌊d·density⌋)-th smallest."""
-    return (entries * density.double()).long() + 1
-
-
-def _trimmed(tile: Tile, threshold: Tensor) -> Tensor:
+def _trimmed(tile: Tile, statistics: TiesStatistics) -> Tensor:
+    """The weighted entries that are kept, zero elsewhere; masks are float32, much faster than booleans on a CPU."""
     values = tile.values.float()
-    return torch.where(values.abs() >= threshold[tile.modules][:, :, None, None], values, 0.0)
+    keep = values.abs()
+    torch.ge(keep, statistics.threshold[tile.modules][:, :, None, None], out=keep)
+    return keep.mul_(values).mul_(tile.parameters["weight"])
 
 
 @merge_method(
     "ties",
     spaces=("knots", "delta", "core"),
     reference="arXiv:2306.01708",
-    statistics=ties_statistics,
+    statistics=TiesStatistics,
     entrywise=True,
 )
 def ties(
@@ -83,16 +88,21 @@ def ties(
 ) -> Tensor:
     """Keep each task's largest entries, elect a sign per entry, average the entries that agree with it.
 
-    density: share of a task's entries that is kept, over the whole model (trim: global) or in every module.
-    normalize: the mean weighted by |w_i| of the tasks that agree; otherwise their weighted sum.
+    density: share of a task's entries that is kept, over the whole model (trim: global) or in every module; a density
+    that differs by module trims by module. normalize: the mean of the tasks that agree, weighted by |w_i|; otherwise
+    their weighted sum.
     """
-    kept = _trimmed(tile, statistics.threshold) * weight
-    total = kept.sum(1, keepdim=True)
-    majority = statistics.majority[tile.modules][:, None, None, None]
-    positive = torch.where(total == 0, majority, total) > 0
-    agree = torch.where(positive, kept > 0, kept < 0)
-    merged = torch.where(agree, kept, 0.0).sum(1)
+    kept = _trimmed(tile, statistics)
+    total, magnitude = kept.sum(1), kept.abs().sum(1)
+    statistics.count_conflicts(tile.modules, total, magnitude)
+    elected = total.sign()
+    undecided = (total == 0) & (magnitude > 0)
+    if bool(undecided.any()):
+        elected = torch.where(undecided, statistics.majority[tile.modules][:, None, None], elected)
+        elected = torch.where(undecided & (elected == 0), -1.0, elected)  # no majority: as the original, negative
+    agreeing = kept.mul_(elected[:, None]).clamp_min_(0)
+    merged = agreeing.sum(1) * elected
     if not normalize:
         return merged
-    divisor = (agree * weight.abs()).sum(1)
+    divisor = (agreeing.sign_() * weight.abs()).sum(1)
     return merged / torch.where(divisor > 0, divisor, 1.0)

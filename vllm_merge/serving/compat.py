@@ -7,6 +7,7 @@
 | {WorkerLoRAManager, LRUCacheWorkerLoRAManager}.create_lora_manager | a worker's service starts once its slots exist | wrapped | 0.26 | vLLM tells plugins when a worker is ready |
 | LoRAModel.from_lora_tensors, PEFTHelper | tensors to a LoRAModel, with the model's own renames | called by signature | 0.26 | as above |
 | LoRAModelManager.{modules, packed_modules, packed_modules_mapping, supported_lora_modules, vocab_size, model, create_dummy_lora} | refuse what does not fit a slot before it can kill the engine | read | 0.26 | vLLM validates before it schedules |
+| lora.ops.torch_ops.bgmv_shrink (CPU) | rows without LoRA (index -1) get the last slot's adapter, so the base model answers wrongly beside adapters | wrapped: those rows are zeroed; only where a probe shows the bug | 0.26 | vLLM #48421 or #49656 lands |
 | OpenAIServingModels.{lora_requests, show_available_models} | our names on every route and in /v1/models | entries added; method replaced | 0.26 | resolvers may choose ids and run without the runtime-update flag |
 | AsyncLLM.{generate, encode} | an artifact is leased while a request runs | wrapped on the instance | 0.26 | engine hooks for request start and end |
 
@@ -99,6 +100,30 @@ def wrap_worker(on_manager: Callable[[Any, Any], None], load: Loader) -> None:
             return model
 
         owner.create_lora_manager = functools.wraps(original_create)(create_lora_manager)
+
+
+def mend_rows_without_lora() -> bool:
+    """On the CPU, make vLLM's LoRA kernels leave base-model rows alone; says whether there was anything to mend.
+
+    The torch kernels take the row index -1, "no LoRA", as the last slot. Zeroing those rows after the shrink by A is
+    enough: what the expand by B then adds to them is zero.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    original = lora_ops.bgmv_shrink
+    probe = torch.zeros(1, 1)
+    original(torch.ones(1, 1), torch.ones(1, 1, 1, 1), probe, torch.tensor([-1]), 1.0)
+    if not probe.any():
+        return False
+
+    @functools.wraps(original)
+    def bgmv_shrink(inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, scaling: float = 1.0) -> None:
+        original(inputs, weights, output, indices, scaling)
+        output[: indices.shape[0]][indices < 0] = 0
+
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
+    return True
 
 
 def _weights_mapper(manager: Any) -> Any:
