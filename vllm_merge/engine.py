@@ -18,7 +18,7 @@ from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules, stack_group
 from vllm_merge.algebra.coordinates import Coordinates, Grams, coordinates, task_norm
 from vllm_merge.algebra.ranks import RankPolicy
-from vllm_merge.algebra.tiles import Part, Passes, Tile, default_tile_entries, parts
+from vllm_merge.algebra.tiles import Part, Tile, default_tile_entries, parts
 from vllm_merge.algebra.truncation import Truncated, truncate
 from vllm_merge.algebra.workspace import ModuleCost, Workspace
 from vllm_merge.artifact import MergedAdapter, MergeReport
@@ -28,6 +28,7 @@ from vllm_merge.methods.registry import MethodSpec, default_registry
 from vllm_merge.methods.resolve import ResolvedParameters, resolve_parameters
 
 LOW_ENERGY = 0.9
+CANCELLED = 1e-7  # of the largest weighted task; float32 rounding
 
 
 def merge(
@@ -299,9 +300,9 @@ class _Job:
                 whole = torch.empty(modules, rows, cols, dtype=space.left.dtype, device=self.device)
                 for part, values in merged_parts():
                     whole[part.modules, part.rows, part.cols] = values
-            strips: Callable[[], Iterator[Tensor]] = lambda: strips_of(whole)  # noqa: E731
+            strips: Callable[[], Iterator[Tensor]] = lambda: strips_of(whole)
         else:
-            strips = lambda: (v if tall else v.mT for _, v in merged_parts())  # noqa: E731
+            strips = lambda: (v if tall else v.mT for _, v in merged_parts())
         with self._timed("truncate"):
             sums = torch.tensor([sum(ranks) for ranks in batch.group.ranks], device=self.device)
             cut = truncate(strips, (max(rows, cols), min(rows, cols)), self.policy, sums, self.seed)
@@ -328,11 +329,11 @@ class _Job:
         fits = (b.isfinite().all(-1).all(-1) & a.isfinite().all(-1).all(-1)).tolist()
         factors = {}
         ranks, norms, energies = cut.ranks.tolist(), cut.norm.tolist(), cut.energy.tolist()
-        exact = cut.exact.tolist()
+        exact, noise = cut.exact.tolist(), self._noise(prepared).tolist()
         for index, (module, rank) in enumerate(zip(modules, ranks, strict=True)):
             if not fits[index]:
                 raise MergeError(f"module '{module}': the merged factors do not fit {self.dtype}; choose a wider dtype")
-            if rank == 0:
+            if rank == 0 or norms[index] <= noise[index]:
                 self.report.dropped_modules.append(module)
                 continue
             self.report.ranks[module] = rank
@@ -341,6 +342,13 @@ class _Job:
             # Copies: a module must not keep the memory of its whole batch.
             factors[module] = LoraFactors(_own(a[index, :, :rank].mT), _own(b[index, :, :rank]))
         return factors
+
+    def _noise(self, prepared: _Prepared) -> Tensor:
+        """Norm under which a result is what rounding leaves of tasks that cancel, (modules,) float64."""
+        scale = prepared.norms * prepared.lam.abs()[:, None]
+        if "weight" in prepared.parameters:
+            scale = scale * prepared.parameters["weight"].abs()
+        return scale.amax(1) * CANCELLED
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

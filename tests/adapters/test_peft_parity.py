@@ -49,7 +49,12 @@ def peft_deltas(model: "peft.PeftModel") -> dict[str, torch.Tensor]:
 SOURCES = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
     "rslora": {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "use_rslora": True},
-    "rank_pattern": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2}},
+    "rank_pattern": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+    },
     "alpha_pattern": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 3}},
     "regex_patterns": {
         "r": 4,
@@ -99,7 +104,7 @@ def test_read_keeps_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def mixed_factors() -> dict[str, LoraFactors]:
-    """Different ranks, layers 1 and 11 (one name is the beginning of another), a head, and one scaling that is not 1."""
+    """Different ranks, layers 1 and 11 (one name begins like the other), a head, and a scaling that is not 1."""
     generator = torch.Generator().manual_seed(2)
     shapes = {
         "model.layers.1.self_attn.q_proj": (32, 32, 5),

@@ -45,7 +45,13 @@ def test_everything_at_once(load: Load) -> None:
     assert file.adapters["sql"].path == "/files/sql"
     assert (file.adapters["code"].path, file.adapters["code"].revision) == ("org/code", "4f2c")
     first = file.recipes["first"]
-    assert (first.merge_method, first.space, first.load, first.seed, first.rank) == ("ties", "delta", "lazy", 7, {"energy": 0.99})
+    assert (first.merge_method, first.space, first.load, first.seed, first.rank) == (
+        "ties",
+        "delta",
+        "lazy",
+        7,
+        {"energy": 0.99},
+    )
     assert first.adapters[0].parameters == {"weight": 0.6, "density": [1, 0.7, 0.2]}
     assert first.adapters[1].parameters == {"weight": [{"filter": "mlp", "value": 0.5}, {"filter": None, "value": 0.3}]}
     second = file.recipes["second"]
@@ -57,7 +63,10 @@ def test_names_and_order(load: Load) -> None:
     assert file.target("assistant") == "second"
     assert file.target("raw") == "sql"
     assert file.stage_order("second") == ["first", "second"]
-    with pytest.raises(UserInputError, match=r"^/files/r.yaml: no recipe or adapter 'frist', did you mean 'first'\? \(known: first, sec"):
+    with pytest.raises(
+        UserInputError,
+        match=r"^/files/r.yaml: no recipe or adapter 'frist', did you mean 'first'\? \(known: first, sec",
+    ):
         file.target("frist")
 
 
@@ -95,7 +104,10 @@ def test_registered_adapters_can_be_used(registry: Registry) -> None:
 
 
 def test_known_preconditions_are_accepted(registry: Registry) -> None:
-    text = "version: 1\nadapters: {a: {path: a}}\nrecipes: {r: {merge_method: linear, adapters: [{adapter: a}], precondition: [p]}}"
+    text = (
+        "version: 1\nadapters: {a: {path: a}}\n"
+        "recipes: {r: {merge_method: linear, adapters: [{adapter: a}], precondition: [p]}}"
+    )
     assert parse_recipes(text, Path("r.yaml"), registry, preconditions=["p"]).recipes["r"].precondition == ["p"]
 
 
@@ -137,7 +149,8 @@ def test_the_package_does_not_import_torch() -> None:
         "import importlib.util, sys, types\n"
         "package = types.ModuleType('vllm_merge'); package.__path__ = [sys.argv[1]]\n"
         "sys.modules['vllm_merge'] = package\n"
-        "import vllm_merge.recipe.loading, vllm_merge.recipe.plan, vllm_merge.recipe.json_schema, vllm_merge.recipe.bounds\n"
+        "import vllm_merge.recipe.loading, vllm_merge.recipe.plan, vllm_merge.recipe.json_schema, "
+        "vllm_merge.recipe.bounds\n"
         "assert 'torch' not in sys.modules\n"
     )
     package = Path(__file__).parents[2] / "vllm_merge"

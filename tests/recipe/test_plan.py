@@ -89,9 +89,9 @@ def test_json_that_was_changed_is_refused(plan: MakePlan) -> None:
     found = plan(TEXT)
     changed = found.to_json().replace('"weight":0.5', '"weight":0.6')
     assert changed != found.to_json()
-    with pytest.raises(MergeError, match=f"^{found.digest[:12]} is not the digest of plan 'r'; make it anew$"):
+    with pytest.raises(MergeError, match=rf"^{found.digest[:12]} is not the digest of plan 'r'; make it anew"):
         Plan.from_json(changed)
-    with pytest.raises(MergeError, match="^this is not a plan: Field required$"):
+    with pytest.raises(MergeError, match=r"^this is not a plan: Field required$"):
         Plan.from_json("{}")
 
 
@@ -163,7 +163,9 @@ def test_digest_of_the_server_rank(plan: MakePlan) -> None:
 def test_digest_reaches_through_stages(plan: MakePlan) -> None:
     text = STAGED.replace("RANK", "auto")
     assert plan(text).digest == plan(text.replace("inner", "renamed")).digest
-    assert plan(text).digest != plan(text.replace("[{adapter: a}, {adapter: b}]", "[{adapter: a}, {adapter: a}]")).digest
+    assert (
+        plan(text).digest != plan(text.replace("[{adapter: a}, {adapter: b}]", "[{adapter: a}, {adapter: a}]")).digest
+    )
 
 
 def test_adapter_plan(load: Callable[[str], RecipeFile], registry: Any) -> None:
@@ -191,9 +193,7 @@ def test_refusals(plan: MakePlan) -> None:
     )
     with pytest.raises(UserInputError) as caught:
         plan(TEXT, adapter_hashes={"a": "x"})
-    assert str(caught.value) == (
-        "/files/r.yaml: adapter 'b' is not registered; give it a path under `adapters:`"
-    )
+    assert str(caught.value) == ("/files/r.yaml: adapter 'b' is not registered; give it a path under `adapters:`")
     with pytest.raises(UserInputError) as caught:
         plan(TEXT.replace("path: /b", "path: org/b"))
     assert str(caught.value) == "/files/r.yaml: adapters.b.path: org/b is not on this machine yet; fetch it first"
@@ -220,7 +220,12 @@ def test_bounds(rank: str, space: str, max_rank: int | None, bound: dict[str, in
     text = TEXT.replace("auto", rank) + f"    space: {space}\n"
     found = stage_bounds(plan(text, max_rank=max_rank, dtype="bfloat16"), SHAPES)["r"]
     parameters = bound["q"] * (32 + 16) + bound["up"] * (64 + 32)
-    assert (found.rank, found.modules, found.parameters, found.bytes) == (max(bound.values()), 2, parameters, 2 * parameters)
+    assert (found.rank, found.modules, found.parameters, found.bytes) == (
+        max(bound.values()),
+        2,
+        parameters,
+        2 * parameters,
+    )
 
 
 def test_bounds_of_stages_add_up(plan: MakePlan) -> None:

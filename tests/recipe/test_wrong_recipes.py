@@ -25,19 +25,28 @@ adapters:
 WRONG: dict[str, tuple[str, list[str]]] = {
     "empty": ("", ["1: is empty; a recipe file begins with `version: 1`"]),
     "not a mapping": ("- 1", ["1: is not a mapping; a recipe file begins with `version: 1`"]),
-    "not YAML": ("version: 1\nadapters: {a: [}", ["2: not valid YAML: while parsing a flow node expected the node content, but found '}'"]),
+    "not YAML": (
+        "version: 1\nadapters: {a: [}",
+        ["2: not valid YAML: while parsing a flow node expected the node content, but found '}'"],
+    ),
     "two documents": (
         "version: 1\n---\nversion: 1",
         ["2: not valid YAML: expected a single document in the stream but found another document"],
     ),
     "no version": ("adapters: {}", ["1: version: is missing; begin the file with `version: 1`"]),
     "other version": ("version: 2", ["1: version: is 2; allowed is 1"]),
-    "duplicate key": ("version: 1\nrecipes: {}\nrecipes: {}", ["3: recipes: is given twice, first on line 2; remove one"]),
+    "duplicate key": (
+        "version: 1\nrecipes: {}\nrecipes: {}",
+        ["3: recipes: is given twice, first on line 2; remove one"],
+    ),
     "duplicate adapter": (
         "version: 1\nadapters:\n  sql: {path: a}\n  sql: {path: b}",
         ["4: adapters.sql: is given twice, first on line 3; remove one"],
     ),
-    "tag": ("version: !!python/object:os.system 1", ["1: version: has the tag tag:yaml.org,2002:python/object:os.system; tags are not allowed"]),
+    "tag": (
+        "version: !!python/object:os.system 1",
+        ["1: version: has the tag tag:yaml.org,2002:python/object:os.system; tags are not allowed"],
+    ),
     "merge key": (
         "version: 1\nadapters:\n  a: &a {path: x}\n  b:\n    <<: *a",
         ["5: adapters.b: uses a merge key (<<), which is not supported; repeat the keys"],
@@ -46,14 +55,21 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "alias of itself": ("version: 1\nadapters: &a\n  x: *a", ["2: has more than 32 levels, aliases expanded"]),
     "unknown top key": (
         "version: 1\nadapter: {}",
-        ["2: adapter: unknown key, did you mean 'adapters'? (allowed: version, base_model, adapters, recipes, aliases)"],
+        [
+            "2: adapter: unknown key, did you mean 'adapters'? (allowed: version, base_model, adapters, "
+            "recipes, aliases)"
+        ],
     ),
-    "experiments": ("version: 1\nexperiments: {}", ["2: experiments: unknown key; experiments are not supported by this version"]),
+    "experiments": (
+        "version: 1\nexperiments: {}",
+        ["2: experiments: unknown key; experiments are not supported by this version"],
+    ),
     "mergekit file": (
         "merge_method: ties\nmodels:\n  - model: a\ndtype: bfloat16\nversion: 1",
         [
             "1: merge_method: unknown key; it belongs to a recipe: put it under `recipes:`, then the recipe's name",
-            "2: models: unknown key; mergekit's `models:` is `adapters:` here, with items {adapter: NAME, parameters: {…}}, inside a recipe",
+            "2: models: unknown key; mergekit's `models:` is `adapters:` here, with items {adapter: NAME, "
+            "parameters: {…}}, inside a recipe",
             "4: dtype: unknown key; the server's dtype is used; offline, give `vllm-merge merge --dtype`",
         ],
     ),
@@ -61,22 +77,32 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         HEAD + "recipes:\n  r:\n    merge_method: linear\n    models:\n      - {model: sql}",
         [
             "6: recipes.r.adapters: is missing",
-            "8: recipes.r.models: unknown key; mergekit's `models:` is `adapters:` here, with items {adapter: NAME, parameters: {…}}",
+            "8: recipes.r.models: unknown key; mergekit's `models:` is `adapters:` here, with items "
+            "{adapter: NAME, parameters: {…}}",
         ],
     ),
     "mergekit item": (
         HEAD + "recipes:\n  r:\n    merge_method: linear\n    adapters:\n      - {adapter: sql, weight: 1}",
         ["9: recipes.r.adapters[0].weight: unknown key; put it under `parameters:`"],
     ),
-    "no path": ("version: 1\nadapters:\n  a: {revision: x}", ["3: adapters.a.path: is missing; give the adapter's folder or Hub repository"]),
-    "path is a number": ("version: 1\nadapters:\n  a: {path: 12}", ["3: adapters.a.path: is 12; expected text; quote it"]),
+    "no path": (
+        "version: 1\nadapters:\n  a: {revision: x}",
+        ["3: adapters.a.path: is missing; give the adapter's folder or Hub repository"],
+    ),
+    "path is a number": (
+        "version: 1\nadapters:\n  a: {path: 12}",
+        ["3: adapters.a.path: is 12; expected text; quote it"],
+    ),
     "adapter is text": ("version: 1\nadapters:\n  a: ./sql", ["3: adapters.a: is './sql'; expected a mapping"]),
     "section is empty": ("version: 1\nrecipes:", ["2: recipes: is empty; expected a mapping"]),
     "revision of a folder": (
         "version: 1\nadapters:\n  a:\n    path: ./a\n    revision: main",
         ["5: adapters.a.revision: ./a is a folder; a revision is for Hub repositories (org/name) only"],
     ),
-    "bad name": ("version: 1\nadapters:\n  a@b: {path: x}", [f"3: adapters.a@b: 'a@b' is not a name; a name is {NAME_RULE}"]),
+    "bad name": (
+        "version: 1\nadapters:\n  a@b: {path: x}",
+        [f"3: adapters.a@b: 'a@b' is not a name; a name is {NAME_RULE}"],
+    ),
     "long name": (
         f"version: 1\naliases:\n  {'x' * 65}: y",
         [
@@ -88,8 +114,14 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         HEAD + "aliases:\n  sql: code",
         ["6: aliases.sql: the name 'sql' is that of an adapter too; rename one of the two"],
     ),
-    "alias of nothing": (HEAD + "aliases: {prod: sqll}", ["5: aliases.prod: no recipe or adapter 'sqll', did you mean 'sql'? (known: sql, code)"]),
-    "alias of an alias": (HEAD + "aliases: {a: sql, b: a}", ["5: aliases.b: 'a' is an alias; aliases point to recipes or adapters"]),
+    "alias of nothing": (
+        HEAD + "aliases: {prod: sqll}",
+        ["5: aliases.prod: no recipe or adapter 'sqll', did you mean 'sql'? (known: sql, code)"],
+    ),
+    "alias of an alias": (
+        HEAD + "aliases: {a: sql, b: a}",
+        ["5: aliases.b: 'a' is an alias; aliases point to recipes or adapters"],
+    ),
 }
 
 
@@ -105,15 +137,24 @@ def linear(more: str = "", item: str = "{adapter: sql}") -> str:
 
 FILTER_RULE = "a list of filters has items {filter: TEXT, value: …} or {value: …}"
 WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
-    "no method": (recipe("adapters: [{adapter: sql}]"), ["6: recipes.r.merge_method: is missing; `vllm-merge methods` lists the merge methods"]),
+    "no method": (
+        recipe("adapters: [{adapter: sql}]"),
+        ["6: recipes.r.merge_method: is missing; `vllm-merge methods` lists the merge methods"],
+    ),
     "unknown method": (
         recipe("merge_method: tiez\nadapters: [{adapter: sql}]"),
         ["7: recipes.r.merge_method: unknown merge method 'tiez' (known: linear, ties)"],
     ),
-    "no adapters": (recipe("merge_method: linear\nadapters: []"), ["8: recipes.r.adapters: is []; expected at least 1 item"]),
+    "no adapters": (
+        recipe("merge_method: linear\nadapters: []"),
+        ["8: recipes.r.adapters: is []; expected at least 1 item"],
+    ),
     "unknown adapter": (
         linear(item="{adapter: sqk}"),
-        ["8: recipes.r.adapters[0].adapter: no registered adapter or recipe 'sqk', did you mean 'sql'? (known: sql, code)"],
+        [
+            "8: recipes.r.adapters[0].adapter: no registered adapter or recipe 'sqk', did you mean 'sql'? "
+            "(known: sql, code)"
+        ],
     ),
     "alias as input": (
         linear(item="{adapter: prod}") + "\naliases: {prod: sql}",
@@ -127,9 +168,18 @@ WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
         "  c: {merge_method: linear, adapters: [{adapter: a}]}",
         ["3: recipes.a: recipes use each other in a circle: a -> b -> c -> a"],
     ),
-    "space": (linear("space: knots"), ["9: recipes.r.space: 'linear' is not defined in space 'knots'; allowed: core, delta"]),
-    "precondition": (linear("precondition: [norm_cap]"), ["9: recipes.r.precondition[0]: unknown precondition 'norm_cap' (known: none)"]),
-    "unknown parameter": (linear("parameters: {densty: 1}"), ["9: recipes.r.parameters.densty: linear has no parameter 'densty'"]),
+    "space": (
+        linear("space: knots"),
+        ["9: recipes.r.space: 'linear' is not defined in space 'knots'; allowed: core, delta"],
+    ),
+    "precondition": (
+        linear("precondition: [norm_cap]"),
+        ["9: recipes.r.precondition[0]: unknown precondition 'norm_cap' (known: none)"],
+    ),
+    "unknown parameter": (
+        linear("parameters: {densty: 1}"),
+        ["9: recipes.r.parameters.densty: linear has no parameter 'densty'"],
+    ),
     "parameter of the recipe": (
         linear(item="{adapter: sql, parameters: {lambda: 1}}"),
         ["8: recipes.r.adapters[0].parameters.lambda: 'lambda' is a parameter of the recipe"],
@@ -151,10 +201,16 @@ WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
         ["8: recipes.r.adapters[0].parameters.weight: weight is 'much'; allowed is a number in its range"],
     ),
     "density out of range in a filter": (
-        recipe("merge_method: ties\nadapters:\n- adapter: sql\n  parameters:\n    density: [{filter: mlp, value: [0.5, 1.5]}, {value: 1}]"),
+        recipe(
+            "merge_method: ties\nadapters:\n- adapter: sql\n  parameters:\n    density: [{filter: mlp, "
+            "value: [0.5, 1.5]}, {value: 1}]"
+        ),
         ["11: recipes.r.adapters[0].parameters.density: density is 1.5; allowed is a number in its range"],
     ),
-    "empty gradient": (linear("parameters: {weight: []}"), ["9: recipes.r.parameters.weight: is an empty list; a gradient has at least one number"]),
+    "empty gradient": (
+        linear("parameters: {weight: []}"),
+        ["9: recipes.r.parameters.weight: is an empty list; a gradient has at least one number"],
+    ),
     "word in a gradient": (
         linear("parameters: {weight: [1, x]}"),
         ["9: recipes.r.parameters.weight: is a list with 'x' in it; a gradient over depth is a list of numbers"],
@@ -169,11 +225,17 @@ WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
     ),
     "mapping as parameter": (
         linear("parameters: {weight: {a: 1}}"),
-        ["9: recipes.r.parameters.weight: is {'a': 1}; allowed are a number, a word, true or false, a list of numbers, or a list of filters"],
+        [
+            "9: recipes.r.parameters.weight: is {'a': 1}; allowed are a number, a word, true or false, a "
+            "list of numbers, or a list of filters"
+        ],
     ),
     "list for one value": (
         recipe("merge_method: ties\nadapters: [{adapter: sql}]\nparameters: {normalize: [1, 0]}"),
-        ["9: recipes.r.parameters.normalize: is a list; this parameter has one value for the whole merge, not one per module"],
+        [
+            "9: recipes.r.parameters.normalize: is a list; this parameter has one value for the whole "
+            "merge, not one per module"
+        ],
     ),
     "rank zero": (
         linear("rank: 0"),
@@ -183,7 +245,10 @@ WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
         linear("rank: max"),
         ["9: recipes.r.rank: is 'max'; allowed are auto, lossless, a whole number of at least 1, or {energy: SHARE}"],
     ),
-    "energy": (linear("rank: {energy: 1.5}"), ["9: recipes.r.rank: keeps energy 1.5; allowed is a share above 0 and at most 1"]),
+    "energy": (
+        linear("rank: {energy: 1.5}"),
+        ["9: recipes.r.rank: keeps energy 1.5; allowed is a share above 0 and at most 1"],
+    ),
     "load": (linear("load: later"), ["9: recipes.r.load: is 'later'; allowed is 'eager' or 'lazy'"]),
     "negative seed": (linear("seed: -1"), ["9: recipes.r.seed: is -1; allowed is at least 0"]),
     "seed is text": (linear("seed: '7'"), ["9: recipes.r.seed: is '7'; expected a whole number"]),
@@ -193,9 +258,11 @@ WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
         [
             "8: recipes.r.adapters[0].adapter: is missing",
             "8: recipes.r.adapters[0].adaptr: unknown key, did you mean 'adapter'? (allowed: adapter, parameters)",
-            "9: recipes.r.rank: is 'none'; allowed are auto, lossless, a whole number of at least 1, or {energy: SHARE}",
+            "9: recipes.r.rank: is 'none'; allowed are auto, lossless, a whole number of at least 1, or "
+            "{energy: SHARE}",
             "10: recipes.r.seed: is 'x'; expected a whole number",
-            "11: recipes.r.lod: unknown key, did you mean 'load'? (allowed: merge_method, space, adapters, precondition, parameters, rank, load, seed)",
+            "11: recipes.r.lod: unknown key, did you mean 'load'? (allowed: merge_method, space, "
+            "adapters, precondition, parameters, rank, load, seed)",
         ],
     ),
 }

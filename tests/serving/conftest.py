@@ -81,8 +81,8 @@ API_KEY = "a-key"
 def small_server(tmp_path_factory):
     """vLLM's own server module with VLLM_MERGE_CONFIG alone, two slots, an API key, and files that the tests may destroy.
 
-    `.files` holds the recipe file and every adapter. Adapters a0 … a49 are one adapter at 50 alphas; m0 … m5 merge two tasks
-    at different weights; `slow` takes seconds to merge; `gone` uses an adapter that a test deletes; `high` has a rank that no
+    `.files` holds the recipe file and every adapter. Adapters a0 … a49 are one adapter at 50 alphas; m0 … m5 merge two
+    tasks each; `slow` takes seconds to merge; `gone` uses an adapter that a test deletes; `high` has a rank that no
     slot takes; `alone` is for a test of its own.
     """
     import shutil
@@ -94,22 +94,21 @@ def small_server(tmp_path_factory):
     sources = sorted(path.name for path in (DEMO / "adapters").iterdir())
     for name in sources:
         shutil.copytree(DEMO / "adapters" / name, files / name)
-    shutil.copytree(DEMO / "adapters" / sources[0], files / "doomed")
-    for i in range(50):
-        shutil.copytree(DEMO / "adapters" / sources[0], files / f"a{i}")
-        path = files / f"a{i}" / "adapter_config.json"
+    for i in range(51):
+        name = f"a{i}" if i < 50 else "doomed"
+        shutil.copytree(DEMO / "adapters" / sources[0], files / name)
+        path = files / name / "adapter_config.json"
         config = json.loads(path.read_text())
-        path.write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * (0.5 + i / 50)}))
+        path.write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * (0.51 + i / 50)}))
     everything = [{"adapter": name} for name in sources]
 
-    def arithmetic(*names: str, weight: float = 1.0) -> dict:
-        return {
-            "merge_method": "task_arithmetic",
-            "adapters": [{"adapter": name, "parameters": {"weight": weight}} for name in names],
-            "load": "lazy",
-        }
+    def arithmetic(*names: str) -> dict:
+        """The first at full weight, the others at a third."""
+        weights = [1.0] + [0.3] * (len(names) - 1)
+        inputs = [{"adapter": n, "parameters": {"weight": w}} for n, w in zip(names, weights, strict=True)]
+        return {"merge_method": "task_arithmetic", "adapters": inputs, "load": "lazy"}
 
-    recipes = {f"m{i}": arithmetic(sources[0], sources[1], weight=0.4 + 0.1 * i) for i in range(6)}
+    recipes = {f"m{i}": arithmetic(sources[i], sources[i + 1]) for i in range(6)}
     recipes["slow"] = {"merge_method": "ties", "space": "delta", "adapters": everything * 12, "load": "lazy", "rank": 64}
     recipes["gone"] = arithmetic("doomed", sources[1])
     recipes["high"] = {"merge_method": "ties", "space": "delta", "adapters": everything, "load": "lazy", "rank": "lossless"}

@@ -7,7 +7,7 @@ Everything that would make ΔW something other than scaling · B · A is refused
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -61,27 +61,22 @@ class LoraConfig:
         }
         return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
-    def rank(self, module: str) -> int:
-        """The rank that the configuration gives `module`."""
-        return _first_match(self.rank_pattern, module, self.r)
+    def ranks(self, modules: Collection[str]) -> dict[str, int]:
+        """The rank that the configuration gives each of `modules`."""
+        return _at_modules(self.rank_pattern, modules, self.r)
 
-    def scaling(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732), with the alpha that the patterns give `module`."""
-        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+    def scalings(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732), of each module; `ranks` are their ranks."""
+        alphas = _at_modules(self.alpha_pattern, ranks, self.lora_alpha)
+        return {m: alphas[m] / (math.sqrt(rank) if self.use_rslora else rank) for m, rank in ranks.items()}
 
-    def unmatched_patterns(self, modules: Iterable[str]) -> list[str]:
+    def unmatched_patterns(self, modules: Collection[str]) -> list[str]:
         """A sentence for each rank_pattern or alpha_pattern key that matches none of `modules`."""
-        names = list(modules)
-        patterns: Mapping[str, list[str]] = {
-            "rank_pattern": [key for key, _ in self.rank_pattern],
-            "alpha_pattern": [key for key, _ in self.alpha_pattern],
-        }
         return [
             f"{field} key {key!r} matches no module of the adapter and has no effect"
-            for field, keys in patterns.items()
-            for key in keys
-            if not any(_matcher(key).match(name) for name in names)
+            for field, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+            for key, _ in pattern
+            if not _matches_any(key, modules)
         ]
 
 
@@ -138,8 +133,33 @@ def _matcher(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _first_match(pattern: tuple[tuple[str, Number], ...], module: str, default: Number) -> Number:
-    return next((value for key, value in pattern if _matcher(key).match(module)), default)
+def _whole_name(key: str) -> str | None:
+    """The one name that `key` matches, if it is of the form `^model\\.layers\\.0$`; merged adapters have "
+    "many of those."""
+    found = re.fullmatch(r"\^((?:[\w-]|\\\.)+)\$", key)
+    return found[1].replace("\\.", ".") if found else None
+
+
+def _matches_any(key: str, modules: Collection[str]) -> bool:
+    if (name := _whole_name(key)) is not None:
+        return name in modules
+    matcher = _matcher(key)
+    return any(matcher.match(module) for module in modules)
+
+
+def _at_modules(
+    pattern: tuple[tuple[str, Number], ...], modules: Collection[str], default: Number
+) -> dict[str, Number]:
+    """Each module's value: that of the first key that matches it, else `default`."""
+    values = dict.fromkeys(modules, default)
+    for key, value in reversed(pattern):
+        if (name := _whole_name(key)) is not None:
+            if name in values:
+                values[name] = value
+        else:
+            matcher = _matcher(key)
+            values.update((module, value) for module in modules if matcher.match(module))
+    return values
 
 
 def _pattern(fields: Mapping[str, object], field: str, where: Path) -> dict[str, object]:
@@ -150,7 +170,7 @@ def _pattern(fields: Mapping[str, object], field: str, where: Path) -> dict[str,
         try:
             _matcher(key)
         except re.error as error:
-            raise UserInputError(f"{where}: {field} key {key!r} is not a regular expression ({error})") from None
+            raise UserInputError(f"{where}: {field} key {key!r} is not a regular expression ({error.msg})") from None
     return pattern
 
 

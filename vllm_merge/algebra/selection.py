@@ -43,9 +43,12 @@ def kth_largest(tiles: Callable[[], Iterable[tuple[Tensor, slice]]], counts: Ten
 
 def _digit_counts(values: Tensor, prefix: Tensor, low: int, width: int) -> Tensor:
     """How often each digit occurs among the entries whose higher digits are the prefix; (owners, n, 2^width) int64."""
-    owners = torch.arange(prefix.numel(), dtype=torch.int32, device=values.device).view(*prefix.shape, 1, 1)
+    owners = torch.arange(prefix.numel(), dtype=torch.int32, device=values.device).view_as(prefix) << width
     bits = values.float().abs().view(torch.int32)
-    keys = ((bits >> low) & ((1 << width) - 1)) | (owners << width)
-    if low + width < _SIGNLESS_BITS:
-        keys = keys[(bits >> (low + width)) == prefix[..., None, None]]
+    if low + width == _SIGNLESS_BITS:
+        keys = (bits >> low).bitwise_or_(owners[..., None, None])
+    else:
+        found = ((bits >> (low + width)) == prefix[..., None, None]).nonzero(as_tuple=True)
+        owner = owners.expand(bits.shape[:2])[found[:2]]
+        keys = ((bits[found] >> low) & ((1 << width) - 1)) | owner
     return torch.bincount(keys.flatten(), minlength=prefix.numel() << width).view(*prefix.shape, -1)

@@ -79,9 +79,9 @@ def parts(coordinates: Coordinates, limit: int) -> Iterator[Part]:
 
 
 def default_tile_entries(device: torch.device, workspace_bytes: int) -> int:
-    """Entries per tile: what fits a core's cache on the CPU, a share of the workspace on an accelerator."""
+    """Entries per tile: about what the caches hold on the CPU, a share of the workspace on an accelerator."""
     share = max(1, workspace_bytes // (BYTES_PER_ENTRY * 4))
-    return min(share, 1 << 18) if device.type == "cpu" else min(share, 1 << 26)
+    return min(share, 1 << 20) if device.type == "cpu" else min(share, 1 << 26)
 
 
 BYTES_PER_ENTRY = 32

@@ -3,8 +3,8 @@
 
 All singular values, which `lossless` and {energy: x} need, come from the Gram matrix in float64. For a bounded rank the
 leading subspace is enough: from the Gram matrix in float32, or by a randomised range finder where that is too large,
-followed by Rayleigh–Ritz in float64. Each matrix X (long, short), short ≤ long, is seen as strips of its rows, as often as needed. The result is the best
-approximation of its rank (Eckart–Young): X ≈ L Rᵀ with √σ in both factors.
+followed by Rayleigh–Ritz in float64. Each matrix X (long, short), short ≤ long, is seen as strips of its rows, as often
+as needed. The result is the best approximation of its rank (Eckart–Young): X ≈ L Rᵀ with √σ in both factors.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def truncate(strips: Strips, shape: tuple[int, int], policy: RankPolicy, rank_su
     for strip in strips():
         parts.append(strip @ (vectors * inverse[:, None, :]).to(strip.dtype))
     norm = values.sum(-1)
-    energy = torch.where(spectrum.total > 0, norm / spectrum.total, 1.0)
+    energy = torch.where(spectrum.total > 0, norm / spectrum.total, 1.0).clamp_max(1)
     return Truncated(torch.cat(parts, dim=1), vectors * root[:, None, :], ranks, exact, norm.sqrt(), energy)
 
 
@@ -129,7 +129,7 @@ def _spectrum_within(strips: Strips, subspace: Tensor) -> Spectrum:
     total: Tensor | None = None
     for strip in strips():
         product = (strip @ subspace.to(strip.dtype)).double()
-        square, energy = product.mT @ product, strip.square().sum((-1, -2), dtype=torch.float64)
+        square, energy = product.mT @ product, torch.linalg.vector_norm(strip, dim=(-1, -2)).double().square()
         projected = square if projected is None else projected.add_(square)
         total = energy if total is None else total.add_(energy)
     assert projected is not None and total is not None

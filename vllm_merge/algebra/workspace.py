@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from vllm_merge.adapters.stacking import ModuleGroup
 from vllm_merge.algebra.ranks import RankPolicy
 from vllm_merge.algebra.tiles import BYTES_PER_ENTRY
-from vllm_merge.algebra.truncation import GRAM_LIMIT, OVERSAMPLING
+from vllm_merge.algebra.truncation import EXACT_LIMIT, GRAM_LIMIT, OVERSAMPLING
 
-_SMALL_MATRICES = 16  # K × K or short × short float64 arrays alive at once in bases and truncation
+_SMALL_MATRICES = 16  # K × K float64 arrays alive at once when bases are made
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,15 @@ class ModuleCost:
         cols = min(k, d_in) if space == "core" else d_in
         short = min(rows, cols)
         rank = short if policy.limit is None and not policy.by_sum else min(short, policy.limit or k)
-        inner = short if short <= GRAM_LIMIT or 2 * (rank + OVERSAMPLING) >= short else rank + OVERSAMPLING
+        width = min(short, rank + OVERSAMPLING)
+        if width == short or short <= EXACT_LIMIT:
+            spectrum = 48 * short * short  # Gram matrix, vectors, what the solver needs; float64
+        elif short <= GRAM_LIMIT or 2 * width >= short:
+            spectrum = 24 * short * short + 32 * width * short  # the same in float32, and the leading vectors
+        else:
+            spectrum = 32 * width * short
         stack = 4 * k * (d_out + d_in) + 8 * k * max(d_out, d_in) + 8 * _SMALL_MATRICES * k * k
-        truncation = 8 * (_SMALL_MATRICES * inner * inner + 3 * rank * (d_out + d_in) + 2 * inner * short)
+        truncation = spectrum + 24 * rank * (d_out + d_in)
         return cls(stack, (8 if space == "core" else 4) * rows * cols, truncation)
 
     @property

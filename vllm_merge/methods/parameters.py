@@ -48,7 +48,7 @@ class ParameterSpec:
         return " ".join([str(schema.get("type", "value")), ", ".join(limits)]).strip()
 
     def validate(self, owner: str, value: object) -> Any:
-        """The typed value; a mapping {module: value} is checked value by value where the parameter may differ by module.
+        """The typed value; {module: value} is checked value by value where the parameter may differ by module.
 
         Raises UserInputError that names the parameter, what was found and what is allowed.
         """

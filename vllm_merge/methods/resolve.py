@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The value of every parameter for every adapter and module: per adapter, else per recipe, else the method's default."""
+"""The value of every parameter at every adapter and module: per adapter, else per recipe, else the default."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ class ResolvedParameters:
     def tensors(self, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """The per-adapter parameters at these modules, each (modules, n) float64."""
         return {
-            name: torch.tensor([[_first(c, module) for c in chains] for module in modules], dtype=torch.float64).to(device)
+            name: _table([[_first(chain, module) for chain in chains] for module in modules]).to(device)
             for name, chains in self.per_adapter.items()
         }
 
     def lambdas(self, modules: Sequence[str], device: torch.device) -> Tensor:
         """λ at these modules, (modules,) float64."""
-        return torch.tensor([_first(self.lam, module) for module in modules], dtype=torch.float64).to(device)
+        return _table([_first(self.lam, module) for module in modules]).to(device)
+
+
+def _table(values: Sequence[object]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _first(candidates: Sequence[Any], module: str) -> float:
@@ -75,8 +79,10 @@ def resolve_parameters(
         except UserInputError as error:
             raise UserInputError(f"adapter '{name}': {error}") from None
     per_adapter = {
-        name: [[*([mine[name]] if name in mine else []), *([recipe[name]] if name in recipe else []), default]
-               for mine in typed]
+        name: [
+            [*([mine[name]] if name in mine else []), *([recipe[name]] if name in recipe else []), default]
+            for mine in typed
+        ]
         for name, default in spec.defaults(per_adapter=True).items()
     }
     per_recipe = {**spec.defaults(per_adapter=False), **{k: v for k, v in recipe.items() if k not in per_adapter}}

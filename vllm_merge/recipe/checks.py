@@ -22,8 +22,8 @@ def check_document(
     yield from _adapters(document)
     yield from _aliases(document, registered)
     for name, recipe in document.recipes.items():
-        yield from _references(document, name, recipe, registered)
         yield from _method(("recipes", name), recipe, registry)
+        yield from _references(document, name, recipe, registered)
         for index, precondition in enumerate(recipe.precondition):
             if precondition not in preconditions:
                 hint = nearest(precondition, preconditions)

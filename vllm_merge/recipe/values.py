@@ -100,7 +100,7 @@ _FILTERS = {
 PARAMETER_SCHEMA: dict[str, Any] = {"anyOf": [*_POINT["anyOf"], _FILTERS]}
 RANK_SCHEMA: dict[str, Any] = {
     "default": "auto",
-    "description": "auto: the server's max LoRA rank, lossless offline. {energy: x}: the smallest rank that keeps x.",
+    "description": "auto: at most the server's LoRA rank; offline, the sum of the ranks. {energy: x} keeps that share.",
     "anyOf": [
         {"enum": ["auto", "lossless"]},
         {"type": "integer", "minimum": 1},

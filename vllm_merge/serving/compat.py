@@ -8,6 +8,7 @@
 | LoRAModel.from_lora_tensors, PEFTHelper | tensors to a LoRAModel, with the model's own renames | called by signature | 0.26 | as above |
 | LoRAModelManager.{modules, packed_modules, packed_modules_mapping, supported_lora_modules, vocab_size, model, create_dummy_lora} | refuse what does not fit a slot before it can kill the engine | read | 0.26 | vLLM validates before it schedules |
 | lora.ops.torch_ops.bgmv_shrink (CPU) | rows without LoRA (index -1) get the last slot's adapter, so the base model answers wrongly beside adapters | wrapped: those rows are zeroed; only where a probe shows the bug | 0.26 | vLLM #48421 or #49656 lands |
+| PunicaWrapperCPU.add_lora_logits | prompt_logprobs of one request beside others ends the engine in lm_head's LoRA | wrapped: lm_head's LoRA is left out for prompt tokens | 0.26 | vLLM #16668 is closed |
 | OpenAIServingModels.{lora_requests, show_available_models} | our names on every route and in /v1/models | entries added; method replaced | 0.26 | resolvers may choose ids and run without the runtime-update flag |
 | AsyncLLM.{generate, encode} | an artifact is leased while a request runs | wrapped on the instance | 0.26 | engine hooks for request start and end |
 
@@ -120,10 +121,29 @@ def mend_rows_without_lora() -> bool:
     @functools.wraps(original)
     def bgmv_shrink(inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, scaling: float = 1.0) -> None:
         original(inputs, weights, output, indices, scaling)
-        output[: indices.shape[0]][indices < 0] = 0
+        output[indices < 0] = 0
 
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
     return True
+
+
+def mend_prompt_logprobs() -> None:
+    """On the CPU, keep a request for prompt log-probabilities beside others from ending the engine.
+
+    The rows are then one request's prompt while the indices are the batch's requests, and lm_head's LoRA multiplies them.
+    What is left out is LoRA on lm_head, and only for prompt tokens.
+    """
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    original = PunicaWrapperCPU.add_lora_logits
+
+    @functools.wraps(original)
+    def add_lora_logits(self: Any, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.reshape(-1, x.shape[-1]).shape[0] != self.sampler_indices.shape[0]:
+            return None  # y is updated in place, so this leaves it as it is
+        return original(self, y, x, *args, **kwargs)
+
+    PunicaWrapperCPU.add_lora_logits = add_lora_logits
 
 
 def _weights_mapper(manager: Any) -> Any:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +63,23 @@ class Artifact:
     def name(self) -> str:
         return self.plan.artifact_name
 
-    @property
-    def lora_request(self) -> Any:
+    def lora_request(self, label: str) -> Any:
+        """vLLM's request for this artifact under one of its names."""
         digest = self.plan.digest
-        return compat.lora_request(self.name, lora_id(digest, self.attempt), lora_path(digest, self.attempt))
+        return compat.lora_request(label, lora_id(digest, self.attempt), lora_path(digest, self.attempt))
 
 
 @dataclass(frozen=True)
 class Name:
-    """What a model name stands for: an artifact, or the reason why it has none."""
+    """What a model name stands for: an artifact, or the reason why it has none.
+
+    label: `recipe@digest`, what answers call the artifact. Recipes of equal content share an artifact but not a label.
+    """
 
     name: str
     kind: str  # recipe | alias | adapter
     digest: str | None
+    label: str = ""
     reason: str = ""
 
 
@@ -99,7 +103,7 @@ class FrontDoor:
         self._links = links
         self.names: dict[str, Name] = {}
         self.artifacts: dict[str, Artifact] = {}
-        self._by_artifact_name: dict[str, Artifact] = {}
+        self._labels: dict[str, Name] = {}
         self.recipes: RecipeFile | None = None
 
     @property
@@ -117,28 +121,31 @@ class FrontDoor:
         facts = workers[0]
         self.recipes, names, plans = await asyncio.to_thread(resolve_names, config, facts)
         self.artifacts = {digest: self.artifacts.get(digest) or Artifact(plan) for digest, plan in plans.items()}
-        self._by_artifact_name = {artifact.name: artifact for artifact in self.artifacts.values()}
         self.names = names
+        self._labels = {name.label: name for name in names.values() if name.digest is not None and name.kind != "alias"}
 
-    def find(self, name: str) -> Artifact | None:
-        """The artifact that a model name (of a recipe, alias, adapter or artifact) stands for; None if it is not ours.
-
-        Raises ArtifactUnavailable for a name of ours that has no artifact.
+    def find(self, name: str) -> tuple[Artifact, str] | None:
+        """The artifact that a model name (of a recipe, alias, adapter or artifact) stands for, and its label; None if the
+        name is not ours. Raises ArtifactUnavailable for a name of ours that has no artifact.
         """
-        known = self.names.get(name)
+        known = self.names.get(name) or self._labels.get(name)
         if known is None:
-            return self._by_artifact_name.get(name)
+            return None
         if known.digest is None:
             raise ArtifactUnavailable(known.reason, retry=False)
-        return self.artifacts[known.digest]
+        return self.artifacts[known.digest], known.label
 
     def lora_requests(self) -> dict[str, Any]:
-        """{name: LoRARequest} of every name that has an artifact, and of the artifacts' own names."""
-        return self.listed() | {artifact.name: artifact.lora_request for artifact in self.artifacts.values()}
+        """{name: LoRARequest} of every name that has an artifact, and of the artifacts' labels."""
+        return self.listed() | {label: self._request(name) for label, name in self._labels.items()}
 
     def listed(self) -> dict[str, Any]:
         """{name: LoRARequest} for /v1/models: the names that people wrote, not the artifacts behind them."""
-        return {n.name: self.artifacts[n.digest].lora_request for n in self.names.values() if n.digest is not None}
+        return {name.name: self._request(name) for name in self.names.values() if name.digest is not None}
+
+    def _request(self, name: Name) -> Any:
+        assert name.digest is not None
+        return self.artifacts[name.digest].lora_request(name.label)
 
     def owns(self, lora_path: str) -> bool:
         return parse_path(lora_path) is not None
@@ -151,10 +158,10 @@ class FrontDoor:
         eager = [name for name, recipe in self.recipes.recipes.items() if recipe.load == "eager"]
         for name in eager:
             try:
-                artifact = self.find(name)
-                assert artifact is not None
-                await self.ready(artifact)
-                logger.info("%s is ready as %s", name, artifact.name)
+                found = self.find(name)
+                assert found is not None
+                await self.ready(found[0])
+                logger.info("%s is ready as %s", name, found[1])
             except ArtifactUnavailable as error:
                 logger.error("recipe %s is not served: %s", name, error)
 
@@ -170,10 +177,10 @@ class FrontDoor:
             return None
         if digest not in self.artifacts:
             raise ArtifactUnavailable(f"{lora_request.lora_name} is not an artifact of this server", retry=False)
-        return self._lease(self.artifacts[digest])
+        return self._lease(self.artifacts[digest], lora_request.lora_name)
 
     @asynccontextmanager
-    async def _lease(self, artifact: Artifact) -> AsyncIterator[Holder]:
+    async def _lease(self, artifact: Artifact, label: str) -> AsyncIterator[Holder]:
         artifact.users += 1
         if artifact.linger is not None:
             artifact.linger.cancel()
@@ -181,7 +188,7 @@ class FrontDoor:
         try:
             if not artifact.leased:
                 await self._prepare(artifact, lease=True)
-            holder = Holder(artifact, artifact.attempt, artifact.lora_request)
+            holder = Holder(artifact, artifact.attempt, artifact.lora_request(label))
             yield holder
             holder.check()
         finally:
@@ -260,7 +267,7 @@ class FrontDoor:
                 {
                     "name": known.name,
                     "kind": known.kind,
-                    "artifact": artifact.name if artifact else None,
+                    "artifact": known.label or None,
                     "digest": known.digest,
                     "state": artifact.state if artifact else "failed",
                     "reason": (artifact.reason if artifact else known.reason) or None,
@@ -297,25 +304,25 @@ def resolve_names(
         try:
             plan = make()
         except MergeError as error:
-            names[name] = Name(name, kind, None, str(error))
+            names[name] = Name(name, kind, None, reason=str(error))
             return
         plans[plan.digest] = plan
-        names[name] = Name(name, kind, plan.digest)
+        names[name] = Name(name, kind, plan.digest, plan.artifact_name)
 
     common = {"base_model_hash": facts["base_model_hash"], "dtype": facts["dtype"], "max_rank": facts["max_lora_rank"]}
     for name in recipes.recipes:
         missing = _missing(recipes, name, broken)
         if missing:
-            names[name] = Name(name, "recipe", None, "; ".join(missing))
+            names[name] = Name(name, "recipe", None, reason="; ".join(missing))
         else:
             add(name, "recipe", lambda: make_plan(recipes, name, registry=registry, adapter_hashes=hashes, **common))
     for name in recipes.adapters:
         if name in broken:
-            names[name] = Name(name, "adapter", None, broken[name])
+            names[name] = Name(name, "adapter", None, reason=broken[name])
         else:
             add(name, "adapter", lambda: make_adapter_plan(recipes, name, adapter_hashes=hashes, **common))
     for alias, target in recipes.aliases.items():
-        names[alias] = Name(alias, "alias", names[target].digest, names[target].reason)
+        names[alias] = replace(names[target], name=alias, kind="alias")
     return recipes, names, plans
 
 

@@ -48,21 +48,22 @@ class MergeMiddleware:
         if request is None or not isinstance(name, str):
             return await self._app(scope, _replay(body, receive), send)
         try:
-            artifact = front.find(name)
-            if artifact is None:
+            found = front.find(name)
+            if found is None:
                 return await self._app(scope, _replay(body, receive), send)
+            artifact, label = found
             await front.ready(artifact)
         except ArtifactUnavailable as error:
             return await _unavailable(name, error)(scope, receive, send)
-        if name != artifact.name:
-            request["model"] = artifact.name
+        if name != label:
+            request["model"] = label
             body = json.dumps(request).encode()
             scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers[ARTIFACT_HEADER] = artifact.name
+                headers[ARTIFACT_HEADER] = label
                 headers[NAME_HEADER] = name
             await send(message)
 

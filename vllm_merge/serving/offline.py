@@ -40,15 +40,16 @@ class OfflineMerges:
 
     async def _request(self, name: str) -> Any:
         front = self._front if self._front is not None and self._front.connected else await self._connect()
-        artifact = front.find(name)
-        if artifact is None:
+        found = front.find(name)
+        if found is None:
             raise UserInputError(f"{config_path()} has no recipe, alias or adapter {name!r}; it has {', '.join(sorted(front.names))}")
+        artifact, label = found
         if artifact.plan.digest not in self._held:
-            lease = front.lease(artifact.lora_request)
+            lease = front.lease(artifact.lora_request(label))
             assert lease is not None
             await lease.__aenter__()
             self._held[artifact.plan.digest] = lease  # until the program ends: nobody tells us when its requests are done
-        return artifact.lora_request
+        return artifact.lora_request(label)
 
     async def _connect(self) -> FrontDoor:
         config, folder = config_path(), runtime_dir()

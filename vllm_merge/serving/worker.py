@@ -61,8 +61,10 @@ class WorkerService:
         self._manager = worker_manager
         self._device = torch.device(worker_manager.device)
         self._dtype = compat.slot_dtype(worker_manager)
-        if self._device.type == "cpu" and compat.mend_rows_without_lora():
-            logger.info("mended vLLM's CPU LoRA kernels, which give base-model rows the last slot's adapter")
+        if self._device.type == "cpu":
+            compat.mend_prompt_logprobs()
+            if compat.mend_rows_without_lora():
+                logger.info("mended vLLM's CPU LoRA kernels, which give base-model rows the last slot's adapter")
         self._base_model = str(vllm_config.model_config.model)
         parallel = vllm_config.parallel_config
         self._workers = int(parallel.world_size) * int(parallel.data_parallel_size)

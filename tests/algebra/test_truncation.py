@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Truncation: Eckart–Young from the Gram matrix, near it from the sketch, and honest energies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_merge import UserInputError
+from vllm_merge.algebra import truncation
+from vllm_merge.algebra.ranks import RankPolicy
+from vllm_merge.algebra.truncation import Truncated, truncate
+
+
+def matrices(short: int = 48, decay: float = 0.9) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(2, 96, short, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(2, short, short, generator=generator, dtype=torch.float64)).Q
+    return ((u * decay ** torch.arange(short)) @ v.mT).float()
+
+
+def cut(x: Tensor, policy: RankPolicy, strip: int = 40) -> Truncated:
+    sums = torch.full((x.shape[0],), 8)
+    return truncate(lambda: iter(x.split(strip, dim=1)), (x.shape[1], x.shape[2]), policy, sums, seed=0)
+
+
+def best_error(x: Tensor, rank: int) -> Tensor:
+    return torch.linalg.svdvals(x.double())[:, rank:].square().sum(-1).sqrt()
+
+
+def error(x: Tensor, result: Truncated) -> Tensor:
+    return torch.linalg.matrix_norm(x.double() - result.long.double() @ result.short.double().mT)
+
+
+@pytest.mark.parametrize(("exact_limit", "gram_limit", "slack"), [(128, 1024, 1.0001), (8, 1024, 1.0001), (8, 8, 1.01)])
+def test_best_approximation(monkeypatch: pytest.MonkeyPatch, exact_limit: int, gram_limit: int, slack: float) -> None:
+    monkeypatch.setattr(truncation, "EXACT_LIMIT", exact_limit)
+    monkeypatch.setattr(truncation, "GRAM_LIMIT", gram_limit)
+    monkeypatch.setattr(truncation, "OVERSAMPLING", 8)
+    x = matrices(decay=0.8)
+    result = cut(x, RankPolicy(6))
+    assert result.ranks.tolist() == [6, 6]
+    assert not result.exact.any()
+    assert torch.all(error(x, result) <= slack * best_error(x, 6))
+    kept = (result.long.double() @ result.short.double().mT).square().sum((-1, -2)) / x.double().square().sum((-1, -2))
+    assert torch.allclose(result.energy, kept, atol=1e-6)
+
+
+def test_factors_are_balanced() -> None:
+    result = cut(matrices(), RankPolicy(5))
+    assert torch.allclose(result.long.double().norm(dim=1), result.short.double().norm(dim=1), rtol=1e-5)
+
+
+def test_lossless_keeps_the_numerical_rank() -> None:
+    x = matrices(decay=0.5)  # 0.5^20 < 1e-6 < 0.5^19
+    result = cut(x, RankPolicy.parse("lossless", None))
+    assert result.ranks.tolist() == [20, 20]
+    assert result.exact.all()
+    assert torch.all(error(x, result) < 3e-6)
+
+
+def test_energy_keeps_the_smallest_rank_that_is_enough() -> None:
+    x = matrices()
+    result = cut(x, RankPolicy.parse({"energy": 0.9}, None))
+    rank = result.ranks[0].item()
+    energies = torch.linalg.svdvals(x[0].double()).square().cumsum(0) / x[0].double().square().sum()
+    assert energies[rank - 1] >= 0.9 > energies[rank - 2]
+    assert cut(x, RankPolicy.parse({"energy": 0.9}, 3)).ranks.tolist() == [3, 3]
+
+
+def test_auto_is_the_sum_of_ranks_or_the_given_maximum() -> None:
+    assert cut(matrices(), RankPolicy.parse("auto", None)).ranks.tolist() == [8, 8]
+    assert cut(matrices(), RankPolicy.parse("auto", 4)).ranks.tolist() == [4, 4]
+    assert cut(matrices(), RankPolicy.parse(16, 4)).ranks.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("rank", [0, -1, True, "all", {"energy": 0}, {"energy": 1.1}, {"share": 0.5}, 1.5])
+def test_wrong_ranks(rank: object) -> None:
+    with pytest.raises(UserInputError, match="allowed are 'auto', 'lossless', an integer"):
+        RankPolicy.parse(rank, None)  # type: ignore[arg-type]

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: parameters, ranks, reports, errors, cancelling, and the workspace it promises to keep to."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.adapters_in_memory import SHAPES, distance, map_factors, random_adapter, three, weighted_sum, zero_adapter
+from vllm_merge import Adapter, LoraFactors, MergeCancelled, MergeError, UserInputError, merge
+
+
+def test_the_example_of_the_documentation() -> None:
+    a = Adapter("a", {"layers.0.q_proj": LoraFactors(torch.randn(4, 16), torch.randn(8, 4), 2.0)})
+    b = Adapter("b", {"layers.0.q_proj": LoraFactors(torch.randn(2, 16), torch.randn(8, 2))})
+    m = merge(
+        [a, b], merge_method="ties", space="knots", weights=[0.6, 0.4], parameters={"density": 0.2}, rank="lossless"
+    )
+    factors = m.factors["layers.0.q_proj"]
+    assert factors.scaling == 1.0
+    assert torch.allclose(m.delta("layers.0.q_proj"), factors.B @ factors.A)
+    assert m.delta("layers.0.q_proj").shape == (8, 16)
+    assert m.report.ranks == {"layers.0.q_proj": factors.rank}
+    assert m.nbytes == factors.nbytes
+
+
+@pytest.mark.parametrize("space", ["core", "delta", "knots"])
+def test_task_arithmetic_is_the_weighted_sum(space: str) -> None:
+    merged = merge(
+        three(), merge_method="task_arithmetic", space=space, weights=[0.7, 0.2, -0.4], parameters={"lambda": 0.5}
+    )
+    assert distance(merged, weighted_sum(three(), [0.35, 0.1, -0.2])) < 1e-6
+    assert set(merged.report.ranks.values()) == {10}
+    assert set(merged.report.energy_kept.values()) == {None}
+
+
+def test_precedence_of_parameters() -> None:
+    merged = merge(
+        three(),
+        merge_method="task_arithmetic",
+        parameters={"weight": 2.0},
+        adapter_parameters=[{"weight": 3.0}, {}, {"weight": {"layers.0.q_proj": 5.0}}],
+    )
+    everywhere = weighted_sum(three(), [3.0, 2.0, 2.0])
+    everywhere["layers.0.q_proj"] = weighted_sum(three(), [3.0, 2.0, 5.0])["layers.0.q_proj"]
+    assert distance(merged, everywhere) < 1e-6
+    assert distance(merge(three(), merge_method="task_arithmetic"), weighted_sum(three(), [1.0, 1.0, 1.0])) < 1e-6
+
+
+def test_lambda_by_module() -> None:
+    merged = merge(three(), merge_method="task_arithmetic", parameters={"lambda": {"layers.0.q_proj": 0.5}})
+    expected = weighted_sum(three(), [1.0, 1.0, 1.0])
+    expected["layers.0.q_proj"] *= 0.5
+    assert distance(merged, expected) < 1e-6
+
+
+def test_missing_modules() -> None:
+    x, y, z = three()
+    y = Adapter("y", {m: f for m, f in y.factors.items() if m != "layers.0.q_proj"})
+    mean = merge([x, y, z], merge_method="linear")
+    assert distance(mean, weighted_sum([x, y, z], [1 / 3] * 3)) < 1e-6
+    assert mean.report.ranks["layers.0.q_proj"] == 5
+    assert mean.report.input_norms["layers.0.q_proj"][1] == 0.0
+    disjoint = merge([x, y, z], merge_method="linear", space="knots").delta("layers.0.q_proj")
+    both = weighted_sum([x, z], [0.5, 0.5])["layers.0.q_proj"]
+    assert torch.allclose(disjoint.double(), both, atol=1e-6)
+
+
+def test_report_of_a_truncated_merge() -> None:
+    full = merge(three(), merge_method="task_arithmetic")
+    merged = merge(three(), merge_method="task_arithmetic", rank=2)
+    for module in SHAPES:
+        ratio = float(merged.delta(module).square().sum() / full.delta(module).square().sum())
+        assert merged.report.energy_kept[module] == pytest.approx(ratio, abs=1e-5)
+        assert merged.report.norms[module] == pytest.approx(float(merged.delta(module).norm()), rel=1e-5)
+        norms = [float(adapter.factors[module].delta().norm()) for adapter in three()]
+        assert merged.report.input_norms[module] == pytest.approx(norms, rel=1e-5)
+    assert any("keep under 90% of their energy" in warning for warning in merged.report.warnings) == any(
+        kept is not None and kept < 0.9 for kept in merged.report.energy_kept.values()
+    )
+    assert set(merged.report.seconds) == {"prepare", "merge", "truncate", "factors"}
+    assert merged.report.peak_workspace_bytes > 0
+
+
+def test_low_energy_is_warned_about() -> None:
+    many = [random_adapter(str(seed), 4, seed) for seed in range(5)]
+    assert "4 of 4 modules keep under 90%" in merge(many, merge_method="linear", rank=1).report.warnings[0]
+    assert merge(many, merge_method="linear").report.warnings == []
+
+
+def test_zero_results_are_dropped() -> None:
+    x = random_adapter("x", 3, 1)
+    gone = merge([x, x], merge_method="task_arithmetic", weights=[1.0, -1.0])
+    assert gone.factors == {}
+    assert sorted(gone.report.dropped_modules) == sorted(SHAPES)
+    nothing = merge([zero_adapter()], merge_method="linear")
+    assert (nothing.factors, nothing.report.dropped_adapters) == ({}, ["zero"])
+
+
+def test_cancelling_adapters_inside_one_adapter_count_as_zero() -> None:
+    x = random_adapter("x", 2, 1)
+    cancelled = map_factors(x, lambda f: LoraFactors(torch.cat([f.A, f.A]), torch.cat([f.B, -f.B], 1)))
+    assert merge([cancelled, x], merge_method="linear").report.dropped_adapters == ["x"]
+
+
+def test_not_finite_inputs_and_results() -> None:
+    x, y, z = three()
+    broken = dict(y.factors)
+    bad = broken["layers.1.q_proj"].B.clone()
+    bad[3, 1] = float("nan")
+    broken["layers.1.q_proj"] = LoraFactors(broken["layers.1.q_proj"].A, bad)
+    for space in ("core", "delta", "knots"):
+        with pytest.raises(MergeError, match=r"adapter 'y', module 'layers.1.q_proj': .* not finite"):
+            merge([x, Adapter("y", broken), z], merge_method="linear", space=space)
+    with pytest.raises(MergeError, match=r"module 'layers.0.up_proj|q_proj': the merged weight change is not finite"):
+        merge(
+            three(),
+            merge_method="task_arithmetic",
+            space="delta",
+            weights=[3e38, 3e38, 3e38],
+            parameters={"lambda": 1e6},
+        )
+    with pytest.raises(MergeError, match=r"do not fit torch.float16"):
+        merge(three(), merge_method="task_arithmetic", weights=[1e12, 1.0, 1.0], dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"merge_method": "linear", "weights": [1.0]}, "weights has 1 entries for 3 adapters"),
+        ({"merge_method": "linear", "weights": [1.0, -1.0, 0.0]}, "add up to 0"),
+        ({"merge_method": "linear", "precondition": ["norm_cap"]}, r"unknown precondition 'norm_cap' \(known: none\)"),
+        ({"merge_method": "linear", "rank": "some"}, "allowed are 'auto'"),
+        ({"merge_method": "liner"}, "did you mean 'linear'"),
+        ({"merge_method": "linear", "space": "factors"}, "not defined in space 'factors'"),
+        (
+            {"merge_method": "linear", "weights": [1, 1, 1], "adapter_parameters": [{}, {"weight": 1.0}, {}]},
+            "adapter 'y': its weight is given twice",
+        ),
+        ({"merge_method": "ties", "adapter_parameters": [{}, {}, {"density": 0}]}, "adapter 'z': .*'density' is 0"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserInputError, match=message):
+        merge(three(), **arguments)
+
+
+def test_no_adapters_and_other_shapes() -> None:
+    with pytest.raises(UserInputError, match="no adapter to merge"):
+        merge([], merge_method="linear")
+    other = Adapter("other", {"layers.0.q_proj": LoraFactors(torch.ones(1, 5), torch.ones(4, 1))})
+    with pytest.raises(
+        UserInputError, match=r"module 'layers.0.q_proj': adapter 'other' has ΔW of shape \(4, 5\), adapter 'x'"
+    ):
+        merge([*three(), other], merge_method="linear")
+
+
+@pytest.mark.parametrize("stage", ["prepare", "statistics", "merge", "truncate"])
+def test_cancel_in_every_stage(stage: str) -> None:
+    seen: list[str] = []
+
+    def progress(name: str, done: int, total: int) -> None:
+        assert 0 <= done < total == len(SHAPES)
+        seen.append(name)
+
+    with pytest.raises(MergeCancelled):
+        merge(three(), merge_method="ties", progress=progress, cancelled=lambda: stage in seen)
+    assert seen[-1] == stage
+    assert len(seen) == seen.index(stage) + 1
+
+
+@pytest.mark.parametrize("space", ["delta", "knots", "core"])
+@pytest.mark.parametrize("rank", ["lossless", 3])
+def test_a_small_workspace_gives_the_same_result(space: str, rank: int | str) -> None:
+    """Every bound on the workspace: batches of one module, strips, and merged entries made anew at every pass."""
+    arguments: dict[str, Any] = {"merge_method": "ties", "space": space, "rank": rank, "parameters": {"density": 0.5}}
+    plenty = merge(three(), **arguments)
+    for workspace in (1 << 18, 1 << 14, 1):
+        assert distance(merge(three(), workspace_bytes=workspace, **arguments), plenty) < 3e-6
+
+
+def test_results_do_not_depend_on_the_seed_when_exact() -> None:
+    one, two = (merge(three(), merge_method="ties", seed=seed).tensors_sha256 for seed in (0, 1))
+    assert one == two
+
+
+def test_half_precision() -> None:
+    half = [
+        map_factors(adapter, lambda f: LoraFactors(f.A.bfloat16(), f.B.bfloat16(), f.scaling)) for adapter in three()
+    ]
+    merged = merge(half, merge_method="linear", dtype=torch.bfloat16)
+    assert {f.A.dtype for f in merged.factors.values()} == {torch.bfloat16}
+    assert distance(merged, weighted_sum(half, [1 / 3] * 3)) < 1e-2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensor storages made while it is on and still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in self._known:
+                    self._known.add(key)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._gone, key, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+
+def test_a_delta_merge_keeps_to_its_workspace() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"layers.{i}.proj": (512, 384) for i in range(6)}
+    adapters = [
+        Adapter(
+            str(k),
+            {
+                m: LoraFactors(torch.randn(4, i, generator=generator), torch.randn(o, 4, generator=generator))
+                for m, (o, i) in shapes.items()
+            },
+        )
+        for k in range(6)
+    ]
+    dense = sum(6 * 4 * o * i for o, i in shapes.values())  # all ΔW_i at once
+    workspace = dense // 2
+    with LiveBytes() as memory:
+        merged = merge(adapters, merge_method="ties", space="delta", rank=16, workspace_bytes=workspace)
+    assert memory.peak - merged.nbytes <= workspace < dense
+    assert merged.report.peak_workspace_bytes <= workspace
