@@ -62,7 +62,7 @@ def test_nothing_is_overwritten_or_left_half(tmp_path: Path) -> None:
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     mixed().save_pretrained(tmp_path / "out")
     (tmp_path / "out" / "merge_report.json").unlink()
-    with pytest.raises(UserInputError, match="has no merge_report.json"):
+    with pytest.raises(UserInputError, match=r"has no merge_report\.json"):
         MergedAdapter.from_pretrained(tmp_path / "out")
 
 

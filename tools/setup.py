@@ -55,7 +55,9 @@ def main() -> None:
         found = ".".join(map(str, sys.version_info[:3]))
         fail(f"Python 3.11 or 3.12 is needed, this is {found}. Name another one: make PYTHON=/path/to/python3.11 ...")
     if importlib.util.find_spec("ensurepip") is None:
-        fail(f"this Python has no venv and pip modules; on Debian and Ubuntu: apt-get install python3.{sys.version_info[1]}-venv")
+        fail(
+            f"this Python has no venv and pip modules; on Debian and Ubuntu: apt-get install python3.{sys.version_info[1]}-venv"
+        )
     if STAMP.exists() and STAMP.read_text() == wanted():
         return
     print(f"Setting up {VENV.name} (once, a few minutes)", flush=True)

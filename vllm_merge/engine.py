@@ -179,12 +179,12 @@ class _Job:
             passes = _JobPasses(self)
             with self._timed("statistics"):
                 statistics = self.spec.statistics(passes, **self.parameters.per_recipe)
-            conflict = getattr(statistics, "sign_conflict", None)
-            if conflict is not None:
-                self.report.sign_conflict = dict(zip(self.modules, conflict.tolist(), strict=True))
         factors: dict[str, LoraFactors] = {}
         for batch in self.batches:
             factors.update(self._merge_batch(self.prepared(batch), statistics))
+        conflict = getattr(statistics, "sign_conflict", None)
+        if conflict is not None:
+            self.report.sign_conflict = dict(zip(self.modules, conflict.tolist(), strict=True))
         low = {module: kept for module, kept in self.report.energy_kept.items() if kept is not None}
         low = {module: kept for module, kept in low.items() if kept < LOW_ENERGY}
         if low:
@@ -305,7 +305,7 @@ class _Job:
             strips = lambda: (v if tall else v.mT for _, v in merged_parts())
         with self._timed("truncate"):
             sums = torch.tensor([sum(ranks) for ranks in batch.group.ranks], device=self.device)
-            cut = truncate(strips, (max(rows, cols), min(rows, cols)), self.policy, sums, self.seed)
+            cut = truncate(strips, min(rows, cols), self.policy, sums, self.seed)
         with self._timed("factors"):
             return self._factors(prepared, cut, tall)
 

@@ -51,7 +51,11 @@ class Server:
         while not self.answers():
             elapsed = time.monotonic() - started
             if self.process.poll() is not None or elapsed > seconds:
-                how = f"ended with {self.process.returncode}" if self.process.poll() is not None else f"was silent for {seconds:.0f} s"
+                how = (
+                    f"ended with {self.process.returncode}"
+                    if self.process.poll() is not None
+                    else f"was silent for {seconds:.0f} s"
+                )
                 raise RuntimeError(f"the vLLM server {how}; the end of {self.log}:\n{self.tail()}")
             if tick is not None:
                 tick(elapsed)

@@ -78,7 +78,7 @@ def test_knots_support_of_copies() -> None:
 
 def test_knots_rows_are_the_singular_directions() -> None:
     adapters = three()
-    for found, a, b in all_coordinates(adapters, "knots"):
+    for found, _, b in all_coordinates(adapters, "knots"):
         assert found.left_transform is not None
         u = b @ found.left_transform
         assert torch.allclose(u.mT @ u, torch.eye(u.shape[2], dtype=torch.float64).expand_as(u.mT @ u), atol=1e-10)

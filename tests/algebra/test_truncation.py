@@ -22,7 +22,7 @@ def matrices(short: int = 48, decay: float = 0.9) -> Tensor:
 
 def cut(x: Tensor, policy: RankPolicy, strip: int = 40) -> Truncated:
     sums = torch.full((x.shape[0],), 8)
-    return truncate(lambda: iter(x.split(strip, dim=1)), (x.shape[1], x.shape[2]), policy, sums, seed=0)
+    return truncate(lambda: iter(x.split(strip, dim=1)), x.shape[2], policy, sums, seed=0)
 
 
 def best_error(x: Tensor, rank: int) -> Tensor:

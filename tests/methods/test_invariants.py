@@ -21,7 +21,7 @@ TIES_FULL = [
     pytest.param("ties", space, {"density": 1.0}, id=f"ties-{space}-1") for space in ("delta", "knots", "core")
 ]
 TIES_TRIM = [pytest.param("ties", space, {"density": 0.3}, id=f"ties-{space}-0.3") for space in ("delta", "knots")]
-CORE_TRIM = [pytest.param("ties", "core", {"density": 0.3}, id="ties-core-0.3")]
+CORE_TRIM = [pytest.param("ties", "core", {"density": 0.05}, id="ties-core-0.05")]
 ALL = [*LINEAR, *TIES_FULL, *TIES_TRIM, *CORE_TRIM]
 
 

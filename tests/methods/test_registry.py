@@ -34,7 +34,8 @@ def test_schema_of_ties() -> None:
         "maximum": 1,
         "default": 0.2,
     }
-    assert spec.low_rank("knots") and not spec.low_rank("delta")
+    assert spec.low_rank("knots")
+    assert not spec.low_rank("delta")
 
 
 def test_validation_returns_only_what_was_given() -> None:

@@ -195,7 +195,7 @@ def test_refusals(plan: MakePlan) -> None:
         plan(TEXT, adapter_hashes={"a": "x"})
     assert str(caught.value) == ("/files/r.yaml: adapter 'b' is not registered; give it a path under `adapters:`")
     with pytest.raises(UserInputError) as caught:
-        plan(TEXT.replace("path: /b", "path: org/b"))
+        plan(TEXT.replace("path: /b", "path: org/b, revision: v1"))
     assert str(caught.value) == "/files/r.yaml: adapters.b.path: org/b is not on this machine yet; fetch it first"
 
 

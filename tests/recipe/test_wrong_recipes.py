@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every mistake a recipe file can have: the exact message, with its line and key."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,27 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "version: 1\nadapters:\n  a:\n    path: ./a\n    revision: main",
         ["5: adapters.a.revision: ./a is a folder; a revision is for Hub repositories (org/name) only"],
     ),
+    "Hub repository without revision": (
+        "version: 1\nadapters:\n  a: {path: org/a}",
+        [
+            "3: adapters.a.revision: is missing; org/a is no folder here, and a Hub repository needs a revision: "
+            "best a commit, which never changes"
+        ],
+    ),
+    "escape beyond Unicode": (
+        'version: 1\nbase_model: "\\UFFFFFFFF"',
+        ["1: not valid YAML: an escape such as \\U names no character"],
+    ),
+    "long key": (
+        f"version: 1\n{'k' * 300}: 1",
+        [
+            f"2: {'k' * 100}…{'k' * 100}: unknown key (allowed: version, base_model, adapters, recipes, aliases)",
+        ],
+    ),
+    "version is a word": ("version: one", ["1: version: is 'one'; allowed is 1"]),
+    "adapters is a list": ("version: 1\nadapters: [sql]", ["2: adapters: is ['sql']; expected a mapping"]),
+    "base model is a number": ("version: 1\nbase_model: 7", ["2: base_model: is 7; expected text; quote it"]),
+    "key that is a list": ("version: 1\n? [a, b]\n: 1", ["2: has a key that is not text"]),
     "bad name": (
         "version: 1\nadapters:\n  a@b: {path: x}",
         [f"3: adapters.a@b: 'a@b' is not a name; a name is {NAME_RULE}"],
@@ -293,7 +315,7 @@ def test_many_problems_are_cut(load: Load) -> None:
     ("content", "message"),
     [
         (b"version: 1\n# \xff", "2: byte 0xff is not UTF-8"),
-        (b"#" * (2**20 + 1), "1: is larger than 1,048,576 bytes; split it"),
+        (b"#" * (2**18 + 1), "1: is larger than 262,144 bytes; split it"),
         (b"version: 1\na: \x01", "2: not valid YAML: special characters are not allowed"),
         (b"a: " + b"[" * 20_000, "1: is nested deeper than 32 levels"),
         (None, "1: cannot be read: No such file or directory"),
@@ -306,6 +328,29 @@ def test_unreadable_files(content: bytes | None, message: str, tmp_path: Path, r
     with pytest.raises(RecipeError) as caught:
         load_recipes(file, registry)
     assert str(caught.value) == f"{file}:{message}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "  r{i}: {{merge_method: linear, adapters: [{{adapter: r{before}}}]}}",  # a chain, which is right
+        "  r{i}: {{merge_method: linear, adapters: [{{adapter: x{i}}}]}}",  # each with an unknown adapter
+        "  r{i}: {{merge_method: linear, adapters: [{{adapter: r{i}}}]}}",  # each a circle
+        "  {name}{i}: 1",  # each of a wrong type
+    ],
+)
+def test_large_files_are_quick(line: str, load: Load) -> None:
+    count = 2500
+    rows = [line.format(i=i, before=i - 1 if i else "x", name="k" * 60) for i in range(count)]
+    text = "version: 1\nadapters: {rx: {path: ./x}}\nrecipes:\n" + "\n".join(rows)
+    started = time.process_time()
+    try:
+        order = load(text).stage_order(f"r{count - 1}")
+    except RecipeError as error:
+        order = []
+        assert 20 < len(error.problems) <= 200
+    assert order in ([], [f"r{i}" for i in range(count)])
+    assert time.process_time() - started < 10
 
 
 def test_alias_bomb_is_bounded(load: Load) -> None:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import asyncio
-import os
 import stat
 
 import pytest
@@ -106,7 +105,7 @@ def test_a_worker_that_is_gone_is_said_and_not_waited_for(served):
 
 def test_the_socket_is_the_users_alone(served):
     server, _ = served
-    assert stat.S_IMODE(os.stat(server.path).st_mode) == 0o600
+    assert stat.S_IMODE(server.path.stat().st_mode) == 0o600
 
 
 def test_dead_sockets_are_passed_over_and_missing_workers_named(served, tmp_path):
@@ -117,7 +116,7 @@ def test_dead_sockets_are_passed_over_and_missing_workers_named(served, tmp_path
         links = await connect_all(tmp_path, 1, lambda event: None, timeout=2)
         assert [link.path for link in links] == [server.path]
         await links[0].close()
-        with pytest.raises(ControlError, match="1 of 2 vLLM workers.*--enable-lora"):
+        with pytest.raises(ControlError, match=r"1 of 2 vLLM workers.*--enable-lora"):
             await connect_all(tmp_path, 2, lambda event: None, timeout=0.3)
 
     asyncio.run(talk())

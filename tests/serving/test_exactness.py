@@ -13,7 +13,7 @@ import torch
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
 
-from tests.serving.conftest import CONFIG, DEMO
+from tests.conftest import CONFIG, DEMO
 from tests.serving.test_routes import ADAPTERS, MERGES, RECIPES
 from vllm_merge.adapters.base_model import base_model_hash
 from vllm_merge.adapters.peft import hash_adapter

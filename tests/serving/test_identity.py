@@ -26,7 +26,14 @@ def test_paths_name_their_digest(attempt):
 
 
 @pytest.mark.parametrize(
-    "path", ["/adapters/sql", "vllm-merge://", f"vllm-merge://{DIGEST}", f"vllm-merge://{DIGEST}/../0", f"x{lora_path(DIGEST)}"]
+    "path",
+    [
+        "/adapters/sql",
+        "vllm-merge://",
+        f"vllm-merge://{DIGEST}",
+        f"vllm-merge://{DIGEST}/../0",
+        f"x{lora_path(DIGEST)}",
+    ],
 )
 def test_other_paths_are_not_ours(path):
     assert parse_path(path) is None

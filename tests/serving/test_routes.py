@@ -9,10 +9,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.conftest import CONFIG, DEMO
 from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe.loading import load_recipes
-
-from tests.serving.conftest import CONFIG, DEMO
 
 RECIPES = load_recipes(CONFIG, default_registry())
 ADAPTERS, MERGES, ALIASES = sorted(RECIPES.adapters), sorted(RECIPES.recipes), sorted(RECIPES.aliases)

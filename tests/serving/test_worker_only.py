@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.conftest import processes_of
+from tests.conftest import processes_of
 from tests.serving.test_exactness import exported  # noqa: F401  (a fixture)
 from tests.serving.test_routes import MERGES
 

@@ -95,7 +95,7 @@ def factors_sha256(factors: Mapping[str, LoraFactors]) -> str:
 class Adapter:
     """A named LoRA adapter in memory: module name → LoraFactors, in natural module order.
 
-    Module names are those of the base model, e.g. `model.layers.0.self_attn.q_proj`. A module that is absent has ΔW = 0.
+    Module names are those of the base model, e.g. `model.layers.0.self_attn.q_proj`. An absent module has ΔW = 0.
     """
 
     def __init__(

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_merge.adapters.factors import Adapter, LoraFactors, natural_key
+from vllm_merge.adapters.factors import Adapter, natural_key
 from vllm_merge.errors import UserInputError
 
 
@@ -30,7 +30,7 @@ class ModuleGroup:
     @property
     def stacked_rank(self) -> int:
         """K, the number of stacked rank-one terms."""
-        return self.slots[-1].stop
+        return sum(slot.stop - slot.start for slot in self.slots)
 
     def batches(self, modules: int) -> Iterator[ModuleGroup]:
         """The group in pieces of at most this many modules, all with the group's slots."""
@@ -96,15 +96,13 @@ def stack_group(group: ModuleGroup, adapters: Sequence[Adapter], device: torch.d
         factors = [adapter.factors[group.modules[m]] for m in present]
         for m, module in zip(present, factors, strict=True):
             scale[m, slot] = module.scaling
-        _place(a[:, slot], present, factors, lambda f, w=width: pad(f.A, (0, 0, 0, w - f.rank)))
-        _place(b[:, :, slot], present, factors, lambda f, w=width: pad(f.B, (0, w - f.rank)))
+        _place(a[:, slot], present, [pad(f.A, (0, 0, 0, width - f.rank)) for f in factors])
+        _place(b[:, :, slot], present, [pad(f.B, (0, width - f.rank)) for f in factors])
     return Stack(group, a, b.mul_(scale.to(device)[:, None, :]))
 
 
-def _place(
-    target: Tensor, present: Sequence[int], factors: Sequence[LoraFactors], padded: Callable[[LoraFactors], Tensor]
-) -> None:
-    values = torch.stack([padded(module) for module in factors])
+def _place(target: Tensor, present: Sequence[int], matrices: Sequence[Tensor]) -> None:
+    values = torch.stack(list(matrices))
     if len(present) == target.shape[0]:
         target.copy_(values)
     else:

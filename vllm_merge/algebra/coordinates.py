@@ -135,5 +135,5 @@ _BUILDERS: dict[str, Build] = {"delta": delta_coordinates, "knots": knots_coordi
 
 
 def coordinates(space: str, stack: Stack, grams: Grams, *, singular: bool) -> Coordinates:
-    """The batch's tasks in a space. singular: whether the bases must be singular vectors, where the space has a choice."""
+    """The batch's tasks in a space. singular: the bases must be singular vectors, where the space has a choice."""
     return _BUILDERS[space](stack, grams, singular)

@@ -28,7 +28,7 @@ class RankPolicy:
 
     @classmethod
     def parse(cls, rank: int | str | Mapping[str, float], max_rank: int | None) -> RankPolicy:
-        """From `auto`, `lossless`, a positive integer or {energy: share in (0, 1]}; max_rank bounds each but `lossless`.
+        """From `auto`, `lossless`, an integer ≥ 1 or {energy: share in (0, 1]}; max_rank bounds each but `lossless`.
 
         Raises UserInputError for anything else.
         """

@@ -44,8 +44,8 @@ class Spectrum:
 class Truncated:
     """X ≈ long @ shortᵀ. long: (modules, long, k), short: (modules, short, k), float64 where X is; ranks: (modules,).
 
-    Columns beyond a module's rank are zero. exact: whether nothing was cut off; norm: ‖long shortᵀ‖_F; energy: the share
-    of ‖X‖²_F it has; all (modules,).
+    Columns beyond a module's rank are zero. exact: whether nothing was cut off; norm: ‖long shortᵀ‖_F; energy: the
+    share of ‖X‖²_F it has; all (modules,).
     """
 
     long: Tensor
@@ -56,9 +56,8 @@ class Truncated:
     energy: Tensor
 
 
-def truncate(strips: Strips, shape: tuple[int, int], policy: RankPolicy, rank_sums: Tensor, seed: int) -> Truncated:
-    """Thin factors of a batch of matrices of shape (long, short), at the ranks the policy chooses."""
-    long, short = shape
+def truncate(strips: Strips, short: int, policy: RankPolicy, rank_sums: Tensor, seed: int) -> Truncated:
+    """Thin factors of a batch of matrices (long, short), at the ranks the policy chooses for rank sums (modules,)."""
     limits = policy.limits(rank_sums)
     bound = None if limits is None else int(limits.max())
     width = short if bound is None else min(short, bound + OVERSAMPLING)
@@ -132,7 +131,8 @@ def _spectrum_within(strips: Strips, subspace: Tensor) -> Spectrum:
         square, energy = product.mT @ product, torch.linalg.vector_norm(strip, dim=(-1, -2)).double().square()
         projected = square if projected is None else projected.add_(square)
         total = energy if total is None else total.add_(energy)
-    assert projected is not None and total is not None
+    assert projected is not None
+    assert total is not None
     values, rotation = descending_eigh(projected)
     short, width = subspace.shape[1:]
     ranks = numerical_rank(values)

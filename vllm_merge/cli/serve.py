@@ -14,8 +14,8 @@ import typer
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.methods.registry import default_registry
-from vllm_merge.recipe.loading import load_recipes
 from vllm_merge.recipe.file import RecipeFile
+from vllm_merge.recipe.loading import load_recipes
 from vllm_merge.serving import launch
 
 

@@ -4,12 +4,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vllm_merge.recipe.dtypes import BYTES
 from vllm_merge.recipe.plan import AdapterSource, EnergyRank, Plan, Stage
 
 # Module -> (d_out, d_in, rank).
 Shapes = Mapping[str, tuple[int, int, int]]
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FULL_RANK_SPACES = frozenset({"delta"})
 
 

@@ -2,28 +2,35 @@
 """What a recipe file says must hold together: names, references, methods and their parameters."""
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 from vllm_merge.errors import UserInputError
-from vllm_merge.recipe.file import is_local
+from vllm_merge.recipe.file import absolute_path, is_local
 from vllm_merge.recipe.problems import KeyPath, listed, nearest
 from vllm_merge.recipe.protocols import MethodSpec, Registry
 from vllm_merge.recipe.resolve import scalars, varies
 from vllm_merge.recipe.schema import Recipe, RecipeDocument
-from vllm_merge.recipe.values import NAME, NAME_RULE
+from vllm_merge.recipe.values import NAME, NAME_RULE, shown
 
 Finding = tuple[KeyPath, str]
 
 
 def check_document(
-    document: RecipeDocument, registry: Registry, registered: Collection[str], preconditions: Collection[str]
+    document: RecipeDocument,
+    registry: Registry,
+    registered: Collection[str],
+    preconditions: Collection[str],
+    directory: Path,
 ) -> Iterator[Finding]:
-    """Every (key, message) that is wrong. `registered`: names of adapters that are known from elsewhere."""
+    """Every (key, message) that is wrong. `registered`: names of adapters that are known from elsewhere;
+    `directory`: where relative paths are taken from."""
+    known = dict.fromkeys([*document.adapters, *registered, *document.recipes])
     yield from _names(document, registered)
-    yield from _adapters(document)
+    yield from _adapters(document, directory)
     yield from _aliases(document, registered)
     for name, recipe in document.recipes.items():
         yield from _method(("recipes", name), recipe, registry)
-        yield from _references(document, name, recipe, registered)
+        yield from _references(document, name, recipe, known)
         for index, precondition in enumerate(recipe.precondition):
             if precondition not in preconditions:
                 hint = nearest(precondition, preconditions)
@@ -44,15 +51,22 @@ def _names(document: RecipeDocument, registered: Collection[str]) -> Iterator[Fi
                 owners[name] = kind
 
 
-def _adapters(document: RecipeDocument) -> Iterator[Finding]:
+def _adapters(document: RecipeDocument, directory: Path) -> Iterator[Finding]:
     for name, entry in document.adapters.items():
-        if entry.revision is not None and is_local(entry.path):
+        local = is_local(absolute_path(entry.path, directory))
+        if entry.revision is not None and local:
             message = f"{entry.path} is a folder; a revision is for Hub repositories (org/name) only"
+            yield ("adapters", name, "revision"), message
+        elif entry.revision is None and not local:
+            message = (
+                f"is missing; {entry.path} is no folder here, and a Hub repository needs a revision: "
+                "best a commit, which never changes"
+            )
             yield ("adapters", name, "revision"), message
 
 
 def _aliases(document: RecipeDocument, registered: Collection[str]) -> Iterator[Finding]:
-    known = [*document.recipes, *document.adapters, *registered]
+    known = dict.fromkeys([*document.recipes, *document.adapters, *registered])
     for name, target in document.aliases.items():
         if target in document.aliases:
             yield ("aliases", name), f"{target!r} is an alias; aliases point to recipes or adapters"
@@ -60,16 +74,16 @@ def _aliases(document: RecipeDocument, registered: Collection[str]) -> Iterator[
             yield ("aliases", name), f"no recipe or adapter {target!r}{nearest(target, known)} (known: {listed(known)})"
 
 
-def _references(document: RecipeDocument, name: str, recipe: Recipe, registered: Collection[str]) -> Iterator[Finding]:
-    known = [*document.adapters, *registered, *(other for other in document.recipes if other != name)]
+def _references(document: RecipeDocument, name: str, recipe: Recipe, known: Mapping[str, None]) -> Iterator[Finding]:
     for index, item in enumerate(recipe.adapters):
         path: KeyPath = ("recipes", name, "adapters", index, "adapter")
         if item.adapter in document.aliases:
             target = document.aliases[item.adapter]
             yield path, f"{item.adapter!r} is an alias, which may move; name what it points to, {target!r}"
-        elif item.adapter not in known and item.adapter != name:
-            hint = nearest(item.adapter, known)
-            yield path, f"no registered adapter or recipe {item.adapter!r}{hint} (known: {listed(known)})"
+        elif item.adapter not in known:
+            others = [other for other in known if other != name]
+            hint = nearest(item.adapter, others)
+            yield path, f"no registered adapter or recipe {item.adapter!r}{hint} (known: {listed(others)})"
 
 
 def _method(path: KeyPath, recipe: Recipe, registry: Registry) -> Iterator[Finding]:
@@ -100,9 +114,14 @@ def _parameters(
             continue
         for scalar in scalars(value):
             try:
-                spec.validate(space, {name: scalar}, per_adapter)
+                typed = spec.validate(space, {name: scalar}, per_adapter)[name]
             except UserInputError as error:
                 yield (*path, name), str(error)
+                break
+            if isinstance(typed, bool | str) != isinstance(scalar, bool | str) or (
+                isinstance(typed, bool | str) and type(typed) is not type(scalar)
+            ):
+                yield (*path, name), f"is {shown(scalar)}; write {shown(typed)}"
                 break
 
 
@@ -110,20 +129,20 @@ def _cycles(recipes: Mapping[str, Recipe]) -> Iterator[Finding]:
     """Each circle of recipes once, at its first recipe in the file."""
     done: set[str] = set()
     for start in recipes:
-        trail: list[str] = []
         stack = [(start, iter(recipes[start].adapters))] if start not in done else []
-        trail.extend(name for name, _ in stack)
+        trail = dict.fromkeys(name for name, _ in stack)
         while stack:
             name, items = stack[-1]
             for item in items:
                 if item.adapter in trail:
-                    circle = [*trail[trail.index(item.adapter) :], item.adapter]
+                    names = list(trail)
+                    circle = [*names[names.index(item.adapter) :], item.adapter]
                     yield ("recipes", item.adapter), f"recipes use each other in a circle: {' -> '.join(circle)}"
                 elif item.adapter in recipes and item.adapter not in done:
                     stack.append((item.adapter, iter(recipes[item.adapter].adapters)))
-                    trail.append(item.adapter)
+                    trail[item.adapter] = None
                     break
             else:
                 done.add(name)
-                trail.pop()
+                del trail[name]
                 stack.pop()

@@ -48,14 +48,16 @@ class RecipeFile:
     def stage_order(self, recipe: str) -> list[str]:
         """The recipes that `recipe` uses, directly or not, each after those it uses; `recipe` itself is the last."""
         order: dict[str, None] = {}
-
-        def visit(name: str) -> None:
-            for item in self.recipes[name].adapters:
+        stack = [(recipe, iter(self.recipes[recipe].adapters))]  # not recursion: a chain may be of any length
+        while stack:
+            name, items = stack[-1]
+            for item in items:
                 if item.adapter in self.recipes and item.adapter not in order:
-                    visit(item.adapter)
-            order[name] = None
-
-        visit(recipe)
+                    stack.append((item.adapter, iter(self.recipes[item.adapter].adapters)))
+                    break
+            else:
+                order[name] = None
+                stack.pop()
         return list(order)
 
 
@@ -66,5 +68,9 @@ def is_local(path: str) -> bool:
 
 def absolute_path(path: str, directory: Path) -> str:
     """`path` as an absolute folder, taken from `directory`; a Hub name stays, unless such a folder is there."""
-    local = Path(os.path.normpath(directory.absolute() / Path(path).expanduser()))
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:  # ~someone who has no home here; the path is then reported as no folder
+        expanded = Path(path)
+    local = Path(os.path.normpath(directory.absolute() / expanded))
     return str(local) if is_local(path) or local.is_dir() else path

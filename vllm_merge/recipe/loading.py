@@ -2,6 +2,7 @@
 """Reading a recipe file: every mistake in it with its line, several at a time."""
 
 from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,6 +14,8 @@ from vllm_merge.recipe.problems import Problem, RecipeError
 from vllm_merge.recipe.protocols import Registry
 from vllm_merge.recipe.schema import RecipeDocument
 from vllm_merge.recipe.yaml_tree import YamlTree, parse_yaml, read_yaml
+
+MAX_FINDINGS = 200  # a file with more mistakes than that is not looked through to its end
 
 
 def load_recipes(
@@ -42,9 +45,11 @@ def _checked(
     try:
         document = RecipeDocument.model_validate(tree.data)
     except ValidationError as error:
-        findings = [message(details) for details in error.errors(include_url=False)]
+        errors = error.errors(include_url=False, include_context=True)
+        findings = [message(details) for details in errors[:MAX_FINDINGS]]
     else:
-        findings = list(check_document(document, registry, registered, preconditions))
+        found = check_document(document, registry, registered, preconditions, file.parent)
+        findings = list(islice(found, MAX_FINDINGS))
     if findings:
         raise RecipeError(file, [Problem(path, tree.line(path), text) for path, text in findings])
     adapters = {

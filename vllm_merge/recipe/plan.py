@@ -7,20 +7,19 @@ the methods' versions, the seeds and the dtype; it does not cover names, paths o
 
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.recipe.digest import digest_of
+from vllm_merge.recipe.dtypes import Dtype
 from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.protocols import Registry
 from vllm_merge.recipe.resolve import adapter_parameters, recipe_parameters
 
 FORMAT = 1
 DIGITS_IN_NAMES = 12
-
-Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 class _Model(BaseModel):

@@ -4,12 +4,15 @@
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from vllm_merge.errors import UserInputError
 
 KeyPath = tuple[str | int, ...]
 MAX_SHOWN = 20
+MAX_KEY, MAX_MESSAGE = 200, 1000  # characters
+MAX_HINTED_NAMES = 1000  # beyond this many names, looking for a near one takes too long
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,13 @@ class RecipeError(UserInputError):
 
 
 def _text(file: Path, problem: Problem) -> str:
-    key = dotted(problem.path)
-    return f"{file}:{problem.line}: {key}: {problem.message}" if key else f"{file}:{problem.line}: {problem.message}"
+    key, message = cut(dotted(problem.path), MAX_KEY), cut(problem.message, MAX_MESSAGE)
+    return f"{file}:{problem.line}: {key}: {message}" if key else f"{file}:{problem.line}: {message}"
+
+
+def cut(text: str, length: int) -> str:
+    """`text`, shortened in its middle where it is longer than `length`."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2) :]}"
 
 
 def dotted(path: KeyPath) -> str:
@@ -48,7 +56,7 @@ def dotted(path: KeyPath) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`, did you mean 'x'?` for the nearest of `names`, or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1)
+    near = difflib.get_close_matches(name[:80], list(islice(names, MAX_HINTED_NAMES)), n=1)
     return f", did you mean {near[0]!r}?" if near else ""
 
 

@@ -15,7 +15,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from vllm_merge.recipe.problems import KeyPath, Problem, RecipeError
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**18
 MAX_NODES = 100_000
 MAX_DEPTH = 32
 
@@ -77,6 +77,8 @@ def parse_yaml(text: str, file: Path) -> YamlTree:
         raise RecipeError(file, [Problem((), line, f"not valid YAML: {error.reason}")]) from None
     except RecursionError:
         raise RecipeError(file, [Problem((), 1, f"is nested deeper than {MAX_DEPTH} levels")]) from None
+    except (ValueError, OverflowError):  # PyYAML passes escapes to chr() unchecked
+        raise RecipeError(file, [Problem((), 1, "not valid YAML: an escape such as \\U names no character")]) from None
     if node is None:
         raise RecipeError(file, [Problem((), 1, "is empty; a recipe file begins with `version: 1`")])
     builder = _Builder()
@@ -91,6 +93,7 @@ class _Builder:
         self.lines: dict[KeyPath, int] = {}
         self.problems: list[Problem] = []
         self._nodes = 0
+        self._too_large = False
 
     def build(self, node: Node, path: KeyPath) -> Any:
         """The data of `node`. Aliases share nodes, so what is counted and bounded is what they expand to."""
@@ -98,7 +101,8 @@ class _Builder:
         self._nodes += 1
         if self._nodes > MAX_NODES or len(path) > MAX_DEPTH:
             # Reported once: after it, every further node ends here at once.
-            if not any(problem.path == () for problem in self.problems):
+            if not self._too_large:
+                self._too_large = True
                 bound = f"{MAX_NODES:,} values" if self._nodes > MAX_NODES else f"{MAX_DEPTH} levels"
                 self._report((), node, f"has more than {bound}, aliases expanded")
             self._nodes = MAX_NODES

@@ -1,18 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch of vLLM that its documentation does not promise. docs/architecture/contracts.md is this file in prose.
+"""Every touch of vLLM that its documentation does not promise.
 
-| what | why | how | since | until |
-|---|---|---|---|---|
-| WorkerLoRAManager._load_adapter | a request whose path is ours must get tensors of ours, never files | wrapped | 0.26 | vLLM takes adapters from tensors |
-| {WorkerLoRAManager, LRUCacheWorkerLoRAManager}.create_lora_manager | a worker's service starts once its slots exist | wrapped | 0.26 | vLLM tells plugins when a worker is ready |
-| LoRAModel.from_lora_tensors, PEFTHelper | tensors to a LoRAModel, with the model's own renames | called by signature | 0.26 | as above |
-| LoRAModelManager.{modules, packed_modules, packed_modules_mapping, supported_lora_modules, vocab_size, model, create_dummy_lora} | refuse what does not fit a slot before it can kill the engine | read | 0.26 | vLLM validates before it schedules |
-| lora.ops.torch_ops.bgmv_shrink (CPU) | rows without LoRA (index -1) get the last slot's adapter, so the base model answers wrongly beside adapters | wrapped: those rows are zeroed; only where a probe shows the bug | 0.26 | vLLM #48421 or #49656 lands |
-| PunicaWrapperCPU.add_lora_logits | prompt_logprobs of one request beside others ends the engine in lm_head's LoRA | wrapped: lm_head's LoRA is left out for prompt tokens | 0.26 | vLLM #16668 is closed |
-| OpenAIServingModels.{lora_requests, show_available_models} | our names on every route and in /v1/models | entries added; method replaced | 0.26 | resolvers may choose ids and run without the runtime-update flag |
-| AsyncLLM.{generate, encode} | an artifact is leased while a request runs | wrapped on the instance | 0.26 | engine hooks for request start and end |
-
-Signatures are probed, versions never compared. `check_ground` names what has moved.
+docs/architecture/contracts.md is the register: each name, why it is touched, how, and when the touch can go.
+Signatures are probed, versions never compared. `check_ground` says what has moved.
 """
 
 from __future__ import annotations
@@ -296,7 +286,9 @@ def wrap_engine(engine_client: Any, lease: Callable[[Any], Any]) -> None:
             setattr(engine_client, name, _leased(original, lease))
 
 
-def _leased(original: Callable[..., AsyncGenerator[Any, None]], lease: Callable[[Any], Any]) -> Callable[..., AsyncGenerator[Any, None]]:
+def _leased(
+    original: Callable[..., AsyncGenerator[Any, None]], lease: Callable[[Any], Any]
+) -> Callable[..., AsyncGenerator[Any, None]]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)

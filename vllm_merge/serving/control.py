@@ -92,7 +92,9 @@ class ControlServer:
         self._stopping: asyncio.Event
         self._started = threading.Event()
         self._failure: OSError | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="vllm-merge-control", daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._main()), name="vllm-merge-control", daemon=True
+        )
 
     def start(self) -> None:
         """Returns once the socket takes connections. Raises OSError if it cannot be made."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +20,9 @@ from typing import Any
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError
 from vllm_merge.methods.registry import default_registry
+from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.loading import load_recipes
 from vllm_merge.recipe.plan import Plan, make_adapter_plan, make_plan
-from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.serving import compat
 from vllm_merge.serving.control import ControlError, Message, WorkerLink
 from vllm_merge.serving.identity import lora_id, lora_path, parse_path
@@ -251,11 +251,12 @@ class FrontDoor:
     def on_event(self, event: Message) -> None:
         """A worker served a request without its artifact: that request fails, and the artifact gets a new id and path."""
         artifact = self.artifacts.get(event.get("digest", ""))
-        if artifact is not None and event["event"] == "broken":
-            if event["lora_id"] == lora_id(artifact.plan.digest, artifact.attempt):
-                artifact.broken = event["reason"]
-                artifact.attempt += 1
-                artifact.leased = False
+        if artifact is None or event["event"] != "broken":
+            return
+        if event["lora_id"] == lora_id(artifact.plan.digest, artifact.attempt):
+            artifact.broken = event["reason"]
+            artifact.attempt += 1
+            artifact.leased = False
 
     # -- for people -----------------------------------------------------------------------------------------------------
 
@@ -280,9 +281,7 @@ class FrontDoor:
         return list(await asyncio.gather(*(link.call("status") for link in self._links)))
 
 
-def resolve_names(
-    config: Path, facts: Mapping[str, Any]
-) -> tuple[RecipeFile, dict[str, Name], dict[str, Plan]]:
+def resolve_names(config: Path, facts: Mapping[str, Any]) -> tuple[RecipeFile, dict[str, Name], dict[str, Plan]]:
     """Read a recipe file and plan every name in it for a server with these facts (a worker's answer to `hello`)."""
     registry = default_registry()
     recipes = load_recipes(config, registry)
@@ -300,42 +299,31 @@ def resolve_names(
     names: dict[str, Name] = {}
     plans: dict[str, Plan] = {}
 
-    def add(name: str, kind: str, make: Any) -> None:
+    def add(name: str, kind: str, make: Callable[..., Plan], **more: Any) -> None:
+        reasons = missing_adapters(recipes, name, broken)
         try:
-            plan = make()
+            if reasons:
+                raise MergeError("; ".join(reasons))
+            plan = make(recipes, name, adapter_hashes=hashes, **server, **more)
         except MergeError as error:
             names[name] = Name(name, kind, None, reason=str(error))
             return
         plans[plan.digest] = plan
         names[name] = Name(name, kind, plan.digest, plan.artifact_name)
 
-    common = {"base_model_hash": facts["base_model_hash"], "dtype": facts["dtype"], "max_rank": facts["max_lora_rank"]}
+    server = {"base_model_hash": facts["base_model_hash"], "dtype": facts["dtype"], "max_rank": facts["max_lora_rank"]}
     for name in recipes.recipes:
-        missing = _missing(recipes, name, broken)
-        if missing:
-            names[name] = Name(name, "recipe", None, reason="; ".join(missing))
-        else:
-            add(name, "recipe", lambda: make_plan(recipes, name, registry=registry, adapter_hashes=hashes, **common))
+        add(name, "recipe", make_plan, registry=registry)
     for name in recipes.adapters:
-        if name in broken:
-            names[name] = Name(name, "adapter", None, reason=broken[name])
-        else:
-            add(name, "adapter", lambda: make_adapter_plan(recipes, name, adapter_hashes=hashes, **common))
+        add(name, "adapter", make_adapter_plan)
     for alias, target in recipes.aliases.items():
         names[alias] = replace(names[target], name=alias, kind="alias")
     return recipes, names, plans
 
 
-def _missing(recipes: RecipeFile, name: str, broken: Mapping[str, str]) -> list[str]:
-    """Why the adapters of a recipe, or of the recipes it uses, cannot be read."""
-    reasons: dict[str, None] = {}
-    waiting: list[str] = [name]
-    while waiting:
-        used: Iterable[str] = (item.adapter for item in recipes.recipes[waiting.pop()].adapters)
-        for source in used:
-            if source in broken:
-                reasons[broken[source]] = None
-            elif source in recipes.recipes:
-                waiting.append(source)
-    return list(reasons)
-
+def missing_adapters(recipes: RecipeFile, name: str, broken: Mapping[str, str]) -> list[str]:
+    """Why a name's adapters, or those of the recipes it uses, cannot be read; empty if they can."""
+    used = {name}
+    if name in recipes.recipes:
+        used.update(item.adapter for stage in recipes.stage_order(name) for item in recipes.recipes[stage].adapters)
+    return [broken[adapter] for adapter in sorted(used) if adapter in broken]

@@ -114,6 +114,11 @@ def _unavailable(name: str, error: ArtifactUnavailable) -> JSONResponse:
     """OpenAI's error shape: 503 with Retry-After if asking again may help, else 500 that its client does not retry."""
     status = 503 if error.retry else 500
     kind = "merge_unavailable" if error.retry else "merge_failed"
-    detail = {"message": f"The model `{name}` cannot be served: {error}", "type": kind, "param": "model", "code": status}
+    detail = {
+        "message": f"The model `{name}` cannot be served: {error}",
+        "type": kind,
+        "param": "model",
+        "code": status,
+    }
     headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if error.retry else {"x-should-retry": "false"}
     return JSONResponse({"error": detail}, status_code=status, headers={**headers, NAME_HEADER: name})

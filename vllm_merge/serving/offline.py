@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merged adapters for vLLM's offline `LLM` class.
 
-    os.environ["VLLM_MERGE_CONFIG"] = "demo.yaml"              # before the LLM is made
-    llm = LLM("model", enable_lora=True, max_lora_rank=64)
-    llm.generate(prompts, lora_request=merge_request("support"))
+os.environ["VLLM_MERGE_CONFIG"] = "demo.yaml"              # before the LLM is made
+llm = LLM("model", enable_lora=True, max_lora_rank=64)
+llm.generate(prompts, lora_request=merge_request("support"))
 """
 
 from __future__ import annotations
@@ -42,13 +42,17 @@ class OfflineMerges:
         front = self._front if self._front is not None and self._front.connected else await self._connect()
         found = front.find(name)
         if found is None:
-            raise UserInputError(f"{config_path()} has no recipe, alias or adapter {name!r}; it has {', '.join(sorted(front.names))}")
+            raise UserInputError(
+                f"{config_path()} has no recipe, alias or adapter {name!r}; it has {', '.join(sorted(front.names))}"
+            )
         artifact, label = found
         if artifact.plan.digest not in self._held:
             lease = front.lease(artifact.lora_request(label))
             assert lease is not None
             await lease.__aenter__()
-            self._held[artifact.plan.digest] = lease  # until the program ends: nobody tells us when its requests are done
+            self._held[artifact.plan.digest] = (
+                lease  # until the program ends: nobody tells us when its requests are done
+            )
         return artifact.lora_request(label)
 
     async def _connect(self) -> FrontDoor:

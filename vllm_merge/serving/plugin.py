@@ -135,7 +135,9 @@ class MergeEndpoints:
             raise
         models = state.openai_serving_models
         if taken := sorted(set(front.names) & {path.name for path in models.base_model_paths}):
-            raise UserInputError(f"{config}: the name {taken[0]} is the served base model's; rename it in the recipe file.")
+            raise UserInputError(
+                f"{config}: the name {taken[0]} is the served base model's; rename it in the recipe file."
+            )
         models.lora_requests.update(front.lora_requests())
         compat.publish(models, front.listed, front.owns)
         compat.wrap_engine(engine_client, front.lease)

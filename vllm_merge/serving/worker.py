@@ -106,7 +106,8 @@ class WorkerService:
             reason = f"{lora_request.lora_name} could not be handed to vLLM: {error}"
         logger.error("%s; its requests fail", reason)
         self._server.loop.call_soon_threadsafe(
-            self._broadcast, {"event": "broken", "digest": digest, "lora_id": lora_request.lora_int_id, "reason": reason}
+            self._broadcast,
+            {"event": "broken", "digest": digest, "lora_id": lora_request.lora_int_id, "reason": reason},
         )
         return self._zero.clone(lora_request.lora_int_id)
 
@@ -153,7 +154,13 @@ class WorkerService:
 
     def _status(self) -> Message:
         merging = [
-            {"digest": digest, "name": job.plan.artifact_name, "status": job.status, "done": job.done, "total": job.total}
+            {
+                "digest": digest,
+                "name": job.plan.artifact_name,
+                "status": job.status,
+                "done": job.done,
+                "total": job.total,
+            }
             for digest, job in self._jobs.items()
         ]
         return {**self.store.describe(), "pid": os.getpid(), "merging": merging}
@@ -244,14 +251,15 @@ class WorkerService:
             more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
             raise MergeError(f"{artifact.name} does not fit this server: " + " ".join(reasons[:3]) + more)
         self.store.insert(artifact)
-        logger.info("merged %s: rank %d, %.1f MB, %.3f s", artifact.name, artifact.rank, artifact.nbytes / 1e6, artifact.seconds)
+        logger.info(
+            "merged %s: rank %d, %.1f MB, %.3f s", artifact.name, artifact.rank, artifact.nbytes / 1e6, artifact.seconds
+        )
         return artifact
 
     def _stream(self) -> Any:
         if self._device.type != "cuda":
             return contextlib.nullcontext()
-        lowest, _ = torch.cuda.Stream.priority_range()
-        return torch.cuda.stream(torch.cuda.Stream(self._device, priority=lowest))
+        return torch.cuda.stream(torch.cuda.Stream(self._device, priority=0))  # type: ignore[no-untyped-call]
 
     def _resident(self, plan: Plan, merged: MergedAdapter, seconds: float) -> ResidentArtifact:
         factors = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo"
 CONFIG = ROOT / "configs" / "demo.yaml"
 
@@ -109,9 +109,21 @@ def small_server(tmp_path_factory):
         return {"merge_method": "task_arithmetic", "adapters": inputs, "load": "lazy"}
 
     recipes = {f"m{i}": arithmetic(sources[i], sources[i + 1]) for i in range(6)}
-    recipes["slow"] = {"merge_method": "ties", "space": "delta", "adapters": everything * 12, "load": "lazy", "rank": 64}
+    recipes["slow"] = {
+        "merge_method": "ties",
+        "space": "delta",
+        "adapters": everything * 12,
+        "load": "lazy",
+        "rank": 64,
+    }
     recipes["gone"] = arithmetic("doomed", sources[1])
-    recipes["high"] = {"merge_method": "ties", "space": "delta", "adapters": everything, "load": "lazy", "rank": "lossless"}
+    recipes["high"] = {
+        "merge_method": "ties",
+        "space": "delta",
+        "adapters": everything,
+        "load": "lazy",
+        "rank": "lossless",
+    }
     recipes["alone"] = arithmetic(*sources[:3])
     names = [*sources, "doomed", *(f"a{i}" for i in range(50))]
     document = {"version": 1, "adapters": {name: {"path": f"./{name}"} for name in names}, "recipes": recipes}

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: serve the recipes of configs/demo.yaml on the CPU, ask them through the `openai` client, print what is right.
+
+    make demo
+
+Every number is the share of held-out prompts that the running server answered exactly: by the base model, by the task's
+own adapter, and by each recipe, which is one model for all tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from openai import AsyncOpenAI
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from server import Server, merge_serve, running  # noqa: E402  (a neighbour of this script, not a package)
+
+MODEL = HERE / "model"
+CONFIG = HERE.parent.parent / "configs" / "demo.yaml"
+AT_ONCE = 32
+
+
+async def right_answers(
+    client: AsyncOpenAI, model: str, items: list[dict[str, str]], progress: Progress
+) -> dict[str, float]:
+    """{task: share of prompts that `model` answers exactly}."""
+    task_id = progress.add_task(model, total=len(items))
+    gate = asyncio.Semaphore(AT_ONCE)
+    hits: dict[str, list[bool]] = defaultdict(list)
+
+    async def ask(item: dict[str, str]) -> None:
+        async with gate:
+            answer = await client.completions.create(
+                model=model, prompt=item["prompt"], max_tokens=24, temperature=0, stop=["\n"]
+            )
+        hits[item["task"]].append(answer.choices[0].text.strip() == item["answer"])
+        progress.advance(task_id)
+
+    await asyncio.gather(*(ask(item) for item in items))
+    progress.remove_task(task_id)
+    return {task: sum(results) / len(results) for task, results in hits.items()}
+
+
+async def ask_everything(
+    server: Server, items: list[dict[str, str]], progress: Progress
+) -> dict[str, dict[str, float]]:
+    """{column: {task: accuracy}}: the base, every task's own adapter, and every recipe the server lists."""
+    tasks = list(dict.fromkeys(item["task"] for item in items))
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
+        recipes = (await client.get("/merge/recipes", cast_to=dict[str, list[dict[str, str]]]))["data"]
+        columns = {"base": await right_answers(client, str(MODEL), items, progress), "own adapter": {}}
+        for task in tasks:
+            own = [item for item in items if item["task"] == task]
+            columns["own adapter"] |= await right_answers(client, task, own, progress)
+        for row in recipes:
+            if row["kind"] == "recipe":
+                columns[row["name"]] = await right_answers(client, row["name"], items, progress)
+    return columns
+
+
+def table(columns: dict[str, dict[str, float]], items: list[dict[str, str]]) -> Table:
+    """A row per task, then the mean."""
+    shown = Table(title="Right answers through the server, % of held-out prompts")
+    shown.add_column("task")
+    shown.add_column("example")
+    for name in columns:
+        shown.add_column(name, justify="right")
+    examples = {item["task"]: f"{item['prompt']} {item['answer']}" for item in items}
+    for task, example in examples.items():
+        shown.add_row(task, example, *(f"{100 * column[task]:.0f}" for column in columns.values()))
+    shown.add_section()
+    means = [sum(column.values()) / len(column) for column in columns.values()]
+    shown.add_row("mean", "", *(f"{100 * mean:.1f}" for mean in means), style="bold")
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve the demo's recipes and print what each gets right.")
+    parser.add_argument("--prompts", type=int, default=50, help="held-out prompts of each task")
+    limit = parser.parse_args().prompts
+    console = Console()
+    items: list[dict[str, str]] = []
+    for line in (HERE / "eval.jsonl").read_text().splitlines():
+        item = json.loads(line)
+        if sum(other["task"] == item["task"] for other in items) < limit:
+            items.append(item)
+    started = time.monotonic()
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed}/{task.total}"), console=console
+    ) as progress:
+        starting = progress.add_task("starting a vLLM server on the CPU (half a minute)", total=None)
+        command = merge_serve(MODEL, CONFIG, "--max-loras", "8")
+        with running(command, tick=lambda seconds: progress.update(starting, completed=int(seconds))) as server:
+            progress.remove_task(starting)
+            ready = time.monotonic() - started
+            columns = asyncio.run(ask_everything(server, items, progress))
+    console.print(table(columns, items))
+    console.print(
+        f"Server ready after {ready:.0f} s, {time.monotonic() - started:.0f} s in all. The recipes: {CONFIG.name}; "
+        "merge your own adapters with README.md."
+    )
+
+
+if __name__ == "__main__":
+    main()
