@@ -70,19 +70,25 @@ async def ask_everything(
     return columns
 
 
-def table(columns: dict[str, dict[str, float]], items: list[dict[str, str]]) -> Table:
+def table(columns: dict[str, dict[str, float]]) -> Table:
     """A row per task, then the mean."""
     shown = Table(title="Right answers through the server, % of held-out prompts")
-    shown.add_column("task")
-    shown.add_column("example")
+    shown.add_column("task", no_wrap=True)
     for name in columns:
-        shown.add_column(name, justify="right")
-    examples = {item["task"]: f"{item['prompt']} {item['answer']}" for item in items}
-    for task, example in examples.items():
-        shown.add_row(task, example, *(f"{100 * column[task]:.0f}" for column in columns.values()))
+        shown.add_column(name.replace("-", "-\n").replace(" ", "\n"), justify="right", no_wrap=True)
+    for task in columns["base"]:
+        shown.add_row(task, *(f"{100 * column[task]:.0f}" for column in columns.values()))
     shown.add_section()
     means = [sum(column.values()) / len(column) for column in columns.values()]
-    shown.add_row("mean", "", *(f"{100 * mean:.1f}" for mean in means), style="bold")
+    shown.add_row("mean", *(f"{100 * mean:.1f}" for mean in means), style="bold")
+    return shown
+
+
+def examples(items: list[dict[str, str]]) -> Table:
+    """One prompt and its answer for each task."""
+    shown = Table(title="The tasks", show_header=False)
+    for item in {item["task"]: item for item in items}.values():
+        shown.add_row(item["prompt"], item["answer"])
     return shown
 
 
@@ -96,6 +102,7 @@ def main() -> None:
         item = json.loads(line)
         if sum(other["task"] == item["task"] for other in items) < limit:
             items.append(item)
+    console.print(examples(items))
     started = time.monotonic()
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed}/{task.total}"), console=console
@@ -106,10 +113,10 @@ def main() -> None:
             progress.remove_task(starting)
             ready = time.monotonic() - started
             columns = asyncio.run(ask_everything(server, items, progress))
-    console.print(table(columns, items))
+    console.print(table(columns))
     console.print(
-        f"Server ready after {ready:.0f} s, {time.monotonic() - started:.0f} s in all. The recipes: {CONFIG.name}; "
-        "merge your own adapters with README.md."
+        f"Server ready after {ready:.0f} s, {time.monotonic() - started:.0f} s in all. "
+        f"Recipes: configs/{CONFIG.name}. Your own adapters: README.md."
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_merge.adapters import peft_config
 from vllm_merge.adapters.factors import LoraFactors
 from vllm_merge.adapters.folders import new_folder
 from vllm_merge.adapters.peft import hash_adapter, read_adapter, read_shapes, write_adapter
@@ -266,7 +267,7 @@ def test_patterns_match_as_in_peft(keys: list[str]) -> None:
     assert config.ranks(modules) == {module: (hit or [99])[0] for module, hit in hits.items()}
     unmatched = [key for index, key in enumerate(keys) if not any(index + 1 in hit for hit in hits.values())]
     assert [
-        sentence.split("'")[1].replace("\\\\", "\\") for sentence in config.unmatched_patterns(modules)
+        sentence.split("'")[1].replace("\\\\", "\\") for sentence in config.warnings(modules)
     ] == unmatched
 
 
@@ -276,5 +277,23 @@ def test_many_patterns_are_quick() -> None:
     config = parse_config(json.dumps({"peft_type": "LORA", "r": 1, "rank_pattern": pattern}).encode(), Path("c"))
     started = time.perf_counter()
     assert set(config.ranks(modules).values()) == {2}
-    assert config.unmatched_patterns(dict.fromkeys(modules)) == []
+    assert config.warnings(dict.fromkeys(modules)) == []
     assert time.perf_counter() - started < 10  # one by one it would be hours
+
+
+def test_unknown_fields_that_switch_nothing_on(folder: MakeFolder) -> None:
+    path = folder({"new_size": 16, "new_words": "a", "new_switch": False, "new_list": [], "new_nothing": None})
+    assert read_adapter(path).metadata["warnings"] == (
+        "the field 'new_size' of adapter_config.json is not known and not used",
+        "the field 'new_words' of adapter_config.json is not known and not used",
+    )
+
+
+def test_every_field_that_peft_writes_is_known(folder: MakeFolder) -> None:
+    """An adapter of the installed PEFT is read without a word; a field that it adds is looked at here first."""
+    peft = pytest.importorskip("peft")
+    fields = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]).to_dict()
+    written = {name: list(value) if isinstance(value, set) else value for name, value in fields.items()}
+    known = peft_config._READ_FIELDS | peft_config._HARMLESS_FIELDS | peft_config._REFUSED_FIELDS.keys()
+    assert written.keys() <= known
+    assert read_adapter(folder({**written, "peft_type": "LORA"})).metadata["warnings"] == ()

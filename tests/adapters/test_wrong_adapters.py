@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every adapter that is refused: the exact message."""
 
+import errno
 import json
 import struct
 from collections.abc import Callable
@@ -28,10 +29,11 @@ def refusal(path: Path) -> str:
 CONFIG = "adapter 'sql': FOLDER/adapter_config.json: "
 WEIGHTS = "adapter 'sql': FOLDER/adapter_model.safetensors: "
 
+ALPHA = "an alpha is a finite number other than 0, which would switch the adapter off"
 WRONG_CONFIGS: dict[str, tuple[Any, str]] = {
     "not JSON": (b"{", "not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
     "not an object": (b"[]", "expected a JSON object, found list"),
-    "too large": (b" " * (4 * 2**20 + 1), "4,194,305 bytes; an adapter_config.json has at most 4,194,304"),
+    "too large": (b" " * (4 * 2**20 + 1), "an adapter_config.json has at most 4,194,304 bytes; this is none"),
     "another kind": ({"peft_type": "IA3"}, "peft_type is 'IA3'; only 'LORA' adapters can be merged"),
     "no kind": ({"peft_type": None}, "peft_type is None; only 'LORA' adapters can be merged"),
     "DoRA": (
@@ -62,13 +64,36 @@ WRONG_CONFIGS: dict[str, tuple[Any, str]] = {
         "init_lora_weights is 'pissa_niter_16', which changes the base weights; save the adapter again with PEFT's "
         "path_initial_model_for_weight_conversion, which turns it into an ordinary LoRA",
     ),
-    "rank 0": ({"r": 0}, "r is 0; a rank is a whole number of at least 1"),
-    "rank is text": ({"r": "4"}, "r is '4'; a rank is a whole number of at least 1"),
-    "rank_pattern": ({"rank_pattern": {"q": 1.5}}, "rank_pattern['q'] is 1.5; a rank is a whole number of at least 1"),
-    "alpha": ({"lora_alpha": None}, "lora_alpha is None; an alpha is a finite number"),
+    "rank 0": ({"r": 0}, "r is 0; a rank is a whole number from 1 to 65,536"),
+    "rank is text": ({"r": "4"}, "r is '4'; a rank is a whole number from 1 to 65,536"),
+    "rank_pattern": (
+        {"rank_pattern": {"q": 1.5}},
+        "rank_pattern['q'] is 1.5; a rank is a whole number from 1 to 65,536",
+    ),
+    "alpha": ({"lora_alpha": None}, f"lora_alpha is None; {ALPHA}"),
+    "alpha 0": ({"lora_alpha": 0}, f"lora_alpha is 0; {ALPHA}"),
+    "alpha 0 of a pattern": ({"alpha_pattern": {"q_proj": 0.0}}, f"alpha_pattern['q_proj'] is 0.0; {ALPHA}"),
+    "alpha of 400 digits": (
+        {"lora_alpha": 10**400},
+        f"lora_alpha is 1{'0' * 59}…{'0' * 60}; {ALPHA}",
+    ),
+    "unknown switch": (
+        {"use_hyper": True, "peft_version": "1.7.0"},
+        "the field 'use_hyper' is True, which this version of vllm-merge does not know (written by PEFT 1.7.0); "
+        "upgrade vllm-merge, or remove the field if the factors mean the same without it",
+    ),
+    "unknown settings": (
+        {"hyper_config": {"depth": 2}},
+        "the field 'hyper_config' is {'depth': 2}, which this version of vllm-merge does not know; "
+        "upgrade vllm-merge, or remove the field if the factors mean the same without it",
+    ),
+    "pattern that backtracks": (
+        {"rank_pattern": {r"(q)\1": 2}},
+        r"rank_pattern key '(q)\\1' has \1, which is not supported; \d, \w, \s and escaped signs are",
+    ),
     "alpha not finite": (
         json.dumps({"peft_type": "LORA", "lora_alpha": float("inf")}).encode(),
-        "lora_alpha is inf; an alpha is a finite number",
+        f"lora_alpha is inf; {ALPHA}",
     ),
     "pattern is a list": ({"alpha_pattern": ["q"]}, "alpha_pattern must map module names to numbers, found list"),
     "pattern is no expression": (
@@ -185,6 +210,10 @@ WRONG_TENSORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         f"module '{MODULE}' has two lora_A, '{Q}.lora_A.other.weight' and '{Q}.lora_A.weight'; save one "
         "adapter per file",
     ),
+    "no module": (
+        tensors(**{"base_model.model.a\nb.lora_A.weight": torch.ones(4, 6)}),
+        "tensor 'base_model.model.a\\nb.lora_A.weight' is of no module; a name has 1 to 512 printable characters",
+    ),
     "dtype": (
         tensors(A=torch.ones(4, 6, dtype=torch.int8)),
         f"tensor '{Q}.lora_A.weight' has dtype I8; allowed are F32, F16, BF16: convert the adapter to one",
@@ -233,6 +262,21 @@ WRONG_FILES: dict[str, tuple[Any, bytes, str]] = {
     ),
     "key twice": (b'{"x": 1, "x": 2}', b"", "the safetensors header is not valid JSON (a key is given twice)"),
     "no shape": ({"x": {"dtype": "F32"}}, b"", "tensor 'x' is not described by dtype, shape and data_offsets"),
+    "too many dimensions": (
+        one(shape=[1] * 9),
+        b"0" * 4,
+        "tensor 'x' is not described by dtype, shape and data_offsets",
+    ),
+    "offset of 4000 digits": (
+        one(offsets=[0, 10**4000]),
+        b"0" * 8,
+        "tensor 'x' is not described by dtype, shape and data_offsets",
+    ),
+    "strange dtype": (
+        one(dtype="\x1b[31m"),
+        b"0" * 8,
+        "tensor 'x' has dtype '\\x1b[31m'; allowed are F32, F16, BF16: convert the adapter to one",
+    ),
     "negative shape": (one(shape=[-2]), b"0" * 8, "tensor 'x' is not described by dtype, shape and data_offsets"),
     "past the end": (
         one(offsets=[0, 8]),
@@ -276,4 +320,38 @@ def test_short_and_lying_lengths(folder: MakeFolder) -> None:
     assert refusal(folder(raw=struct.pack("<Q", 2**63))) == (
         WEIGHTS + "the header claims 9,223,372,036,854,775,808 bytes, at most 16,777,216 are read; "
         "this is not a safetensors file of a LoRA adapter"
+    )
+
+
+def test_sparse_file_of_any_size_is_refused(folder: MakeFolder) -> None:
+    path = folder()
+    with (path / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(2**40)
+    message = WEIGHTS + "1,099,511,627,776 bytes; at most 68,719,476,736 are read; this is no LoRA adapter"
+    assert refusal(path) == message
+    with pytest.raises(UserInputError, match="at most 68,719,476,736 are read"):
+        read_shapes(path)
+
+
+def test_files_that_may_not_be_read(folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder()
+
+    def forbidden(self: Path, *args: Any, **options: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert refusal(path) == "adapter 'sql': FOLDER/adapter_config.json cannot be read: Permission denied"
+
+
+def test_too_many_patterns_for_too_many_modules(folder: MakeFolder) -> None:
+    pattern = {f"a{i}*": 4 for i in range(900)}
+    modules = {f"base_model.model.{'m' * 400}{i}": None for i in range(140)}
+    content = {
+        f"{module}.lora_{part}.weight": torch.ones(shape)
+        for module in modules
+        for part, shape in (("A", (4, 1)), ("B", (1, 4)))
+    }
+    assert refusal(folder({"rank_pattern": pattern}, content)) == (
+        "adapter 'sql': adapter_config.json has 900 patterns for 140 modules, more than are matched; write each as the "
+        "module's whole name between ^ and $, with \\. for its dots"
     )

@@ -74,10 +74,9 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's elements in row-major order, as bytes in host memory."""
-    host = tensor.detach().contiguous().cpu()
-    return memoryview(host.view(torch.uint8).numpy()).cast("B")
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The tensor's elements in row-major order."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def factors_sha256(factors: Mapping[str, LoraFactors]) -> str:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from safetensors.torch import save_file
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.folders import new_folder
-from vllm_merge.adapters.peft_config import LoraConfig, parse_config
-from vllm_merge.adapters.tensor_file import TensorEntry, parse_header, read_header, tensor_view
+from vllm_merge.adapters.peft_config import MAX_CONFIG_BYTES, LoraConfig, parse_config
+from vllm_merge.adapters.tensor_file import MAX_FILE_BYTES, TensorEntry, parse_header, read_header, tensor_view
+from vllm_merge.adapters.words import shown
 from vllm_merge.errors import MergeError, UserInputError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+MAX_NAME = 512  # characters of a module's name
 
 _PREFIX = "base_model.model."
 _HASH_DOMAIN = b"vllm-merge adapter 1\n"
@@ -64,23 +68,22 @@ def read_adapter(path: str | Path, name: str | None = None, *, expected_hash: st
     """
     folder = Path(path)
     name = name if name is not None else folder.resolve().name
-    config = _read_config(folder, name)
-    weights = _read_weights(folder / WEIGHTS_FILE)
+    with _naming(name):
+        config = _read_config(folder)
+        weights = _read_weights(folder / WEIGHTS_FILE)
     content_hash = _content_hash(config, lambda digest: digest.update(weights))
     if expected_hash is not None and content_hash != expected_hash:
         raise UserInputError(
             f"adapter {name!r} ({folder}): the content changed since it was registered: expected hash "
             f"{expected_hash[:12]}, found {content_hash[:12]}; register it again or restore the files"
         )
-    try:
+    with _naming(name):
         pairs, warnings = _checked_pairs(parse_header(weights, folder / WEIGHTS_FILE), config, folder)
         scalings = config.scalings({module: pair["A"][1].shape[0] for module, pair in pairs.items()})
         factors = {
             module: LoraFactors(*_tensors(weights, pair, module, folder), scalings[module])
             for module, pair in pairs.items()
         }
-    except UserInputError as error:
-        raise UserInputError(f"adapter {name!r}: {error}") from None
     metadata = {"path": str(folder.resolve()), "revision": config.revision, "warnings": tuple(warnings)}
     return Adapter(name, factors, content_hash=content_hash, base_model=config.base_model, metadata=metadata)
 
@@ -88,7 +91,6 @@ def read_adapter(path: str | Path, name: str | None = None, *, expected_hash: st
 def hash_adapter(path: str | Path) -> str:
     """The content hash of the PEFT folder `path`, 64 hexadecimal digits, without building a tensor."""
     folder = Path(path)
-    config = _read_config(folder, folder.resolve().name)
 
     def feed(digest: "hashlib._Hash") -> None:
         chunk = bytearray(_CHUNK_BYTES)
@@ -96,21 +98,20 @@ def hash_adapter(path: str | Path) -> str:
             while count := file.readinto(chunk):
                 digest.update(memoryview(chunk)[:count])
 
-    return _content_hash(config, feed)
+    with _naming(folder.resolve().name):
+        return _content_hash(_read_config(folder), feed)
 
 
 def read_shapes(path: str | Path, name: str | None = None) -> AdapterShapes:
     """What the PEFT folder `path` holds, checked but for the values: neither tensors nor their hash are read."""
     folder = Path(path)
     name = name if name is not None else folder.resolve().name
-    config = _read_config(folder, name)
-    try:
+    with _naming(name):
+        config = _read_config(folder)
         pairs, warnings = _checked_pairs(read_header(folder / WEIGHTS_FILE), config, folder)
-    except UserInputError as error:
-        raise UserInputError(f"adapter {name!r}: {error}") from None
+        size = (folder / WEIGHTS_FILE).stat().st_size
     shapes = {m: (pair["B"][1].shape[0], pair["A"][1].shape[1], pair["A"][1].shape[0]) for m, pair in pairs.items()}
     dtypes = sorted({entry.dtype for pair in pairs.values() for _, entry in pair.values()})
-    size = (folder / WEIGHTS_FILE).stat().st_size
     return AdapterShapes(config, shapes, tuple(dtypes), size, tuple(warnings))
 
 
@@ -166,28 +167,40 @@ def _escape(module: str) -> str:
     return re.escape(module).replace("\\-", "-")
 
 
-def _read_config(folder: Path, name: str) -> LoraConfig:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say in every error which adapter it is about; a file that cannot be read is an error of the user's too."""
+    try:
+        yield
+    except UserInputError as error:
+        raise UserInputError(f"adapter {name!r}: {error}") from None
+    except OSError as error:
+        raise UserInputError(f"adapter {name!r}: {error.filename} cannot be read: {error.strerror}") from None
+
+
+def _read_config(folder: Path) -> LoraConfig:
     if not folder.is_dir():
-        raise UserInputError(f"adapter {name!r}: {folder} is not a folder; give a PEFT folder with {CONFIG_FILE}")
+        raise UserInputError(f"{folder} is not a folder; give a PEFT folder with {CONFIG_FILE}")
     config = folder / CONFIG_FILE
     if not config.is_file():
-        raise UserInputError(f"adapter {name!r}: {folder} has no {CONFIG_FILE}; give a folder that PEFT saved")
+        raise UserInputError(f"{folder} has no {CONFIG_FILE}; give a folder that PEFT saved")
     if not (folder / WEIGHTS_FILE).is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
         found = f"it has {', '.join(pickles)}, and pickle is never read" if pickles else "nothing else is read"
         raise UserInputError(
-            f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}; {found}: save the adapter with safe_serialization=True"
+            f"{folder} has no {WEIGHTS_FILE}; {found}: save the adapter with safe_serialization=True"
         )
-    try:
-        return parse_config(config.read_bytes(), config)
-    except UserInputError as error:
-        raise UserInputError(f"adapter {name!r}: {error}") from None
+    with config.open("rb") as file:
+        return parse_config(file.read(MAX_CONFIG_BYTES + 1), config)
 
 
 def _read_weights(path: Path) -> bytearray:
     """The whole file in one buffer, which the tensors will be views of."""
     with path.open("rb", buffering=0) as file:
-        data = bytearray(os.fstat(file.fileno()).st_size)
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise UserInputError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; this is no LoRA adapter")
+        data = bytearray(size)
         view, filled = memoryview(data), 0
         while filled < len(data) and (count := file.readinto(view[filled:])):
             filled += count
@@ -214,7 +227,7 @@ def _checked_pairs(entries: Mapping[str, TensorEntry], config: LoraConfig, folde
         pair = pairs.setdefault(module, {})
         if part in pair:
             raise UserInputError(
-                f"{where}: module {module!r} has two lora_{part}, {pair[part][0]!r} and {key!r}; "
+                f"{where}: module {module!r} has two lora_{part}, {shown(pair[part][0])} and {shown(key)}; "
                 "save one adapter per file"
             )
         pair[part] = (key, entry)
@@ -226,24 +239,29 @@ def _checked_pairs(entries: Mapping[str, TensorEntry], config: LoraConfig, folde
     for key in copies:
         module = key.removeprefix(_PREFIX).removesuffix(_BASE_COPY)
         if module not in pairs:
-            raise UserInputError(f"{where}: tensor {key!r} is a weight of a module without LoRA; {_FULL_WEIGHT_HINT}")
-    ignored = [f"tensor {key!r} is a copy of a base weight and is ignored" for key in sorted(copies)]
-    return pairs, ignored + config.unmatched_patterns(pairs)
+            raise UserInputError(f"{where}: tensor {shown(key)} is a weight of a module without LoRA; {_FULL_WEIGHT_HINT}")
+    ignored = [f"tensor {shown(key)} is a copy of a base weight and is ignored" for key in sorted(copies)]
+    return pairs, ignored + config.warnings(pairs)
 
 
 def _split_key(key: str, where: Path) -> tuple[str, str]:
     """`base_model.model.<module>.lora_A[.<adapter name>].weight` as (module, "A")."""
     for part, meaning in _UNSUPPORTED_PARTS.items():
         if part in key.split("."):
-            raise UserInputError(f"{where}: tensor {key!r} is {meaning}; only plain LoRA adapters can be merged")
+            raise UserInputError(f"{where}: tensor {shown(key)} is {meaning}; only plain LoRA adapters can be merged")
     for part in ("A", "B"):
         module, found, rest = key.rpartition(f".lora_{part}.")
         if found and module.startswith(_PREFIX) and (rest == "weight" or rest.endswith(".weight")):
-            return module.removeprefix(_PREFIX), part
+            module = module.removeprefix(_PREFIX)
+            if not (0 < len(module) <= MAX_NAME and module.isprintable()):
+                raise UserInputError(
+                    f"{where}: tensor {shown(key)} is of no module; a name has 1 to {MAX_NAME} printable characters"
+                )
+            return module, part
     if key.endswith((".embed_tokens.weight", ".lm_head.weight")):
-        raise UserInputError(f"{where}: tensor {key!r} is a whole weight; {_FULL_WEIGHT_HINT}")
+        raise UserInputError(f"{where}: tensor {shown(key)} is a whole weight; {_FULL_WEIGHT_HINT}")
     raise UserInputError(
-        f"{where}: tensor {key!r} is not part of a LoRA adapter; expected names are "
+        f"{where}: tensor {shown(key)} is not part of a LoRA adapter; expected names are "
         f"{_PREFIX}<module>.lora_A.weight and {_PREFIX}<module>.lora_B.weight"
     )
 

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import torch
 
+from vllm_merge.adapters.words import shown
 from vllm_merge.errors import UserInputError
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_FILE_BYTES = 64 * 2**30
+MAX_DIMENSIONS = 8
+MAX_SIZE = 2**63  # of a dimension or an offset; beyond it arithmetic takes longer than a header should
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -59,6 +63,8 @@ def _header_length(prefix: bytes, size: int, path: Path) -> int:
     if len(prefix) < LENGTH_BYTES:
         raise UserInputError(f"{path}: {size} bytes is too short for a safetensors file; copy the adapter again")
     length = int.from_bytes(prefix, "little")
+    if size > MAX_FILE_BYTES:
+        raise UserInputError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; this is no LoRA adapter")
     if length > MAX_HEADER_BYTES:
         raise UserInputError(
             f"{path}: the header claims {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read; "
@@ -87,19 +93,23 @@ def _parse_header(raw: bytes, size: int, path: Path) -> dict[str, TensorEntry]:
 
 def _entry(key: str, item: object, data_start: int, size: int, path: Path) -> TensorEntry:
     match item:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
-            type(d) is int and d >= 0 for d in shape
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if (
+            len(shape) <= MAX_DIMENSIONS
+            and all(type(d) is int and 0 <= d <= MAX_SIZE for d in shape)
+            and max(abs(begin), abs(end)) <= MAX_SIZE
         ):
             pass
         case _:
-            raise UserInputError(f"{path}: tensor {key!r} is not described by dtype, shape and data_offsets")
+            raise UserInputError(f"{path}: tensor {shown(key)} is not described by dtype, shape and data_offsets")
     if dtype not in DTYPES:
+        found = dtype if dtype.isalnum() and dtype.isascii() else shown(dtype)
         raise UserInputError(
-            f"{path}: tensor {key!r} has dtype {dtype}; allowed are {', '.join(DTYPES)}: convert the adapter to one"
+            f"{path}: tensor {shown(key)} has dtype {found[:40]}; allowed are {', '.join(DTYPES)}: "
+            "convert the adapter to one"
         )
     if not 0 <= begin <= end or data_start + end > size:
         raise UserInputError(
-            f"{path}: tensor {key!r} claims bytes {begin:,} to {end:,} and the file holds {size - data_start:,}; "
+            f"{path}: tensor {shown(key)} claims bytes {begin:,} to {end:,} and the file holds {size - data_start:,}; "
             "it is truncated or damaged, copy it again"
         )
     expected = DTYPES[dtype].itemsize
@@ -107,7 +117,8 @@ def _entry(key: str, item: object, data_start: int, size: int, path: Path) -> Te
         expected *= dimension
     if expected != end - begin:
         raise UserInputError(
-            f"{path}: tensor {key!r} of shape {shape} and {dtype} needs {expected:,} bytes, it has {end - begin:,}"
+            f"{path}: tensor {shown(key)} of shape {shown(shape)} and {dtype} needs {expected:,} bytes, "
+            f"it has {end - begin:,}"
         )
     return TensorEntry(dtype, tuple(shape), data_start + begin, data_start + end)
 
@@ -118,7 +129,7 @@ def _check_coverage(entries: Mapping[str, TensorEntry], data_start: int, size: i
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position:
             raise UserInputError(
-                f"{path}: tensor {key!r} begins at byte {entry.start:,}, expected {position:,}: "
+                f"{path}: tensor {shown(key)} begins at byte {entry.start:,}, expected {position:,}: "
                 "tensors overlap or leave a gap"
             )
         position = entry.end
