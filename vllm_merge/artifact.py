@@ -24,8 +24,8 @@ class MergeReport:
 
     energy_kept: share of ‖ΔW‖²_F that the rank keeps, None where nothing was cut off. input_norms: by module, then by
     adapter in order (0 where it lacks the module). sign_conflict: share of entries whose adapters disagree in sign, for
-    methods that elect signs. seconds: by stage. peak_workspace_bytes: most bytes held at once beside inputs and result
-    (measured on CUDA, counted from the sizes of the arrays on the CPU).
+    methods that elect signs. seconds: by stage; `statistics` and `merge` include what they prepare on the way.
+    peak_workspace_bytes: most bytes held at once beside inputs and result, counted from the sizes of the arrays.
     """
 
     method: str

@@ -88,21 +88,62 @@ def test_hub_names_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         adapter_folder("org/x")
 
 
-def test_hub_names_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+HUB_REFUSALS = {
+    "GatedRepoError": "org/x is a gated repository of the Hub; ask for access on its page, then log in with "
+    "`hf auth login`",
+    "RepositoryNotFoundError": "org/x is neither a folder nor a repository of the Hub that you may read; correct the "
+    "path, or log in with `hf auth login` if it is private",
+    "RevisionNotFoundError": "org/x on the Hub has no revision abc; give a branch, tag or commit that it has",
+    "LocalEntryNotFoundError": "org/x at revision abc is neither a folder nor in the Hub's cache, and the Hub cannot be "
+    "reached; fetch it where there is a network (`hf download org/x --revision abc`), or give a folder",
+    "OSError": "org/x is not a folder and cannot be had from the Hub at revision abc: said why",
+}
+
+
+@pytest.mark.parametrize("kind", HUB_REFUSALS)
+def test_hub_names_that_cannot_be_had(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
     seen = {}
 
-    def offline(*args: object, **options: object) -> str:
+    def refuse(*args: object, **options: object) -> str:
         seen.update(options)
-        raise hub.errors.LocalEntryNotFoundError("not in the cache")
+        error = OSError if kind == "OSError" else getattr(hub.errors, kind)
+        made = error.__new__(error)
+        Exception.__init__(made, "said why\nand more")
+        raise made
 
-    monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(
-        UserInputError,
-        match=r"^org/x is not a folder and cannot be had from the Hub at revision abc: not in the cache$",
-    ):
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserInputError) as caught:
         adapter_folder("org/x", "abc")
+    assert str(caught.value) == HUB_REFUSALS[kind]
     assert seen == {"revision": "abc", "allow_patterns": ["adapter_config.json", "adapter_model.safetensors"]}
+
+
+def test_hub_names_when_the_network_is_forbidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserInputError) as caught:
+        Catalogue().register("mine", "org/x", "abc")
+    assert str(caught.value) == (
+        "adapter 'mine': org/x at revision abc is neither a folder nor in the Hub's cache, and HF_HUB_OFFLINE forbids "
+        "the network; unset it, fetch it where there is a network (`hf download org/x --revision abc`), or give a folder"
+    )
+
+
+def test_hub_names_are_read_from_the_cache(folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The cache as the Hub's library lays it out; no network."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    cache = tmp_path / "cache/models--org--x/snapshots" / ("a" * 40)
+    cache.parent.mkdir(parents=True)
+    folder().rename(cache)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    catalogue = Catalogue()
+    assert catalogue.register("mine", "org/x", "a" * 40).path == cache
+    assert catalogue.content_hash("mine") == hash_adapter(cache)
 
 
 def model(path: Path, seed: int = 0, config: str = "{}", shards: int = 2) -> Path:

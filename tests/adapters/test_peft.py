@@ -266,9 +266,7 @@ def test_patterns_match_as_in_peft(keys: list[str]) -> None:
     }
     assert config.ranks(modules) == {module: (hit or [99])[0] for module, hit in hits.items()}
     unmatched = [key for index, key in enumerate(keys) if not any(index + 1 in hit for hit in hits.values())]
-    assert [
-        sentence.split("'")[1].replace("\\\\", "\\") for sentence in config.warnings(modules)
-    ] == unmatched
+    assert [sentence.split("'")[1].replace("\\\\", "\\") for sentence in config.warnings(modules)] == unmatched
 
 
 def test_many_patterns_are_quick() -> None:

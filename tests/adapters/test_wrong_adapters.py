@@ -353,5 +353,5 @@ def test_too_many_patterns_for_too_many_modules(folder: MakeFolder) -> None:
     }
     assert refusal(folder({"rank_pattern": pattern}, content)) == (
         "adapter 'sql': adapter_config.json has 900 patterns for 140 modules, more than are matched; write each as the "
-        "module's whole name between ^ and $, with \\. for its dots"
+        r"module's whole name between ^ and $, with \\. for its dots"
     )

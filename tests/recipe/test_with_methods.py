@@ -44,7 +44,8 @@ def test_message(parameters: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "parameters", ["density: 1, weight: [0, -1.5], normalize: false, trim: module, lambda: [{value: 2}]", "weight: 1e-3"]
+    "parameters",
+    ["density: 1, weight: [0, -1.5], normalize: false, trim: module, lambda: [{value: 2}]", "weight: 1e-3"],
 )
 def test_right_ones_are_accepted(parameters: str) -> None:
     assert load(parameters).recipes["r"].merge_method == "ties"

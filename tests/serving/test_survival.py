@@ -164,7 +164,10 @@ def test_a_hundred_queued_requests_survive_the_loss_of_every_file_and_tier(small
     assert len(held) <= 2, "nothing but vLLM's own two slots holds any of them"
     assert not any(a["kept"] or a["leases"] for a in held)
     outcomes = [outcome_of(client, name) for name in names]
-    assert all(o == right[n] if isinstance(o, Answer) else "cannot be served" in o for o, n in zip(outcomes, names, strict=True))
+    assert all(
+        o == right[n] if isinstance(o, Answer) else "cannot be served" in o
+        for o, n in zip(outcomes, names, strict=True)
+    )
     kinds = {type(o) for o in outcomes}
     assert kinds == {Answer, str}, "what a slot still holds answers, what is gone says so"
     assert small_server.answers()

@@ -38,7 +38,33 @@ def adapter_folder(path: str, revision: str | None = None) -> Path:
         ) from None
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (OSError, ValueError) as error:
-        at = f" at revision {revision}" if revision else ""
-        reason = str(error).strip().partition("\n")[0]
-        raise UserInputError(f"{path} is not a folder and cannot be had from the Hub{at}: {reason}") from None
+    except Exception as error:  # the library lets errors of the HTTP client it uses through, whichever that is
+        raise UserInputError(_why_not(path, revision, error)) from None
+
+
+def _why_not(path: str, revision: str | None, error: Exception) -> str:
+    """What a person can do about a repository that could not be fetched."""
+    from huggingface_hub import constants, errors
+
+    at = f" at revision {revision}" if revision else ""
+    command = f"hf download {path}" + (f" --revision {revision}" if revision else "")
+    elsewhere = f"fetch it where there is a network (`{command}`), or give a folder"
+    match error:
+        case errors.GatedRepoError():
+            return f"{path} is a gated repository of the Hub; ask for access on its page, then log in with `hf auth login`"
+        case errors.RepositoryNotFoundError():
+            return (
+                f"{path} is neither a folder nor a repository of the Hub that you may read; correct the path, or log in "
+                "with `hf auth login` if it is private"
+            )
+        case errors.RevisionNotFoundError():
+            return f"{path} on the Hub has no revision {revision}; give a branch, tag or commit that it has"
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() if constants.HF_HUB_OFFLINE:
+            return (
+                f"{path}{at} is neither a folder nor in the Hub's cache, and HF_HUB_OFFLINE forbids the network; "
+                f"unset it, {elsewhere}"
+            )
+        case errors.LocalEntryNotFoundError():
+            return f"{path}{at} is neither a folder nor in the Hub's cache, and the Hub cannot be reached; {elsewhere}"
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"{path} is not a folder and cannot be had from the Hub{at}: {reason}"

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_merge.errors import MergeError
+from vllm_merge.serving.slots import SlotBuffer
 
 Loader = Callable[[Any, Any], Any]
 
@@ -188,16 +189,124 @@ def zero_lora_model(worker_manager: Any, lora_id: int) -> Any:
     return worker_manager._adapter_manager.create_dummy_lora(lora_id, 1, worker_manager.embedding_modules)
 
 
+def marker_lora_model(worker_manager: Any, lora_id: int) -> Any:
+    """A LoRAModel that only stands for an artifact: its slot is filled by us, so its one tiny weight is never used."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
+
+    manager = worker_manager._adapter_manager
+    name = next(name for name in manager.modules if name not in manager.packed_modules)
+    tiny = torch.zeros(1, 1, dtype=slot_dtype(worker_manager), device=worker_manager.device)
+    return LoRAModel(lora_id, 1, {name: LoRALayerWeights(name, 1, 1, tiny, tiny)})
+
+
+def slot_buffers(worker_manager: Any) -> list[SlotBuffer] | None:
+    """Every buffer of a slot, in a fixed order; None for a model with layers whose slots we do not know how to clear."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
+    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+    from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+
+    clear = {
+        BaseLinearLayerWithLoRA.reset_lora,
+        LogitsProcessorWithLoRA.reset_lora,
+        VocabParallelEmbeddingWithLoRA.reset_lora,
+    }
+    fill = {
+        BaseLinearLayerWithLoRA.set_lora,
+        MergedColumnParallelLinearWithLoRA.set_lora,
+        LogitsProcessorWithLoRA.set_lora,
+    }
+    manager = worker_manager._adapter_manager
+    buffers = []
+    for name, layer in manager.modules.items():
+        if type(layer).reset_lora not in clear:
+            return None
+        stacks = (layer.lora_a_stacked, layer.lora_b_stacked)
+        slices = [(stack,) if isinstance(stack, Tensor) else tuple(stack) for stack in stacks]
+        parts = manager.packed_modules.get(name, [name])
+        known = type(layer).set_lora in fill and len(parts) == len(slices[0])
+        for letter, stacked in zip("AB", slices, strict=True):
+            for index, tensor in enumerate(stacked):
+                if not tensor.is_contiguous():
+                    return None
+                buffers.append(SlotBuffer(name, parts[index] if known else None, letter, tensor))
+    return buffers
+
+
+def slot_views(
+    worker_manager: Any, buffers: Sequence[SlotBuffer], factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> list[Tensor | None] | None:
+    """What of these factors goes into each buffer on this tensor-parallel rank; None if a factor has no buffer."""
+    inside = {_inside_name(worker_manager, module): pair for module, pair in factors.items()}
+    manager = worker_manager._adapter_manager
+    places = {module: place for place in manager.modules for module in manager.packed_modules.get(place, [place])}
+    here = {module for module in inside if module in places}
+    if not here <= {buffer.module for buffer in buffers}:
+        return None
+    views: dict[tuple[str, str], list[Tensor | None]] = {}
+    for name in {places[module] for module in here}:
+        parts = manager.packed_modules.get(name, [name])
+        pairs = [inside.get(part, (None, None)) for part in parts]
+        views[name, "A"], views[name, "B"] = _sliced(
+            manager.modules[name], [a for a, _ in pairs], [b for _, b in pairs]
+        )
+    taken = {key: iter(value) for key, value in views.items()}
+    return [next(taken[b.layer, b.letter]) if (b.layer, b.letter) in taken else None for b in buffers]
+
+
+def _sliced(
+    layer: Any, a: list[Tensor | None], b: list[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """A layer's own tensor-parallel slicing, for any number of slices."""
+    if getattr(layer, "tp_size", 1) == 1 or isinstance(layer.lora_a_stacked, Tensor):
+        return a, b
+    if len(a) > 1:
+        return layer.slice_lora_a(a), layer.slice_lora_b(b)
+    return [layer.slice_lora_a(a[0])], [layer.slice_lora_b(b[0])]
+
+
+def wrap_activation(fill: Callable[[Any, int], bool]) -> None:
+    """Give our artifacts' slots to `fill(lora_model, slot)`, once per process; False from it leaves the slot to vLLM.
+
+    The slot becomes visible by one assignment after it was filled, on the stream that the next step runs on.
+    """
+    from vllm.lora.model_manager import LoRAModelManager
+
+    original = LoRAModelManager.activate_adapter
+    if getattr(original, "_vllm_merge", False):
+        return
+
+    @functools.wraps(original)
+    def activate_adapter(self: Any, lora_id: int) -> bool:
+        if lora_id not in self._active_adapters and None in self.lora_index_to_id:
+            slot = self.lora_index_to_id.index(None)
+            if fill(self._registered_adapters[lora_id], slot):
+                self._active_adapters[lora_id] = None
+                self.lora_index_to_id[slot] = lora_id
+                return True
+        return bool(original(self, lora_id))
+
+    activate_adapter._vllm_merge = True  # type: ignore[attr-defined]
+    LoRAModelManager.activate_adapter = activate_adapter
+
+
+def _inside_name(worker_manager: Any, module: str) -> str:
+    """The model's own name of a module that checkpoints call `module`."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    mapper = _weights_mapper(worker_manager._adapter_manager)
+    name, _ = parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)
+    return str(name)
+
+
 def misfits(worker_manager: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
     """Why these factors could not be put into a slot of this model: one sentence a reason, empty if they can.
 
     vLLM finds out only while it fills a slot inside a step, where an exception ends the engine; so we ask first, with
     tensors that have shapes but no storage, sliced by the layers' own tensor-parallel rules.
     """
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
     manager = worker_manager._adapter_manager
-    mapper = _weights_mapper(manager)
     limit = max_rank(worker_manager)
     places = {
         part: (name, index)
@@ -206,7 +315,7 @@ def misfits(worker_manager: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -
     }
     reasons = []
     for module, (a, b) in factors.items():
-        inside, _ = parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)
+        inside = _inside_name(worker_manager, module)
         if a.shape[0] > limit:
             reasons.append(
                 f"{module} has rank {a.shape[0]}, but this server was started with --max-lora-rank {limit}. "
@@ -256,14 +365,12 @@ def _slot_problem(manager: Any, place: tuple[str, int], a: Tensor, b: Tensor) ->
         want_in, want_out = stacks_a[0].shape[-1], b.shape[0]
     else:
         want_in, want_out = stacks_a[index].shape[-1], stacks_b[index].shape[-2]
-    meta_a, meta_b = torch.empty(a.shape, device="meta"), torch.empty(b.shape, device="meta")
-    if getattr(layer, "tp_size", 1) > 1:
-        count = len(stacks_a)
-        if count == 1:
-            meta_a, meta_b = layer.slice_lora_a(meta_a), layer.slice_lora_b(meta_b)
-        else:
-            meta_a = layer.slice_lora_a([meta_a if i == index else None for i in range(count)])[index]
-            meta_b = layer.slice_lora_b([meta_b if i == index else None for i in range(count)])[index]
+    shaped = [(torch.empty(a.shape, device="meta"), torch.empty(b.shape, device="meta"))]
+    pairs = [(None, None)] * index + shaped + [(None, None)] * (len(stacks_a) - index - 1)
+    sliced_a, sliced_b = _sliced(layer, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    meta_a, meta_b = sliced_a[index], sliced_b[index]
+    assert meta_a is not None
+    assert meta_b is not None
     if (meta_a.shape[1], meta_b.shape[0]) != (want_in, want_out):
         return (
             f"it maps {a.shape[1]} to {b.shape[0]} features, but the base model's layer maps {want_in} to {want_out} "

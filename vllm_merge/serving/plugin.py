@@ -86,8 +86,13 @@ def register() -> None:
         service = services.get(id(worker_manager))
         return service.load(lora_request) if service is not None else None
 
+    def fill(lora_model: Any, slot: int) -> bool:
+        artifact = getattr(lora_model, "vllm_merge_artifact", None)
+        return artifact is not None and any(service.fill(lora_model, slot) for service in services.values())
+
     compat.check_ground()
     compat.wrap_worker(on_manager, load)
+    compat.wrap_activation(fill)
 
 
 def _log_like_vllm() -> None:

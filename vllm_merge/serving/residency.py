@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from vllm_merge.errors import MergeError
+from vllm_merge.serving.slots import SlotSource
 
 
 class OutOfBudget(MergeError):
@@ -27,11 +28,16 @@ class OutOfBudget(MergeError):
 
 @dataclass(eq=False)
 class ResidentArtifact:
-    """A merged (or plain) adapter ready for a slot: {module: (A (r, d_in), B (d_out, r))}, scaling 1, on the worker's device."""
+    """A merged (or plain) adapter ready for a slot: {module: (A (r, d_in), B (d_out, r))}, scaling 1, on the worker's device.
+
+    storage: the one tensor that all factors are views of. source: what a slot is filled from; None leaves that to vLLM.
+    """
 
     digest: str
     name: str
+    storage: Tensor
     factors: Mapping[str, tuple[Tensor, Tensor]]
+    source: SlotSource | None
     tensors_sha256: str
     report: Mapping[str, Any]
     seconds: float
@@ -43,7 +49,7 @@ class ResidentArtifact:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self.factors.values() for t in pair)
+        return self.storage.nbytes
 
 
 class ArtifactStore:

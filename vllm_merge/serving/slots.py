@@ -21,16 +21,21 @@ TILE = 8192  # elements that one program of the kernel writes
 
 @dataclass(frozen=True)
 class SlotBuffer:
-    """One stacked buffer of a layer, (slots, 1, rows, columns), contiguous."""
+    """One stacked buffer of a layer, (slots, 1, rows, columns), contiguous.
+
+    module: whose factor `letter` (A or B) goes there, by the model's own name; None: never filled, only cleared.
+    """
 
     layer: str
-    letter: str  # A or B
-    index: int  # which slice of the layer
+    module: str | None
+    letter: str
     stacked: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.stacked.shape[-2], self.stacked.shape[-1]
+        """Rows and columns of one slot."""
+        columns = self.stacked.shape[-1]
+        return self.stacked[0].numel() // columns, columns
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ class SlotLayout:
             if view.shape[0] > buffer.shape[0] or view.shape[1] > buffer.shape[1]:
                 raise ValueError(f"{buffer.layer} {buffer.letter}: {tuple(view.shape)} does not fit {buffer.shape}")
             if view.stride(1) != 1 or view.dtype != buffer.stacked.dtype or view.device != self.device:
-                raise ValueError(f"{buffer.layer} {buffer.letter}: needs rows of {buffer.stacked.dtype} on {self.device}")
+                raise ValueError(
+                    f"{buffer.layer} {buffer.letter}: needs rows of {buffer.stacked.dtype} on {self.device}"
+                )
         if self.device.type != "cuda":
             return SlotSource(views, None)
         rows = [(v.data_ptr(), v.shape[0], v.shape[1], v.stride(0)) if v is not None else (0, 0, 0, 0) for v in views]
@@ -90,7 +97,7 @@ class SlotLayout:
 def fill_with_torch(buffers: Sequence[SlotBuffer], slot: int, views: Sequence[Tensor | None]) -> None:
     """The kernel's plain twin: the path on the CPU, the reference in tests."""
     for buffer, view in zip(buffers, views, strict=True):
-        target = buffer.stacked[slot, 0]
+        target = buffer.stacked[slot].view(buffer.shape)
         if view is None:
             target.zero_()
             continue

@@ -32,6 +32,7 @@ from vllm_merge.serving import compat
 from vllm_merge.serving.control import ControlError, ControlServer, Message, Session
 from vllm_merge.serving.identity import parse_path
 from vllm_merge.serving.residency import ArtifactStore, OutOfBudget, ResidentArtifact
+from vllm_merge.serving.slots import SlotLayout, flat_copy
 
 logger = logging.getLogger("vllm_merge.worker")
 
@@ -74,6 +75,10 @@ class WorkerService:
         self._failures: Counter[str] = Counter()
         self._sessions: dict[Session, Counter[str]] = {}
         self._zero = compat.zero_lora_model(worker_manager, 1)
+        buffers = compat.slot_buffers(worker_manager)
+        self._layout = SlotLayout(buffers) if buffers else None
+        if self._layout is not None:  # no slot is in use yet; on a GPU this compiles the kernel, outside of any step
+            self._layout.fill(0, self._layout.source([None] * len(self._layout.buffers)))
         self._affinity = affinity
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="vllm-merge")
         self._server = ControlServer(socket_path, self)
@@ -97,7 +102,10 @@ class WorkerService:
         try:
             artifact = self.store.get(digest)
             if artifact is not None:
-                model = compat.lora_model(self._manager, lora_request.lora_int_id, artifact.factors)
+                if artifact.source is not None:
+                    model = compat.marker_lora_model(self._manager, lora_request.lora_int_id)
+                else:
+                    model = compat.lora_model(self._manager, lora_request.lora_int_id, artifact.factors)
                 model.vllm_merge_artifact = artifact  # counted for as long as vLLM keeps the model
                 return model
             reason = f"{lora_request.lora_name} was not in memory when a request needed it"
@@ -110,6 +118,16 @@ class WorkerService:
             {"event": "broken", "digest": digest, "lora_id": lora_request.lora_int_id, "reason": reason},
         )
         return self._zero.clone(lora_request.lora_int_id)
+
+    def fill(self, lora_model: Any, slot: int) -> bool:
+        """Fill a slot from the artifact that a LoRAModel stands for; False if vLLM has to do it."""
+        artifact: ResidentArtifact | None = getattr(lora_model, "vllm_merge_artifact", None)
+        if artifact is None or artifact.source is None or self._layout is None:
+            return False
+        if artifact.storage.is_cuda:  # its memory may be given back before this stream has read it
+            artifact.storage.record_stream(torch.cuda.current_stream(artifact.storage.device))
+        self._layout.fill(slot, artifact.source)
+        return True
 
     # -- control thread -------------------------------------------------------------------------------------------------
 
@@ -247,9 +265,6 @@ class WorkerService:
             artifact = self._resident(job.plan, merged, time.perf_counter() - started)
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
-        if reasons := compat.misfits(self._manager, artifact.factors):
-            more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
-            raise MergeError(f"{artifact.name} does not fit this server: " + " ".join(reasons[:3]) + more)
         self.store.insert(artifact)
         logger.info(
             "merged %s: rank %d, %.1f MB, %.3f s", artifact.name, artifact.rank, artifact.nbytes / 1e6, artifact.seconds
@@ -262,10 +277,22 @@ class WorkerService:
         return torch.cuda.stream(torch.cuda.Stream(self._device, priority=0))  # type: ignore[no-untyped-call]
 
     def _resident(self, plan: Plan, merged: MergedAdapter, seconds: float) -> ResidentArtifact:
-        factors = {
-            module: (f.A.to(self._device, self._dtype).contiguous(), f.B.to(self._device, self._dtype).contiguous())
-            for module, f in merged.factors.items()
-        }
+        pairs = {module: (f.A, f.B) for module, f in merged.factors.items()}
+        if reasons := compat.misfits(self._manager, pairs):
+            more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
+            raise MergeError(f"{plan.artifact_name} does not fit this server: " + " ".join(reasons[:3]) + more)
+        storage, factors = flat_copy(pairs, self._device, self._dtype)
+        source = None
+        if self._layout is not None:
+            views = compat.slot_views(self._manager, self._layout.buffers, factors)
+            source = self._layout.source(views) if views is not None else None
         return ResidentArtifact(
-            plan.digest, plan.artifact_name, factors, merged.tensors_sha256, merged.report.to_dict(), seconds
+            plan.digest,
+            plan.artifact_name,
+            storage,
+            factors,
+            source,
+            merged.tensors_sha256,
+            merged.report.to_dict(),
+            seconds,
         )
