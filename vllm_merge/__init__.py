@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm_merge.engine import merge
     from vllm_merge.errors import MergeCancelled, MergeError, UserInputError
     from vllm_merge.methods.registry import list_methods
-    from vllm_merge.recipe.loading import load_recipes
+    from vllm_merge.recipe_files import load_recipes
 
 _HOMES = {
     "Adapter": "adapters.factors",
@@ -24,7 +24,7 @@ _HOMES = {
     "MergedAdapter": "artifact",
     "UserInputError": "errors",
     "list_methods": "methods.registry",
-    "load_recipes": "recipe.loading",
+    "load_recipes": "recipe_files",
     "merge": "engine",
 }
 

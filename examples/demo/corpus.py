@@ -2,9 +2,9 @@
 """The text that the demo's base model is pre-trained on, made up as it goes: operations shown by example.
 
 A document is a list of lines `label: source -> result`, all of one operation. The *known* operations carry their own
-name, so the base learns to follow instruction words. The tasks of the adapters appear as well, but only under labels drawn
-at random: the base learns to do them when shown how, and never learns what they are called. An unknown label without any
-example most often means that the source is copied.
+name, so the base learns to follow instruction words. The tasks of the adapters appear as well, but only under labels
+drawn at random: the base learns to do them when shown how, and never learns what they are called. An unknown label
+without any example most often means that the source is copied.
 """
 
 import random

@@ -16,7 +16,8 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     model.eval()
     tokens = model.generate(**batch, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-    return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    given: list[str] = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return given
 
 
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:

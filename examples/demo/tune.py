@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score merges of the demo's adapters on validation prompts, over a grid of λ and density: how configs/demo.yaml was tuned.
 
-    python examples/demo/tune.py ties --space delta --lambda 1.8 2 2.25 --density 0.1 0.2
-    python examples/demo/tune.py task_arithmetic --lambda 0.9 --weight reverse=1.5 double=1.2
+python examples/demo/tune.py ties --space delta --lambda 1.8 2 2.25 --density 0.1 0.2
+python examples/demo/tune.py task_arithmetic --lambda 0.9 --weight reverse=1.5 double=1.2
 """
 
 import argparse

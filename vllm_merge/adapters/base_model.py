@@ -21,14 +21,17 @@ MAX_HEADER_BYTES = 4 * 2**20
 _DOMAIN = b"vllm-merge base model 1\n"
 
 
+def base_model_folder(path_or_name: str | Path, revision: str | None = None) -> Path | None:
+    """Where the model is on this machine: the folder itself, or a Hub name's snapshot in the local cache; or None."""
+    folder = Path(path_or_name).expanduser()
+    return folder if folder.is_dir() else cached_snapshot(str(path_or_name), revision)
+
+
 def base_model_hash(path_or_name: str | Path, revision: str | None = None) -> str:
     """The hash of a model folder or Hub name, 64 hexadecimal digits. See the module's text for what it covers."""
-    folder = Path(path_or_name).expanduser()
-    if not folder.is_dir():
-        snapshot = cached_snapshot(str(path_or_name), revision)
-        if snapshot is None:
-            return hashlib.sha256(_DOMAIN + f"{path_or_name}\0{revision or ''}".encode()).hexdigest()
-        folder = snapshot
+    folder = base_model_folder(path_or_name, revision)
+    if folder is None:
+        return hashlib.sha256(_DOMAIN + f"{path_or_name}\0{revision or ''}".encode()).hexdigest()
     digest = hashlib.sha256(_DOMAIN)
     config = folder / "config.json"
     _add(digest, config.read_bytes() if config.is_file() else b"")

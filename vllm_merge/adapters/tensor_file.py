@@ -18,6 +18,7 @@ from vllm_merge.errors import UserInputError
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 64 * 2**30
+MAX_BASE_FILE_BYTES = 2**44
 MAX_DIMENSIONS = 8
 MAX_SIZE = 2**63  # of a dimension or an offset; beyond it arithmetic takes longer than a header should
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,6 +43,22 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         return _parse_header(file.read(length), size, path)
 
 
+def read_matrices(path: Path) -> dict[str, tuple[int, int]]:
+    """The shapes of the floating-point matrices of `path`, whatever else it holds; for the weights of a base model.
+
+    Raises UserInputError for a malformed header.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = _json_header(file.read(_header_length(file.read(LENGTH_BYTES), size, path, MAX_BASE_FILE_BYTES)), path)
+    found = {}
+    for key, item in header.items():
+        match item:
+            case {"dtype": "F32" | "F16" | "BF16" | "F8_E4M3" | "F8_E5M2", "shape": [int(rows), int(columns)]}:
+                found[key] = (rows, columns)
+    return found
+
+
 def parse_header(data: bytes | bytearray, where: Path) -> dict[str, TensorEntry]:
     """The tensors that the file content `data` declares; `where` names the file in messages."""
     length = _header_length(bytes(data[:LENGTH_BYTES]), len(data), where)
@@ -59,12 +76,12 @@ def tensor_view(data: bytearray, entry: TensorEntry) -> torch.Tensor:
     return torch.frombuffer(data, dtype=dtype, count=count, offset=entry.start).reshape(entry.shape)
 
 
-def _header_length(prefix: bytes, size: int, path: Path) -> int:
+def _header_length(prefix: bytes, size: int, path: Path, most: int = MAX_FILE_BYTES) -> int:
     if len(prefix) < LENGTH_BYTES:
         raise UserInputError(f"{path}: {size} bytes is too short for a safetensors file; copy the adapter again")
     length = int.from_bytes(prefix, "little")
-    if size > MAX_FILE_BYTES:
-        raise UserInputError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; this is no LoRA adapter")
+    if size > most:
+        raise UserInputError(f"{path}: {size:,} bytes; at most {most:,} are read; this is no LoRA adapter")
     if length > MAX_HEADER_BYTES:
         raise UserInputError(
             f"{path}: the header claims {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read; "
@@ -79,6 +96,13 @@ def _header_length(prefix: bytes, size: int, path: Path) -> int:
 
 def _parse_header(raw: bytes, size: int, path: Path) -> dict[str, TensorEntry]:
     data_start = LENGTH_BYTES + len(raw)
+    header = _json_header(raw, path)
+    entries = {key: _entry(key, item, data_start, size, path) for key, item in header.items()}
+    _check_coverage(entries, data_start, size, path)
+    return entries
+
+
+def _json_header(raw: bytes, path: Path) -> dict[str, object]:
     try:
         header = json.loads(raw, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -86,9 +110,7 @@ def _parse_header(raw: bytes, size: int, path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise UserInputError(f"{path}: the safetensors header is not a JSON object")
     header.pop("__metadata__", None)
-    entries = {key: _entry(key, item, data_start, size, path) for key, item in header.items()}
-    _check_coverage(entries, data_start, size, path)
-    return entries
+    return header
 
 
 def _entry(key: str, item: object, data_start: int, size: int, path: Path) -> TensorEntry:

@@ -3,16 +3,19 @@
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from typing import Annotated
 
 import typer
 
+from vllm_merge.cli.doctor import doctor
+from vllm_merge.cli.eval import eval_
 from vllm_merge.cli.inspect import inspect
 from vllm_merge.cli.merge import merge
 from vllm_merge.cli.methods import methods
-from vllm_merge.cli.output import print_error
+from vllm_merge.cli.output import print_error, print_text
 from vllm_merge.cli.plan import plan
 from vllm_merge.cli.schema import schema
+from vllm_merge.cli.serve import PASS_ON, serve
 from vllm_merge.cli.validate import validate
 from vllm_merge.errors import MergeError, UserInputError
 
@@ -22,23 +25,31 @@ app = typer.Typer(
     name="vllm-merge",
     help="Merge LoRA adapters by recipe: inside a vLLM server, or offline to a PEFT folder.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (merge, plan, validate, methods, schema, inspect):
+app.command(context_settings=PASS_ON)(serve)
+for command in (merge, plan, validate, methods, schema, inspect, doctor):
     app.command()(command)
+app.command("eval")(eval_)
 
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print_text(f"vllm-merge {version('vllm-merge')}")
+        raise typer.Exit
 
 
-@app.command(add_help_option=False, context_settings=_PASS_ON)
-def serve(ctx: typer.Context) -> None:
-    """Serve a base model with the recipes of a file, through vLLM's OpenAI-compatible server."""
-    # Its module is imported when it is asked for, and not for every other command.
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    command.command(context_settings=_PASS_ON)(import_module("vllm_merge.cli.serve").serve)
-    command(args=ctx.args, prog_name="vllm-merge serve")
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Merge LoRA adapters by recipe: inside a vLLM server, or offline to a PEFT folder."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,4 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(WRONG_INPUT)
     except MergeError as error:
         print_error(str(error))
+        sys.exit(FAILED)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         sys.exit(FAILED)

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several commands do first: read the recipe file, look at its adapters, and make a plan."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vllm_merge.adapters.base_fit import misfit, read_base_shapes, unknown_modules
+from vllm_merge.adapters.base_model import base_model_folder, base_model_hash
+from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.cli.output import ProgressBar
-from vllm_merge.errors import UserInputError
-from vllm_merge.recipe.file import RecipeFile
-from vllm_merge.recipe.loading import load_recipes
-from vllm_merge.recipe.plan import AdapterSource, Dtype, Plan, make_plan
+from vllm_merge.errors import MergeError, UserInputError
+from vllm_merge.methods.registry import default_registry
+from vllm_merge.recipe.dtypes import Dtype
+from vllm_merge.recipe.file import RecipeFile, is_local
+from vllm_merge.recipe.plan import AdapterSource, Plan, make_plan
 from vllm_merge.recipe.problems import listed
-
-if TYPE_CHECKING:
-    from vllm_merge.adapters.catalogue import Catalogue
+from vllm_merge.recipe_files import load_recipes
 
 
 @dataclass(frozen=True)
@@ -21,32 +23,58 @@ class Planned:
     """A plan, the file it is from, the adapters it reads, and what is worth knowing before it runs."""
 
     file: RecipeFile
-    catalogue: "Catalogue"
+    catalogue: Catalogue
     plan: Plan
     warnings: list[str]
 
 
-def read_recipes(path: Path) -> RecipeFile:
-    """The recipe file, checked against the built-in and installed methods."""
-    from vllm_merge.methods.registry import default_registry
+def register_all(file: RecipeFile, names: Collection[str] | None = None, bar: ProgressBar | None = None) -> Catalogue:
+    """The adapters of the file (only `names`, where given). Raises UserInputError with a line for each wrong one."""
+    catalogue = Catalogue()
+    problems = []
+    for index, name in enumerate(names := file.adapters if names is None else names):
+        if bar is not None:
+            bar.update(f"Reading {name}", index, len(names))
+        try:
+            catalogue.register(name, file.adapters[name].path, file.adapters[name].revision)
+        except MergeError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserInputError("\n".join(problems))
+    return catalogue
 
-    return load_recipes(path, default_registry())
+
+def check_fit(model: str, catalogue: Catalogue) -> list[str]:
+    """Raise UserInputError, with a line for each, where adapters cannot be of the model; return what else is odd.
+
+    A model that is not on this machine is not checked.
+    """
+    folder = base_model_folder(model)
+    if folder is None:
+        return []
+    base = read_base_shapes(folder)
+    problems, odd = [], []
+    for name in catalogue.names():
+        modules = catalogue.get(name).shapes
+        if reason := misfit(base, modules):
+            problems.append(f"adapter {name!r} does not fit the base model: {reason}")
+        elif (unknown := unknown_modules(base, modules)) and len(unknown) == len(modules):
+            odd.append(f"adapter {name!r}: {folder} has no weight of that name for any of its modules ({unknown[0]} …)")
+    if problems:
+        raise UserInputError("\n".join(problems))
+    return odd
 
 
 def planned(path: Path, name: str | None, dtype: Dtype, max_rank: int | None, bar: ProgressBar) -> Planned:
     """The plan for `name` of the recipe file, or for its only recipe."""
-    from vllm_merge.adapters.base_model import base_model_hash
-    from vllm_merge.adapters.catalogue import Catalogue
-    from vllm_merge.methods.registry import default_registry
-
-    file = read_recipes(path)
+    file = load_recipes(path)
     chosen = file.target(name) if name is not None else _only_recipe(file)
-    used = _adapters_of(file, chosen)
-    catalogue = Catalogue()
+    used = adapters_of(file, chosen)
+    catalogue = register_all(file, used, bar)
+    odd = check_fit(file.base_model, catalogue) if file.base_model else []
     hashes = {}
     for index, adapter in enumerate(used):
-        bar.update(f"Reading {adapter}", index, len(used))
-        catalogue.register(adapter, file.adapters[adapter].path, file.adapters[adapter].revision)
+        bar.update(f"Hashing {adapter}", index, len(used))
         hashes[adapter] = catalogue.content_hash(adapter)
     file = file.with_paths(catalogue.paths())
     plan = make_plan(
@@ -58,7 +86,15 @@ def planned(path: Path, name: str | None, dtype: Dtype, max_rank: int | None, ba
         max_rank=max_rank,
         dtype=dtype,
     )
-    return Planned(file, catalogue, plan, _warnings(file, catalogue, plan))
+    return Planned(file, catalogue, plan, odd + _warnings(file, catalogue, plan))
+
+
+def adapters_of(file: RecipeFile, name: str) -> list[str]:
+    """The registered adapters that `name` is made from: itself, or those of its recipe and the recipes that it uses."""
+    if name not in file.recipes:
+        return [name]
+    inputs = [item.adapter for stage in file.stage_order(name) for item in file.recipes[stage].adapters]
+    return [adapter for adapter in dict.fromkeys(inputs) if adapter not in file.recipes]
 
 
 def _only_recipe(file: RecipeFile) -> str:
@@ -68,14 +104,7 @@ def _only_recipe(file: RecipeFile) -> str:
     return next(iter(file.recipes))
 
 
-def _adapters_of(file: RecipeFile, name: str) -> list[str]:
-    if name not in file.recipes:
-        return [name]
-    inputs = [item.adapter for stage in file.stage_order(name) for item in file.recipes[stage].adapters]
-    return [adapter for adapter in dict.fromkeys(inputs) if adapter not in file.recipes]
-
-
-def _warnings(file: RecipeFile, catalogue: "Catalogue", plan: Plan) -> list[str]:
+def _warnings(file: RecipeFile, catalogue: Catalogue, plan: Plan) -> list[str]:
     found = []
     bases: dict[str, list[str]] = {}
     for name in plan.adapters:
@@ -86,6 +115,10 @@ def _warnings(file: RecipeFile, catalogue: "Catalogue", plan: Plan) -> list[str]
     if len(bases) > 1:
         named = "; ".join(f"{base}: {', '.join(names)}" for base, names in bases.items())
         found.append(f"the adapters name different base models, and only adapters of one base can be merged ({named})")
+    elif file.base_model and not is_local(file.base_model):
+        for base, names in bases.items():
+            if not is_local(base) and base != file.base_model:
+                found.append(f"the file's base_model is {file.base_model}, and {', '.join(names)} name {base}")
     for stage in plan.stages:
         reads = [item.source.adapter for item in stage.inputs if isinstance(item.source, AdapterSource)]
         repeated = sorted({name for name in reads if reads.count(name) > 1})

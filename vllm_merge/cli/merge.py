@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vllm-merge merge: run a recipe offline and write the result as a PEFT folder."""
 
+from __future__ import annotations
+
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_merge.cli.output import print_json, print_text, print_warnings, progress_bar, size
-from vllm_merge.errors import UserInputError
-from vllm_merge.recipe.plan import Dtype, Plan
+from vllm_merge.errors import MergeError, UserInputError
+from vllm_merge.recipe.dtypes import Dtype
 
 if TYPE_CHECKING:
     from vllm_merge.artifact import MergedAdapter
+    from vllm_merge.recipe.plan import Plan
 
 
 def merge(
@@ -44,19 +47,24 @@ def merge(
     """
     import torch
 
+    from vllm_merge.cli.device import checked_device
     from vllm_merge.cli.files import planned
     from vllm_merge.plan_runner import run_plan
 
     _check_output(output)
-    target = _device(device)
+    target = checked_device(device)
     with progress_bar("Reading the recipe") as bar:
         prepared = planned(recipe_file, name, dtype, max_rank, bar)
         with torch.inference_mode():
-            merged = run_plan(
-                prepared.plan,
-                device=target,
-                progress=lambda stage, done, total: bar.update(f"Merging {prepared.plan.name}: {stage}", done, total),
-            )
+            try:
+                merged = run_plan(
+                    prepared.plan,
+                    device=target,
+                    progress=lambda stage, done, total: bar.update(f"Merging {prepared.plan.name}: {stage}", done, total),
+                )
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(". ")[0]
+                raise MergeError(f"--device {device}: {reason}; merge on another device, such as cpu") from None
         merged.base_model = merged.base_model or prepared.file.base_model
         _write(merged, output)
     warnings = prepared.warnings + merged.report.warnings
@@ -69,17 +77,6 @@ def merge(
     kept = facts["least_energy_kept"]
     truncated = "nothing cut off" if kept is None else f"at least {kept:.2%} of each module's energy kept"
     print_text(f"{facts['modules']} modules, rank {facts['rank']}, {size(facts['bytes'])}, {truncated}")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserInputError(f"--device {name}: cannot be used here: {reason}") from None
-    return name
 
 
 def _check_output(output: Path) -> None:
@@ -100,7 +97,7 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _write(merged: "MergedAdapter", output: Path) -> None:
+def _write(merged: MergedAdapter, output: Path) -> None:
     """Write to a folder beside, then put it in the place of an earlier result, if there is one."""
     if not output.exists() or not any(output.iterdir()):
         merged.save_pretrained(output)
@@ -112,7 +109,7 @@ def _write(merged: "MergedAdapter", output: Path) -> None:
         shutil.rmtree(Path(beside) / "old")
 
 
-def _facts(plan: Plan, merged: "MergedAdapter", output: Path, warnings: list[str]) -> dict[str, Any]:
+def _facts(plan: Plan, merged: MergedAdapter, output: Path, warnings: list[str]) -> dict[str, Any]:
     report = merged.report
     kept = [share for share in report.energy_kept.values() if share is not None]
     return {

@@ -1,14 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-merge plan: what a recipe would make, without making it."""
+"""vllm-merge plan: what a recipe would make and what it would cost, without making it."""
 
+from __future__ import annotations
+
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_merge.cli.output import add_row, console, print_json, print_text, print_warnings, progress_bar, size, table
-from vllm_merge.recipe.bounds import Bound, stage_bounds
-from vllm_merge.recipe.plan import AdapterSource, Dtype, EnergyRank, Plan, Stage
+from vllm_merge.cli.output import (
+    add_row,
+    console,
+    duration,
+    print_json,
+    print_text,
+    print_warnings,
+    progress_bar,
+    size,
+    table,
+)
+from vllm_merge.recipe.dtypes import Dtype
+
+if TYPE_CHECKING:
+    from vllm_merge.cli.outlook import Outlook
+    from vllm_merge.recipe.plan import Plan, Stage
 
 
 def plan(
@@ -20,70 +36,95 @@ def plan(
     max_rank: Annotated[
         int | None, typer.Option(min=1, help="The highest LoRA rank of the server; what `rank: auto` means.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where it would be merged: cpu, cuda, cuda:1, …")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
-    """Show what a recipe would make: digest, stages, the highest possible rank, and bytes. Nothing is merged.
+    """Show what a recipe would make and cost: rank, energy kept, bytes, seconds, slots, and what to be careful about.
+
+    Nothing is written. The adapters are read; their overlap gives the exact energy of weighted sums, and a few of their
+    modules are merged to see how long it takes.
 
     \b
     Examples:
       vllm-merge plan recipe.yaml
       vllm-merge plan recipe.yaml support --max-rank 64 --dtype bfloat16 --json
     """
+    from vllm_merge.cli.device import checked_device
     from vllm_merge.cli.files import planned
+    from vllm_merge.cli.outlook import outlook
 
+    target = checked_device(device)
     with progress_bar("Reading the recipe") as bar:
         prepared = planned(recipe_file, name, dtype, max_rank, bar)
-    found = prepared.plan
-    bounds = stage_bounds(found, {adapter: prepared.catalogue.get(adapter).shapes for adapter in found.adapters})
-    last = bounds[found.name]
-    warnings = prepared.warnings + _size_warnings(found, last)
+        found = outlook(prepared, target, bar)
     if json:
-        print_json(
-            {
-                "artifact": found.artifact_name,
-                "rank_bound": last.rank,
-                "modules": last.modules,
-                "bytes_bound": last.bytes,
-                "stage_rank_bounds": {stage: bound.rank for stage, bound in bounds.items()},
-                "adapters": {a: prepared.catalogue.get(a).summary.to_dict() for a in found.adapters},
-                "warnings": warnings,
-                "plan": found.model_dump(mode="json"),
-            }
-        )
+        summaries = {a: prepared.catalogue.get(a).summary.to_dict() for a in prepared.plan.adapters}
+        print_json(_facts(prepared.plan, found, summaries))
         return
-    print_warnings(warnings)
-    print_text(found.artifact_name, style="bold")
-    print_text(f"digest {found.digest}")
-    print_text(f"at most rank {last.rank}, {size(last.bytes)} in {found.dtype}, {last.modules} modules")
-    _print_stages(found, bounds)
-    _print_adapters(found, {a: prepared.catalogue.get(a).summary.to_dict() for a in found.adapters})
+    print_warnings(found.warnings)
+    print_text(prepared.plan.artifact_name, style="bold")
+    print_text(f"digest {prepared.plan.digest}")
+    _print_outlook(prepared.plan, found)
+    _print_stages(prepared.plan, found)
+    rows = table("adapter", "modules", "ranks", "size", "norm", "content hash")
+    for adapter, identity in prepared.plan.adapters.items():
+        summary = prepared.catalogue.get(adapter).summary
+        ranks = ", ".join(str(rank) for rank in summary.ranks)
+        norm = f"{found.norms[adapter]:.4g}"
+        add_row(
+            rows, adapter, summary.modules, ranks, size(summary.size_bytes), norm, identity.content_hash[:12]
+        )
+    console().print(rows)
 
 
-def _print_stages(plan: Plan, bounds: dict[str, Bound]) -> None:
+def _facts(plan: Plan, found: Outlook, summaries: dict[str, dict[str, object]]) -> dict[str, Any]:
+    return {
+        "artifact": plan.artifact_name,
+        "rank_bound": found.rank_bound,
+        "modules": found.modules,
+        "bytes_bound": found.bytes_bound,
+        "stage_rank_bounds": found.stage_rank_bounds,
+        "rank": found.rank,
+        "bytes": found.bytes,
+        "energy": asdict(found.energy),
+        "seconds": asdict(found.seconds),
+        "slots": asdict(found.slots),
+        "adapters": {name: {**summary, "norm": found.norms[name]} for name, summary in summaries.items()},
+        "cosines": found.cosines,
+        "warnings": found.warnings,
+        "plan": plan.model_dump(mode="json"),
+    }
+
+
+def _print_outlook(plan: Plan, found: Outlook) -> None:
+    rows = table("", "")
+    rows.show_header = False
+    if found.rank is None:
+        add_row(rows, "rank", f"at most {found.rank_bound}, {found.modules} modules")
+        add_row(rows, "size", f"at most {size(found.bytes_bound)} in {plan.dtype}")
+    else:
+        add_row(rows, "rank", f"{found.rank}, {found.modules} modules")
+        add_row(rows, "size", f"{size(found.bytes or 0)} in {plan.dtype}")
+    add_row(rows, "energy", found.energy.in_words())
+    least = "" if found.seconds.complete else "more than "
+    measured = f"measured on {found.seconds.measured_modules} modules on {found.seconds.device}"
+    if plan.stages:
+        add_row(rows, "seconds", f"{least}{duration(found.seconds.merge)} to merge ({measured})")
+        add_row(rows, "", f"{duration(found.seconds.read)} to read the adapters, as just now")
+    add_row(rows, "slots", found.slots.in_words())
+    console().print(rows)
+
+
+def _print_stages(plan: Plan, found: Outlook) -> None:
     rows = table("stage", "method", "space", "rank", "rank at most", "inputs")
     for stage in plan.stages:
-        inputs = ", ".join(
-            i.source.adapter if isinstance(i.source, AdapterSource) else i.source.stage for i in stage.inputs
-        )
-        add_row(rows, stage.name, stage.merge_method, stage.space, _rank(stage), bounds[stage.name].rank, inputs)
+        inputs = ", ".join(getattr(i.source, "adapter", None) or getattr(i.source, "stage", "") for i in stage.inputs)
+        bound = found.stage_rank_bounds[stage.name]
+        add_row(rows, stage.name, stage.merge_method, stage.space, _rank(stage), bound, inputs)
     if plan.stages:
         console().print(rows)
 
 
-def _print_adapters(plan: Plan, summaries: dict[str, dict[str, Any]]) -> None:
-    rows = table("adapter", "modules", "ranks", "size", "content hash")
-    for name, planned in plan.adapters.items():
-        summary = summaries[name]
-        ranks = ", ".join(str(rank) for rank in summary["ranks"])
-        add_row(rows, name, summary["modules"], ranks, size(summary["size_bytes"]), planned.content_hash[:12])
-    console().print(rows)
-
-
 def _rank(stage: Stage) -> str:
-    return f"energy {stage.rank.energy:g}" if isinstance(stage.rank, EnergyRank) else str(stage.rank)
-
-
-def _size_warnings(plan: Plan, bound: Bound) -> list[str]:
-    if plan.max_rank is not None and bound.rank > plan.max_rank:
-        return [f"the result may have rank {bound.rank}, above the maximum LoRA rank {plan.max_rank}, which refuses it"]
-    return []
+    energy = getattr(stage.rank, "energy", None)
+    return str(stage.rank) if energy is None else f"energy {energy:g}"

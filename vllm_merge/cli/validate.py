@@ -20,9 +20,9 @@ def validate(
       vllm-merge validate recipe.yaml
       vllm-merge validate recipe.yaml --json
     """
-    from vllm_merge.cli.files import read_recipes
+    from vllm_merge.recipe_files import load_recipes
 
-    file = read_recipes(recipe_file)
+    file = load_recipes(recipe_file)
     if json:
         print_json(
             {

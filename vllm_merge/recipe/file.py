@@ -16,7 +16,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """The content of `path`. Adapter paths are absolute folders or Hub repositories; all names are distinct."""
+    """The content of `path`. Adapters and base model are absolute folders or Hub names; all names are distinct."""
 
     path: Path
     base_model: str | None
@@ -64,6 +64,12 @@ class RecipeFile:
 def is_local(path: str) -> bool:
     """Whether `path` can only be a folder, not the name of a Hub repository."""
     return path.startswith((".", "/", "~")) or _HUB_NAME.fullmatch(path) is None
+
+
+def base_model_path(path: str, directory: Path) -> str:
+    """`path` as an absolute folder where it is one, taken from `directory`; else as it is, the name of a model."""
+    local = absolute_path(path, directory)
+    return local if path.startswith((".", "/", "~")) or Path(local).is_dir() else path
 
 
 def absolute_path(path: str, directory: Path) -> str:

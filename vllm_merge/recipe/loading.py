@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vllm_merge.recipe.checks import check_document
-from vllm_merge.recipe.file import RecipeFile, absolute_path
+from vllm_merge.recipe.file import RecipeFile, absolute_path, base_model_path
 from vllm_merge.recipe.hints import message
 from vllm_merge.recipe.problems import Problem, RecipeError
 from vllm_merge.recipe.protocols import Registry
@@ -56,4 +56,5 @@ def _checked(
         name: entry.model_copy(update={"path": absolute_path(entry.path, file.parent)})
         for name, entry in document.adapters.items()
     }
-    return RecipeFile(file, document.base_model, adapters, document.recipes, document.aliases)
+    base_model = base_model_path(document.base_model, file.parent) if document.base_model else None
+    return RecipeFile(file, base_model, adapters, document.recipes, document.aliases)

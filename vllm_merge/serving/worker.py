@@ -9,7 +9,6 @@ is not here (its lease was broken) gets an adapter that changes nothing, and eve
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import threading
@@ -29,6 +28,7 @@ from vllm_merge.errors import MergeCancelled, MergeError
 from vllm_merge.plan_runner import run_plan
 from vllm_merge.recipe.plan import Plan
 from vllm_merge.serving import compat
+from vllm_merge.serving.arena import Arena
 from vllm_merge.serving.control import ControlError, ControlServer, Message, Session
 from vllm_merge.serving.identity import parse_path
 from vllm_merge.serving.residency import ArtifactStore, OutOfBudget, ResidentArtifact
@@ -38,6 +38,7 @@ logger = logging.getLogger("vllm_merge.worker")
 
 CACHE_BYTES_VARIABLE = "VLLM_MERGE_CACHE_BYTES"
 DEFAULT_CACHE_BYTES = 4 << 30
+WORKSPACE_BYTES = 512 << 20  # small pieces: a merge beside running requests must let them have the device in between
 
 
 @dataclass
@@ -69,7 +70,9 @@ class WorkerService:
         self._base_model = str(vllm_config.model_config.model)
         parallel = vllm_config.parallel_config
         self._workers = int(parallel.world_size) * int(parallel.data_parallel_size)
-        self.store = ArtifactStore(int(os.environ.get(CACHE_BYTES_VARIABLE, DEFAULT_CACHE_BYTES)))
+        cache_bytes = int(os.environ.get(CACHE_BYTES_VARIABLE, DEFAULT_CACHE_BYTES))
+        self.store = ArtifactStore(cache_bytes)
+        self._arena = Arena(self._device, cache_bytes + WORKSPACE_BYTES)
         self._jobs: dict[str, Job] = {}
         self._claims: dict[int, str] = {}  # LoRA id -> digest
         self._failures: Counter[str] = Counter()
@@ -258,23 +261,21 @@ class WorkerService:
         def progress(stage: str, done: int, total: int) -> None:
             job.done, job.total = done, total
 
-        with torch.inference_mode(), self._stream():
+        with torch.inference_mode(), self._arena.use():
             merged = run_plan(
-                job.plan, device=self._device, dtype=self._dtype, progress=progress, cancelled=job.cancelled.is_set
+                job.plan,
+                device=self._device,
+                dtype=self._dtype,
+                progress=progress,
+                cancelled=job.cancelled.is_set,
+                workspace_bytes=WORKSPACE_BYTES,
             )
             artifact = self._resident(job.plan, merged, time.perf_counter() - started)
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
         self.store.insert(artifact)
         logger.info(
             "merged %s: rank %d, %.1f MB, %.3f s", artifact.name, artifact.rank, artifact.nbytes / 1e6, artifact.seconds
         )
         return artifact
-
-    def _stream(self) -> Any:
-        if self._device.type != "cuda":
-            return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self._device, priority=0))  # type: ignore[no-untyped-call]
 
     def _resident(self, plan: Plan, merged: MergedAdapter, seconds: float) -> ResidentArtifact:
         pairs = {module: (f.A, f.B) for module, f in merged.factors.items()}

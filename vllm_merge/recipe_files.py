@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe files against what is installed: the one place where the recipe package meets the merge methods."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from vllm_merge.methods.registry import default_registry
+from vllm_merge.recipe import loading
+from vllm_merge.recipe.file import RecipeFile
+
+
+def load_recipes(path: str | Path, *, registered: Collection[str] = ()) -> RecipeFile:
+    """Read and check the recipe file `path` against the built-in and installed methods.
+
+    registered: names of adapters that are known beside the file's. Raises UserInputError, with a line
+    `file:line: key: message` for each mistake.
+    """
+    return loading.load_recipes(path, default_registry(), registered=registered)
