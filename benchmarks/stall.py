@@ -179,7 +179,7 @@ async def streaming(session: aiohttp.ClientSession, url: str, models: list[str])
         await streams.stop()
 
 
-async def measure(url: str, folder: Path, merges: int, idle: float, loads: int) -> dict[str, Any]:
+async def measure(url: str, folder: Path, merges: int, knots_merges: int, idle: float, loads: int) -> dict[str, Any]:
     """All phases on a running server."""
     report: dict[str, Any] = {"rows": [], "first_token_seconds": {}}
     timeout = aiohttp.ClientTimeout(total=None)
@@ -219,10 +219,10 @@ async def measure(url: str, folder: Path, merges: int, idle: float, loads: int) 
 
             await phase("idle", 1, wait)
             await phase("merge_linear", merges, lambda i: first_token(session, url, f"linear-{i}"))
-            await phase("merge_knots_ties", merges, lambda i: first_token(session, url, f"knots-ties-{i}"))
-            last = f"knots-ties-{merges - 1}"
+            await phase("merge_knots_ties", knots_merges, lambda i: first_token(session, url, f"knots-ties-{i}"))
+            last = f"knots-ties-{knots_merges - 1}"
             await phase("in_slot", 5, lambda i: first_token(session, url, last))
-            await phase("in_cache", 5, lambda i: first_token(session, url, f"linear-{merges - 1 - i}"))
+            await phase("in_cache", min(5, merges), lambda i: first_token(session, url, f"linear-{merges - 1 - i}"))
             await phase("vllm_load_r16", loads, lambda i: load(RANK, i))
             await phase("vllm_load_r128", loads, lambda i: load(RANK * ADAPTERS, i))
             await phase("idle_again", 1, wait)
@@ -241,6 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--merges", type=int, default=20)
+    parser.add_argument("--knots-merges", type=int, default=20)
     parser.add_argument("--loads", type=int, default=6)
     parser.add_argument("--idle", type=float, default=20.0, help="seconds of each idle window")
     parser.add_argument("--out", type=Path, default=Path("stall.json"))
@@ -287,7 +288,7 @@ def main() -> None:
     try:
         asyncio.run(wait_for(url, server, log))
         print(f"server up after {time.monotonic() - started:.0f} s", flush=True)
-        report = asyncio.run(measure(url, folder, options.merges, options.idle, options.loads))
+        report = asyncio.run(measure(url, folder, options.merges, options.knots_merges, options.idle, options.loads))
     finally:
         text = log.read_text(errors="replace")
         print("\n".join(line for line in text.splitlines() if "vllm_merge" in line or "rror" in line)[-1500:])

@@ -92,13 +92,46 @@ def _knots_linear(entry: Entry) -> dict[str, Any]:
     return {"merge_method": method, "space": "knots", "parameters": {"lambda": params["lambda"]}}
 
 
-def _core_linear(entry: Entry) -> dict[str, Any] | None:
-    if entry["params"]["isotropize"]:
-        return None
+def _core_linear(entry: Entry) -> dict[str, Any]:
+    """The sum, or Iso-C of it; in the core, and on the support of the dense change."""
+    method = "iso_c" if entry["params"]["isotropize"] else "task_arithmetic"
+    return {"merge_method": method, "space": "core", "parameters": {"lambda": entry["params"]["lambda"]}}
+
+
+def _core_tsv(entry: Entry) -> dict[str, Any]:
+    params = entry["params"]
     return {
-        "merge_method": "task_arithmetic",
-        "space": "core",
-        "parameters": {"lambda": entry["params"]["lambda"]},
+        "merge_method": "tsv_m",
+        "parameters": {"lambda": params["lambda"], "isotropize": params["isotropize"]},
+    }
+
+
+def _tsv_m(entry: Entry) -> dict[str, Any]:
+    return {"merge_method": "tsv_m", "parameters": {"lambda": entry["params"]["alpha"]}}
+
+
+def _iso_c(entry: Entry) -> dict[str, Any]:
+    return {"merge_method": "iso_c", "parameters": {"lambda": entry["params"]["alpha"]}}
+
+
+def _iso_cts(entry: Entry) -> dict[str, Any]:
+    params = entry["params"]
+    fraction = params.get("common_space_fraction", params.get("k_frac"))
+    return {"merge_method": "iso_cts", "parameters": {"lambda": params["alpha"], "common_fraction": fraction}}
+
+
+def _opcm(entry: Entry) -> dict[str, Any]:
+    return {"merge_method": "opcm", "parameters": {"alpha": entry["params"]["alpha"]}}
+
+
+def _ctm(entry: Entry) -> dict[str, Any]:
+    params = entry["params"]
+    parameters = {"target_rank": params["lora_rank"], "beta": params["beta"], "lambda": params["lambda"]}
+    if params["merge_method"] == "tv":
+        return {"merge_method": "ctm", "parameters": {**parameters, "rule": "sum"}}
+    return {
+        "merge_method": "ctm",
+        "parameters": {**parameters, "rule": params["merge_method"], "density": params["topK"] / 100},
     }
 
 
@@ -126,7 +159,15 @@ _RULES: dict[str, Callable[[Entry], dict[str, Any] | None]] = {
     "knots_mean": _knots_linear,
     "core_ta": _core_linear,
     "core_ties_": _core_ties,
+    "core_tsv": _core_tsv,
+    "core_iso_c": _core_linear,
+    "iso_c_support": _core_linear,
+    "iso_c_dense": _iso_c,
+    "iso_cts_": _iso_cts,
+    "tsvm_": _tsv_m,
+    "opcm": _opcm,
     "ctm_truncated_ta": _truncated_sum,
+    "ctm_t": _ctm,
     "mergekit_task_arithmetic": _task_arithmetic,
     "peft_cat": lambda entry: {"merge_method": "task_arithmetic"},
     "peft_svd": _peft_svd,

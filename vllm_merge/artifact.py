@@ -26,6 +26,7 @@ class MergeReport:
     adapter in order (0 where it lacks the module). sign_conflict: share of entries whose adapters disagree in sign, for
     methods that elect signs. seconds: by stage; `statistics` and `merge` include what they prepare on the way.
     peak_workspace_bytes: most bytes held at once beside inputs and result, counted from the sizes of the arrays.
+    continuation: what a sequential method needs, beside the factors, to go on with one more adapter.
     """
 
     method: str
@@ -41,6 +42,7 @@ class MergeReport:
     dropped_adapters: list[str] = field(default_factory=list)
     dropped_modules: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    continuation: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -84,8 +86,10 @@ class MergedAdapter:
         return factors_sha256(self.factors)
 
     def as_adapter(self) -> Adapter:
-        """The result as an adapter that can be merged again."""
-        return Adapter(self.name, self.factors, base_model=self.base_model)
+        """The result as an adapter that can be merged again, or continued by the sequential method that made it."""
+        return Adapter(
+            self.name, self.factors, base_model=self.base_model, metadata={"continuation": self.report.continuation}
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a PEFT folder with the report and the recipe beside; the folder appears whole or not at all.

@@ -17,13 +17,14 @@ from torch import Tensor
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules, stack_group
 from vllm_merge.algebra.coordinates import Coordinates, Grams, coordinates, task_norm
+from vllm_merge.algebra.cores import Cores
 from vllm_merge.algebra.ranks import RankPolicy
 from vllm_merge.algebra.tiles import Part, Tile, default_tile_entries, parts
 from vllm_merge.algebra.truncation import Truncated, truncate
 from vllm_merge.algebra.workspace import ModuleCost, Workspace
 from vllm_merge.artifact import MergedAdapter, MergeReport
 from vllm_merge.errors import MergeCancelled, MergeError, UserInputError
-from vllm_merge.methods.preconditions import resolve_preconditions
+from vllm_merge.methods.preconditions import Context, resolve_preconditions
 from vllm_merge.methods.registry import MethodSpec, default_registry
 from vllm_merge.methods.resolve import ResolvedParameters, resolve_parameters
 
@@ -87,9 +88,12 @@ def merge(
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    target = torch.device(device) if device is not None else _device_of(adapters)
+    context = Context(target, seed, workspace_bytes)
     for change in resolve_preconditions(precondition):
-        adapters = change(adapters)
-    used = [index for index, adapter in enumerate(adapters) if not _is_zero(adapter)]
+        adapters = change(adapters, context)
+    zero = _zero_adapters(adapters)
+    used = [index for index in range(len(adapters)) if index not in zero]
 
     def those(values: Sequence[Any] | None) -> list[Any] | None:
         return None if values is None else [values[index] for index in used]
@@ -97,9 +101,11 @@ def merge(
     resolved = resolve_parameters(
         spec, chosen, [names[i] for i in used], those(weights), parameters, those(adapter_parameters)
     )
-    target = torch.device(device) if device is not None else _device_of(adapters)
+    kept = [adapters[index] for index in used]
+    if spec.prepare is not None:
+        kept = list(spec.prepare(kept, context, chosen, resolved))
     job = _Job(
-        adapters=[adapters[index] for index in used],
+        adapters=kept,
         spec=spec,
         space=chosen,
         parameters=resolved,
@@ -118,12 +124,22 @@ def merge(
     return MergedAdapter(name, factors, job.report, provenance, bases.pop() if len(bases) == 1 else None)
 
 
-def _is_zero(adapter: Adapter) -> bool:
-    return all(
-        bool(task_norm(factors.A.double() @ factors.A.double().mT, factors.B.double().mT @ factors.B.double()) == 0)
-        or factors.scaling == 0
-        for factors in adapter.factors.values()
-    )
+def _zero_adapters(adapters: Sequence[Adapter]) -> set[int]:
+    """Which adapters are ΔW = 0 at every module. A module of each settles nearly all; two reads of the device do."""
+    modules = {index: list(adapter.factors.values()) for index, adapter in enumerate(adapters)}
+    device = _device_of(adapters)
+    zero = set(modules)
+    for some in (slice(0, 1), slice(1, None)):
+        norms = {index: [_norm(pair) for pair in modules[index][some]] for index in zero if modules[index][some]}
+        if norms:
+            largest = torch.stack([torch.stack(found).amax().to(device) for found in norms.values()])
+            zero -= {index for index, norm in zip(norms, largest.tolist(), strict=True) if norm != 0}
+    return zero
+
+
+def _norm(factors: LoraFactors) -> Tensor:
+    a, b = factors.A.double(), factors.B.double()
+    return task_norm(a @ a.mT, b.mT @ b) * abs(factors.scaling)
 
 
 def _device_of(adapters: Sequence[Adapter]) -> torch.device:
@@ -153,6 +169,10 @@ class _Prepared:
     coordinates: Coordinates
     parameters: Mapping[str, Tensor]
     lam: Tensor
+
+    def parameters_of(self, modules: slice, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Per-adapter parameters as a method gets them, (modules, n, 1, 1)."""
+        return {name: value[modules, :, None, None].to(dtype) for name, value in self.parameters.items()}
 
 
 @dataclass
@@ -185,6 +205,7 @@ class _Job:
         conflict = getattr(statistics, "sign_conflict", None)
         if conflict is not None:
             self.report.sign_conflict = dict(zip(self.modules, conflict.tolist(), strict=True))
+        self.report.continuation = getattr(statistics, "continuation", {})
         low = {module: kept for module, kept in self.report.energy_kept.items() if kept is not None}
         low = {module: kept for module, kept in low.items() if kept < LOW_ENERGY}
         if low:
@@ -202,7 +223,7 @@ class _Job:
         batches: list[_Batch] = []
         start = 0
         for group in group_modules(self.adapters):
-            cost = ModuleCost.of(group, self.space, self.policy)
+            cost = ModuleCost.of(group, self.space, self.policy, whole_modules=self.spec.whole_modules)
             for piece in group.batches(self.workspace.modules_at_once(cost)):
                 batches.append(_Batch(piece, start, cost))
                 start += len(piece.modules)
@@ -262,6 +283,10 @@ class _Job:
                     )
         self.report.input_norms.update(zip(batch.group.modules, found, strict=True))
 
+    def parts(self, prepared: _Prepared) -> Iterator[Part]:
+        """What a batch is merged by."""
+        return parts(prepared.coordinates, self.workspace.tile_entries, whole=self.spec.whole_modules)
+
     def tile(self, prepared: _Prepared, part: Part) -> Tile:
         """What a method is given for one part of a batch."""
         space, start = prepared.coordinates, prepared.batch.start
@@ -270,8 +295,18 @@ class _Job:
             values=space.values(part.modules, part.rows, part.cols),
             modules=slice(start + part.modules.start, start + part.modules.stop),
             entries=space.entries[part.modules],
-            parameters={n: v[part.modules, :, None, None].float() for n, v in prepared.parameters.items()},
+            parameters=prepared.parameters_of(part.modules, torch.float32),
+            rows=part.rows,
+            cols=part.cols,
+            left=space.left[part.modules],
+            right=space.right[part.modules],
+            slots=space.group.slots,
         )
+
+    def cores(self, prepared: _Prepared, part: Part) -> Cores:
+        """What a method of whole modules is given for one part of a batch."""
+        parameters = prepared.parameters_of(part.modules, torch.float64)
+        return Cores.of(prepared.coordinates, part.modules, prepared.batch.start, parameters)
 
     def _merge_batch(self, prepared: _Prepared, statistics: Any) -> dict[str, LoraFactors]:
         batch, space = prepared.batch, prepared.coordinates
@@ -280,9 +315,9 @@ class _Job:
         self.workspace.count(batch.cost.total * modules)
 
         def merged_parts() -> Iterator[tuple[Part, Tensor]]:
-            for part in parts(space, self.workspace.tile_entries):
+            for part in self.parts(prepared):
                 self.step("merge", batch.start + part.modules.start)
-                tile = self.tile(prepared, part)
+                tile = self.cores(prepared, part) if self.spec.whole_modules else self.tile(prepared, part)
                 values = self.spec.apply(tile, statistics, **tile.parameters, **self.parameters.per_recipe)
                 values = values * prepared.lam[part.modules, None, None].to(values.dtype)
                 self._check_result(batch, part, values)
@@ -375,11 +410,42 @@ class _JobPasses:
         """How many entries a task has at each module, (all modules,) int64."""
         return torch.cat([self._job.prepared(batch).coordinates.entries for batch in self._job.batches])
 
+    @cached_property
+    def lambdas(self) -> Tensor:
+        """λ, (all modules,) float64."""
+        return self._job.parameters.lambdas(self._job.modules, self._job.device)
+
+    @property
+    def adapters(self) -> Sequence[Adapter]:
+        """The adapters that are merged, in order."""
+        return self._job.adapters
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """The names of all modules, in the order of their positions."""
+        return self._job.modules
+
+    @property
+    def seed(self) -> int:
+        """The seed of the merge."""
+        return self._job.seed
+
     def tiles(self) -> Iterator[Tile]:
         """Start a new pass."""
+        return (self._job.tile(prepared, part) for prepared, part in self._parts())
+
+    def cores(self) -> Iterator[Cores]:
+        """Start a new pass over whole modules."""
+        return (self._job.cores(prepared, part) for prepared, part in self._parts())
+
+    def hold(self, nbytes: int) -> None:
+        """Count bytes that the statistics keep until the merge ends."""
+        self._job.workspace.held += nbytes
+
+    def _parts(self) -> Iterator[tuple[_Prepared, Part]]:
         job = self._job
         for batch in job.batches:
             prepared = job.prepared(batch)
-            for part in parts(prepared.coordinates, job.workspace.tile_entries):
+            for part in job.parts(prepared):
                 job.step("statistics", batch.start + part.modules.start)
-                yield job.tile(prepared, part)
+                yield prepared, part

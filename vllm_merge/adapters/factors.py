@@ -113,13 +113,17 @@ class Adapter:
         self.base_model = base_model
         self.metadata: Mapping[str, object] = MappingProxyType(dict(metadata or {}))
         self.known_hash = content_hash
+        """The content hash that was given, if one was."""
+        self._computed_hash: str | None = None
 
     @property
     def content_hash(self) -> str:
         """SHA-256 (hex) that identifies the adapter's content; computed from the factors unless it was given."""
-        if self.known_hash is None:
-            self.known_hash = factors_sha256(self.factors)
-        return self.known_hash
+        if self.known_hash is not None:
+            return self.known_hash
+        if self._computed_hash is None:
+            self._computed_hash = factors_sha256(self.factors)
+        return self._computed_hash
 
     @property
     def rank(self) -> int:

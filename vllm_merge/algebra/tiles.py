@@ -6,14 +6,16 @@ A tile holds whole modules where they are small, and a strip along the longer si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from vllm_merge.adapters.factors import Adapter
 from vllm_merge.algebra.coordinates import Coordinates
+from vllm_merge.algebra.cores import Cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,9 @@ class Tile:
     """What a merge method is given: entries of all tasks at a part of some modules.
 
     space: the space the entries are of. values: (modules, n, rows, cols), float32, in `core` float64.
-    modules: their positions among all modules of the merge.
+    modules: their positions among all modules of the merge. rows, cols: which rows and columns of them these are.
+    left, right, slots: values[:, i] = left[:, rows, slots[i]] @ right[:, slots[i], cols]; left (modules, all rows, K)
+    and right (modules, K, all columns) are of the whole modules.
     entries: (modules,) int64, how many entries a task has at the whole module.
     parameters: per-adapter parameters by name, each (modules, n, 1, 1) float32.
     """
@@ -40,9 +44,14 @@ class Tile:
     modules: slice
     entries: Tensor
     parameters: Mapping[str, Tensor]
+    rows: slice
+    cols: slice
+    left: Tensor
+    right: Tensor
+    slots: tuple[slice, ...]
 
 
-class Passes(Protocol):
+class TilePasses(Protocol):
     """All tiles of all modules, as often as a method's statistics need them. They are the same bytes at every pass."""
 
     @property
@@ -60,12 +69,47 @@ class Passes(Protocol):
         ...
 
 
-def parts(coordinates: Coordinates, limit: int) -> Iterator[Part]:
-    """Cover the batch by parts of at most `limit` entries over all tasks, and at least one line of one module."""
+class Passes(TilePasses, Protocol):
+    """What the statistics of a method are given."""
+
+    @property
+    def adapters(self) -> Sequence[Adapter]:
+        """The adapters that are merged, in order."""
+        ...
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """The names of all modules, in the order of their positions."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """The seed of the merge."""
+        ...
+
+    @property
+    def lambdas(self) -> Tensor:
+        """λ, (all modules,) float64. The engine multiplies what the method returns with it."""
+        ...
+
+    def cores(self) -> Iterator[Cores]:
+        """Start a new pass over whole modules; for methods that are registered with whole_modules."""
+        ...
+
+    def hold(self, nbytes: int) -> None:
+        """Count bytes that the statistics keep until the merge ends, for its report."""
+        ...
+
+
+def parts(coordinates: Coordinates, limit: int, *, whole: bool = False) -> Iterator[Part]:
+    """Cover the batch by parts of at most `limit` entries over all tasks, and at least one line of one module.
+
+    whole: at least one module, however many entries it has.
+    """
     modules, n, rows, cols = coordinates.shape
-    whole = n * rows * cols
-    if whole <= limit:
-        count = max(1, limit // max(1, whole))
+    size = n * rows * cols
+    if whole or size <= limit:
+        count = max(1, limit // max(1, size))
         for start in range(0, modules, count):
             yield Part(slice(start, min(start + count, modules)), slice(0, rows), slice(0, cols))
         return

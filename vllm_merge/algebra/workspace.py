@@ -10,19 +10,22 @@ from vllm_merge.algebra.ranks import RankPolicy
 from vllm_merge.algebra.tiles import BYTES_PER_ENTRY
 from vllm_merge.algebra.truncation import EXACT_LIMIT, GRAM_LIMIT, OVERSAMPLING
 
-_SMALL_MATRICES = 16  # K × K float64 arrays alive at once when bases are made
+_SMALL_MATRICES = 16  # K × K float64 arrays alive at once when bases are made, and in methods of whole modules
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleCost:
-    """Bytes that one module of a group needs: its stack and bases, its merged entries, and its truncation."""
+    """Bytes that one module of a group needs: its stack and bases, its merged entries, and its truncation.
+
+    merged: where a method takes whole modules, with its small matrices.
+    """
 
     stack: int
     merged: int
     truncation: int
 
     @classmethod
-    def of(cls, group: ModuleGroup, space: str, policy: RankPolicy) -> ModuleCost:
+    def of(cls, group: ModuleGroup, space: str, policy: RankPolicy, *, whole_modules: bool) -> ModuleCost:
         """Upper bounds, from the shapes alone."""
         (d_out, d_in), k = group.shape, group.stacked_rank
         rows = d_out if space == "delta" else min(k, d_out)
@@ -38,7 +41,10 @@ class ModuleCost:
             spectrum = 32 * width * short
         stack = 4 * k * (d_out + d_in) + 8 * k * max(d_out, d_in) + 8 * _SMALL_MATRICES * k * k
         truncation = spectrum + 24 * rank * (d_out + d_in)
-        return cls(stack, (8 if space == "core" else 4) * rows * cols, truncation)
+        merged = (8 if space == "core" else 4) * rows * cols
+        if whole_modules:
+            merged += 8 * _SMALL_MATRICES * k * k
+        return cls(stack, merged, truncation)
 
     @property
     def total(self) -> int:

@@ -7,13 +7,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from vllm_merge.adapters.factors import Adapter
 from vllm_merge.cli.files import Planned
 from vllm_merge.cli.output import ProgressBar
 from vllm_merge.forecast.cautions import cautions
-from vllm_merge.forecast.energy import kept_by_rank
+from vllm_merge.forecast.energy import Kept, kept_by_rank
 from vllm_merge.forecast.overlap import Overlap
 from vllm_merge.forecast.sample import Sample, measure
 from vllm_merge.plan_runner import read_planned
@@ -46,7 +45,7 @@ class Energy:
         least = f"{self.least:.2%}" + (f" ({self.module})" if self.module else "")
         if self.known == "exact":
             return f"{self.overall:.2%} kept, of each module at least {least}"
-        return f"about {least} of each module at least, by the sample; the rule is no weighted sum"
+        return f"about {least} at the least of the modules merged to measure; those of all are known after the merge"
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,11 @@ def outlook(prepared: Planned, device: str, bar: ProgressBar) -> Outlook:
     read = time.perf_counter() - started
     overlap = Overlap(list(adapters.values()), lambda done, total: bar.update("Comparing the adapters", done, total))
     bar.update("Merging a sample")
-    sample = measure(plan, adapters, device) if plan.stages else Sample()
-    rank, size, energy = _result(plan, shapes, adapters, overlap, sample)
-    ranks = {name: max(rank for *_, rank in modules.values()) for name, modules in shapes.items()}
+    ranks = {name: {module: rank for module, (*_, rank) in mine.items()} for name, mine in shapes.items()}
+    kept = kept_by_rank(plan, overlap, ranks) if plan.stages else None
+    sampled = kept is None and _may_cut(plan, shapes)
+    sample = measure(plan, adapters, device, energy=sampled) if plan.stages else Sample()
+    rank, size, energy = _result(plan, shapes, kept, sample)
     names = len(prepared.file.recipes) + len(prepared.file.adapters)
     needed = rank if rank is not None else last.rank
     products = overlap.products()
@@ -119,7 +120,7 @@ def outlook(prepared: Planned, device: str, bar: ProgressBar) -> Outlook:
         bytes_bound=last.bytes,
         modules=last.modules,
         stage_rank_bounds={stage: bound.rank for stage, bound in bounds.items()} if plan.stages else {},
-        rank=rank if plan.stages else ranks[plan.name],
+        rank=rank if plan.stages else last.rank,
         bytes=size if plan.stages else last.bytes,
         energy=energy,
         seconds=Seconds(read, sample.seconds, sample.complete, sample.modules, device),
@@ -132,26 +133,22 @@ def outlook(prepared: Planned, device: str, bar: ProgressBar) -> Outlook:
     )
 
 
-Shapes = Mapping[str, Mapping[str, tuple[int, int, int]]]
+Shapes: TypeAlias = Mapping[str, Mapping[str, tuple[int, int, int]]]
 
 
 def _result(
-    plan: Plan, shapes: Shapes, adapters: Mapping[str, Adapter], overlap: Overlap, sample: Sample
+    plan: Plan, shapes: Shapes, kept: Kept | None, sample: Sample
 ) -> tuple[int | None, int | None, Energy]:
     """Rank and bytes of the result, where they are known, and what is known of the energy."""
-    if not plan.stages:
-        return None, None, Energy("all", 1.0, 1.0)
-    ranks = {name: {module: rank for module, (*_, rank) in mine.items()} for name, mine in shapes.items()}
-    kept = kept_by_rank(plan, overlap, ranks)
     if kept is not None:
         sizes = {module: d_out + d_in for mine in shapes.values() for module, (d_out, d_in, _) in mine.items()}
         size = sum(sizes[module] * rank for module, rank in kept.ranks.items()) * BYTES[plan.dtype]
         module = min(kept.energy, key=kept.energy.__getitem__)
         known: Literal["all", "exact"] = "all" if kept.energy[module] > 1 - 1e-9 else "exact"
         return max(kept.ranks.values()), size, Energy(known, kept.overall, kept.energy[module], module)
-    rank = plan.stages[-1].rank
     if not _may_cut(plan, shapes):
         return None, None, Energy("all", 1.0, 1.0)
+    rank = plan.stages[-1].rank
     if isinstance(rank, EnergyRank) and plan.max_rank is None:
         return None, None, Energy("asked", rank.energy, rank.energy)
     shares = {module: 1.0 if share is None else share for module, share in sample.energy.items()}
@@ -162,7 +159,8 @@ def _result(
 
 
 def _may_cut(plan: Plan, shapes: Shapes) -> bool:
-    return _uncut_rank(plan, shapes) > stage_bounds(plan, shapes)[plan.name].rank
+    """Whether the rank of the result may be less than what the merge makes."""
+    return bool(plan.stages) and _uncut_rank(plan, shapes) > stage_bounds(plan, shapes)[plan.name].rank
 
 
 def _uncut_rank(plan: Plan, shapes: Shapes) -> int:

@@ -106,4 +106,4 @@ def size(count: int) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds for people: 0.02 s, 1.5 s, 90 s."""
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

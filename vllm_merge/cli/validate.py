@@ -20,6 +20,7 @@ def validate(
       vllm-merge validate recipe.yaml
       vllm-merge validate recipe.yaml --json
     """
+    from vllm_merge.recipe.problems import counted
     from vllm_merge.recipe_files import load_recipes
 
     file = load_recipes(recipe_file)
@@ -36,9 +37,4 @@ def validate(
         )
         return
     counts = (("adapter", file.adapters), ("recipe", file.recipes), ("alias", file.aliases))
-    print_text(f"{recipe_file}: valid: " + ", ".join(_count(len(items), word) for word, items in counts))
-
-
-def _count(number: int, word: str) -> str:
-    plural = f"{word}es" if word.endswith("s") else f"{word}s"
-    return f"{number} {word if number == 1 else plural}"
+    print_text(f"{recipe_file}: valid: " + ", ".join(counted(len(items), word) for word, items in counts))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_merge.adapters.factors import Adapter, natural_key
+from vllm_merge.artifact import MergedAdapter
 from vllm_merge.errors import MergeCancelled
 from vllm_merge.plan_runner import run_plan
 from vllm_merge.recipe.plan import Plan
@@ -21,7 +22,8 @@ BUDGET_SECONDS = 5.0
 class Sample:
     """seconds: of the whole merge, without reading; at least that long where the sample was not `complete`.
 
-    modules: how many were merged for it. energy: the share that each of them kept, None where nothing was cut off.
+    modules: how many were merged for it. energy: the share that each of them kept, None where nothing was cut off;
+    empty where it was not asked for or took too long.
     """
 
     seconds: float = 0.0
@@ -30,32 +32,41 @@ class Sample:
     energy: dict[str, float | None] = field(default_factory=dict)
 
 
-def measure(plan: Plan, adapters: Mapping[str, Adapter], device: str, budget: float = BUDGET_SECONDS) -> Sample:
-    """Run `plan` on a sample of the adapters' modules, for about `budget` seconds at most."""
+def measure(
+    plan: Plan, adapters: Mapping[str, Adapter], device: str, *, energy: bool, budget: float = BUDGET_SECONDS
+) -> Sample:
+    """Run `plan` on a sample of the adapters' modules, for about `budget` seconds, and as long again for the energy."""
     by_shape: dict[tuple[int, int], set[str]] = {}
     for adapter in adapters.values():
         for module, factors in adapter.factors.items():
             by_shape.setdefault(factors.shape, set()).add(module)
-    shapes = sorted(by_shape, key=lambda shape: shape[0] * shape[1])
+    chosen: list[tuple[set[str], int]] = []
+    for shape in sorted(by_shape, key=lambda shape: shape[0] * shape[1]):
+        names = sorted(by_shape[shape], key=natural_key)
+        chosen.append(({names[0], names[-1]}, len(names)))
     sample, deadline = Sample(), time.perf_counter() + budget
-    try:
-        for index, shape in enumerate(shapes):
-            names = sorted(by_shape[shape], key=natural_key)
-            chosen = set(names[:1] + names[-1:])
-            if index == 0:  # the first run of everything takes longer than the later ones
-                _run(plan, adapters, chosen, device, deadline, Sample())
-            seconds = _run(plan, adapters, chosen, device, deadline, sample)
-            sample.seconds += seconds * len(names) / len(chosen)
-            sample.modules += len(chosen)
-    except MergeCancelled:
-        sample.complete = False
-        sample.seconds = max(sample.seconds, budget)
+    for index, (modules, count) in enumerate(chosen):
+        if index == 0:  # the first run of everything takes longer than the later ones
+            _run(plan, adapters, modules, device, deadline)
+        started = time.perf_counter()
+        done = _run(plan, adapters, modules, device, deadline)
+        sample.seconds += (time.perf_counter() - started) * count / len(modules)
+        sample.modules += len(modules)
+        if done is None:
+            sample.complete = False
+            return sample
+    if energy:
+        # All at once: methods with a threshold over the whole model have it over the whole sample.
+        everything = set[str]().union(*(modules for modules, _ in chosen))
+        merged = _run(plan, adapters, everything, device, time.perf_counter() + budget)
+        sample.energy = {} if merged is None else merged.report.energy_kept
     return sample
 
 
 def _run(
-    plan: Plan, adapters: Mapping[str, Adapter], chosen: set[str], device: str, deadline: float, into: Sample
-) -> float:
+    plan: Plan, adapters: Mapping[str, Adapter], chosen: set[str], device: str, deadline: float
+) -> MergedAdapter | None:
+    """The plan's result for these modules, or None where the deadline came first."""
     parts = {
         name: Adapter(
             name,
@@ -64,15 +75,16 @@ def _run(
         )
         for name, adapter in adapters.items()
     }
-    started = time.perf_counter()
-    with torch.inference_mode():
-        merged = run_plan(
-            plan,
-            device=device,
-            load_adapter=lambda planned: parts[planned.name],
-            cancelled=lambda: time.perf_counter() > deadline,
-        )
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-    into.energy.update(merged.report.energy_kept)
-    return time.perf_counter() - started
+    try:
+        with torch.inference_mode():
+            merged = run_plan(
+                plan,
+                device=device,
+                load_adapter=lambda planned: parts[planned.name],
+                cancelled=lambda: time.perf_counter() > deadline,
+            )
+    except MergeCancelled:
+        return None
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return merged

@@ -40,12 +40,7 @@ class ParameterSpec:
     @property
     def allowed(self) -> str:
         """The allowed values in words, e.g. `number > 0, ≤ 1` or `one of 'global', 'module'`."""
-        schema = self.adapter.json_schema()
-        if "enum" in schema:
-            return "one of " + ", ".join(repr(value) for value in schema["enum"])
-        bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-        limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
-        return " ".join([str(schema.get("type", "value")), ", ".join(limits)]).strip()
+        return _in_words(self.adapter.json_schema())
 
     def validate(self, owner: str, value: object) -> Any:
         """The typed value; {module: value} is checked value by value where the parameter may differ by module.
@@ -65,6 +60,18 @@ class ParameterSpec:
             raise UserInputError(
                 f"{owner}: parameter '{self.name}' is {value!r}; allowed is {self.allowed} (default {self.default!r})"
             ) from None
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_in_words(one) for one in schema["anyOf"])
+    if "enum" in schema:
+        return "one of " + ", ".join(repr(value) for value in schema["enum"])
+    if "const" in schema:
+        return repr(schema["const"])
+    bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    return " ".join([str(schema.get("type", "value")), ", ".join(limits)]).strip()
 
 
 def parameter_specs(function: Callable[..., Any]) -> tuple[ParameterSpec, ...]:

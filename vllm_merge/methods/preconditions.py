@@ -3,22 +3,106 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from vllm_merge.adapters.factors import Adapter
+import torch
+from torch import Tensor
+
+from vllm_merge.adapters.factors import Adapter, LoraFactors
+from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules, stack_group
+from vllm_merge.algebra.masks import mask_identity
 from vllm_merge.errors import UserInputError
-from vllm_merge.methods.parameters import suggestion
+from vllm_merge.methods.parameters import ParameterSpec, parameter_specs, suggestion
+from vllm_merge.methods.registry import default_registry
 
-Precondition = Callable[[Sequence[Adapter]], Sequence[Adapter]]
-_registered: dict[str, Callable[..., Sequence[Adapter]]] = {}
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Where a merge works, its seed, and how many bytes may be held beside inputs and result."""
+
+    device: torch.device
+    seed: int
+    workspace_bytes: int
+
+
+Change = Callable[..., Sequence[Mapping[str, LoraFactors]]]
+Precondition = Callable[[Sequence[Adapter], Context], Sequence[Adapter]]
+F = TypeVar("F", bound=Change)
+
+
+@dataclass(frozen=True, slots=True)
+class PreconditionSpec:
+    """What a precondition is: change(adapters, context, **parameters) → the factors of every adapter."""
+
+    name: str
+    change: Change
+    parameters: tuple[ParameterSpec, ...]
+
+    def validate(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """The given parameters as typed values. Raises UserInputError."""
+        known = {spec.name: spec for spec in self.parameters}
+        owner = f"precondition '{self.name}'"
+        for name in given:
+            if name not in known:
+                raise UserInputError(
+                    f"{owner} has no parameter '{name}'{suggestion(name, list(known))} "
+                    f"(its parameters: {', '.join(known) or 'none'})"
+                )
+        return {name: known[name].validate(owner, value) for name, value in given.items()}
+
+    def __call__(
+        self, adapters: Sequence[Adapter], context: Context, parameters: Mapping[str, object]
+    ) -> list[Adapter]:
+        """The changed adapters, in order. Each keeps an identity that is made of its own and of what was done.
+
+        So that masks drawn later are the same wherever the change was computed, and others than those drawn here.
+        """
+        changed = self.change(adapters, context, **parameters)
+        done = json.dumps([self.name, dict(parameters)], sort_keys=True)
+        return [
+            Adapter(
+                adapter.name,
+                factors,
+                content_hash=hashlib.sha256(f"{mask_identity(adapter)}\0{done}".encode()).hexdigest(),
+                base_model=adapter.base_model,
+                metadata=adapter.metadata,
+            )
+            for adapter, factors in zip(adapters, changed, strict=True)
+        ]
+
+
+_registered: dict[str, PreconditionSpec] = {}
+
+
+def precondition(name: str) -> Callable[[F], F]:
+    """Register a function `f(adapters, context, *, parameters…)`, which gives the factors of every adapter."""
+
+    def register(function: F) -> F:
+        if name in _registered:
+            raise ValueError(f"precondition '{name}' is registered twice")
+        _registered[name] = PreconditionSpec(name, function, parameter_specs(function))
+        return function
+
+    return register
+
+
+def precondition_names() -> list[str]:
+    """The names a recipe may list, sorted."""
+    default_registry()  # imports the modules that register them
+    return sorted(_registered)
 
 
 def resolve_preconditions(requested: Sequence[str | Mapping[str, object]]) -> list[Precondition]:
     """The functions of the requested preconditions, each a name or {name: parameters}.
 
-    Raises UserInputError for a name that is not registered or an entry of another form.
+    Raises UserInputError for a name or parameter that is not known, a value that is not allowed, or an entry of another
+    form.
     """
+    known = precondition_names()
     functions: list[Precondition] = []
     for entry in requested:
         named: Mapping[str, object] = {entry: {}} if isinstance(entry, str) else entry
@@ -26,11 +110,45 @@ def resolve_preconditions(requested: Sequence[str | Mapping[str, object]]) -> li
             raise UserInputError(f"a precondition is a name or {{name: parameters}}; found {entry!r}")
         ((name, parameters),) = named.items()
         if name not in _registered:
-            known = sorted(_registered)
             raise UserInputError(
                 f"unknown precondition '{name}'{suggestion(name, known)} (known: {', '.join(known) or 'none'})"
             )
         if not isinstance(parameters, Mapping):
             raise UserInputError(f"precondition '{name}': its parameters must be a mapping; found {parameters!r}")
-        functions.append(partial(_registered[name], **parameters))
+        functions.append(_bound(_registered[name], _registered[name].validate(parameters)))
     return functions
+
+
+def _bound(spec: PreconditionSpec, parameters: Mapping[str, object]) -> Precondition:
+    return lambda adapters, context: spec(adapters, context, parameters)
+
+
+_ARRAYS = 8  # float64 arrays of a stack's size alive at once
+
+
+def change_stacks(
+    adapters: Sequence[Adapter],
+    context: Context,
+    change: Callable[[Stack], tuple[Tensor, Tensor]],
+    arrays: int = _ARRAYS,
+) -> list[dict[str, LoraFactors]]:
+    """Run `change` over all modules in batches: a Stack to new A (modules, K, d_in) and B (modules, d_out, K).
+
+    Gives the factors of every adapter, float32 on the context's device, with scaling 1. arrays: how many float64 arrays
+    of a stack's size `change` holds at once.
+    """
+    result: list[dict[str, LoraFactors]] = [{} for _ in adapters]
+    for group in group_modules(adapters):
+        each = 8 * arrays * group.stacked_rank * (sum(group.shape) + group.stacked_rank)
+        for batch in group.batches(max(1, context.workspace_bytes // (2 * each))):
+            a, b = change(stack_group(batch, adapters, context.device))
+            _unstack(batch, a.float(), b.float(), result)
+    return result
+
+
+def _unstack(group: ModuleGroup, a: Tensor, b: Tensor, result: Sequence[dict[str, LoraFactors]]) -> None:
+    for index, (module, ranks) in enumerate(zip(group.modules, group.ranks, strict=True)):
+        for factors, slot, rank in zip(result, group.slots, ranks, strict=True):
+            if rank:
+                own = slice(slot.start, slot.start + rank)
+                factors[module] = LoraFactors(a[index, own].clone(), b[index, :, own].clone())

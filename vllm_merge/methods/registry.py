@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from vllm_merge import methods
+from vllm_merge.adapters.factors import Adapter
 from vllm_merge.errors import UserInputError
 from vllm_merge.methods.parameters import ParameterSpec, parameter_specs, suggestion
 
 Apply = Callable[..., Tensor]
 Statistics = Callable[..., Any]
+Prepare = Callable[..., Sequence[Adapter]]
 F = TypeVar("F", bound=Apply)
 
 ENTRY_POINTS = "vllm_merge.methods"
@@ -31,7 +33,10 @@ class MethodSpec:
 
     apply(tile, statistics, **parameters) → (modules, rows, cols), the merged entries of a tile.
     statistics(passes, **parameters) → anything, from all tiles of all modules; None when the method needs none.
+    prepare(adapters, context, space, parameters: ResolvedParameters) → adapters, what the method does to the factors
+    before they are seen in its space; None when nothing.
     entrywise: the method touches single entries, so its result depends on the basis; `core` then uses the SVD bases.
+    whole_modules: the method works in `core` on singular vectors: it is given Cores of whole modules in place of tiles.
     """
 
     name: str
@@ -44,6 +49,8 @@ class MethodSpec:
     parameters: tuple[ParameterSpec, ...]
     statistics: Statistics | None = None
     entrywise: bool = False
+    whole_modules: bool = False
+    prepare: Prepare | None = None
 
     def parameter(self, name: str) -> ParameterSpec:
         """The parameter of this name, or a UserInputError that lists the names there are."""
@@ -130,13 +137,20 @@ def merge_method(
     version: int = 1,
     statistics: Statistics | None = None,
     entrywise: bool = False,
+    whole_modules: bool = False,
+    prepare: Prepare | None = None,
     default_lambda: float = 1.0,
 ) -> Callable[[F], F]:
     """Register a function `f(tile, statistics, *, parameters…) → Tensor` as a merge method. See MethodSpec.
 
+    With whole_modules it is `f(cores, statistics, *, parameters…)`, and `core` is its one space.
+
     Every method has the parameter `lambda` beside those of its signature: the engine multiplies the result with it.
     version goes into the identity of results: raise it when the numbers change.
     """
+
+    if whole_modules and spaces != ("core",):
+        raise ValueError(f"merge method '{name}' takes whole modules, which is for space 'core' alone; found {spaces}")
 
     def register(function: F) -> F:
         _registered.add(
@@ -151,6 +165,8 @@ def merge_method(
                 parameters=(*parameter_specs(function), ParameterSpec("lambda", False, default_lambda, float)),
                 statistics=statistics,
                 entrywise=entrywise,
+                whole_modules=whole_modules,
+                prepare=prepare,
             )
         )
         return function

@@ -6,7 +6,7 @@ In space `knots` it is KnOTS-TIES (arXiv:2410.19735, §4), in `core` Core-TIES (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -15,7 +15,7 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from vllm_merge.algebra.selection import kth_largest
-from vllm_merge.algebra.tiles import Passes, Tile
+from vllm_merge.algebra.tiles import Tile, TilePasses
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
@@ -23,14 +23,17 @@ from vllm_merge.methods.registry import merge_method
 class TiesStatistics:
     """What TIES needs to know of the whole model."""
 
-    def __init__(self, passes: Passes, *, trim: str, normalize: bool) -> None:
+    def __init__(self, passes: TilePasses, *, trim: str, normalize: bool) -> None:
         self._passes = passes
         density, entries = passes.parameters["density"], passes.entries[:, None]
         self._whole_model = trim == "global" and bool((density == density[:1]).all())
         if self._whole_model:
             entries, density = entries.sum(0, keepdim=True), density[:1]
-        # As the original keeps |x| ≥ the (d − ⌊d·density⌋)-th smallest, it keeps ⌊d·density⌋ + 1 of d entries.
-        thresholds = kth_largest(self._entries, (entries * density).long() + 1)
+        if bool((density == 1).all()):
+            thresholds = torch.zeros_like(density, dtype=torch.float32)
+        else:
+            # As the original keeps |x| ≥ the (d − ⌊d·density⌋)-th smallest, it keeps ⌊d·density⌋ + 1 of d entries.
+            thresholds = kth_largest(self._entries, (entries * density).long() + 1)
         modules, n = passes.parameters["density"].shape
         self.threshold = thresholds.expand(modules, n)
         """Smallest magnitude that is kept, (all modules, n) float32."""
@@ -95,10 +98,21 @@ def ties(
     kept = _trimmed(tile, statistics)
     total, magnitude = kept.sum(1), kept.abs().sum(1)
     statistics.count_conflicts(tile.modules, total, magnitude)
+    return disjoint_merge(kept, total, magnitude, weight, normalize, lambda: statistics.majority[tile.modules])
+
+
+def disjoint_merge(
+    kept: Tensor, total: Tensor, magnitude: Tensor, weight: Tensor, normalize: bool, majority: Callable[[], Tensor]
+) -> Tensor:
+    """Elect the sign of each entry by its sum, and take the mean (or the sum) of the tasks that agree with it.
+
+    kept: (modules, n, rows, cols), trimmed and weighted, used up; total, magnitude: Σ kept and Σ |kept|; weight:
+    (modules, n, 1, 1). majority(): the sign, (modules,), where a sum is exactly 0 and its terms are not.
+    """
     elected = total.sign()
     undecided = (total == 0) & (magnitude > 0)
     if bool(undecided.any()):
-        elected = torch.where(undecided, statistics.majority[tile.modules][:, None, None], elected)
+        elected = torch.where(undecided, majority()[:, None, None].to(kept.dtype), elected)
         elected = torch.where(undecided & (elected == 0), -1.0, elected)  # no majority: as the original, negative
     agreeing = kept.mul_(elected[:, None]).clamp_min_(0)
     merged = agreeing.sum(1) * elected

@@ -60,6 +60,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def counted(number: int, word: str) -> str:
+    """`1 recipe`, `2 recipes`, `2 aliases`."""
+    plural = f"{word}es" if word.endswith("s") else f"{word}s"
+    return f"{number} {word if number == 1 else plural}"
+
+
 def listed(names: Iterable[str]) -> str:
     """`a, b, c` for a message, cut where it is long; `none` for none."""
     items = list(names)

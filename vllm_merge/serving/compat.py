@@ -202,18 +202,20 @@ def marker_lora_model(worker_manager: Any, lora_id: int) -> Any:
 
 def slot_buffers(worker_manager: Any) -> list[SlotBuffer] | None:
     """Every buffer of a slot, in a fixed order; None for a model with layers whose slots we do not know how to clear."""
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-    from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
-    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
-    from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+    from vllm.lora.layers import (
+        LogitsProcessorWithLoRA,
+        MergedColumnParallelLinearWithLoRA,
+        RowParallelLinearWithLoRA,
+        VocabParallelEmbeddingWithLoRA,
+    )
 
     clear = {
-        BaseLinearLayerWithLoRA.reset_lora,
+        RowParallelLinearWithLoRA.reset_lora,  # that of every linear layer
         LogitsProcessorWithLoRA.reset_lora,
         VocabParallelEmbeddingWithLoRA.reset_lora,
     }
     fill = {
-        BaseLinearLayerWithLoRA.set_lora,
+        RowParallelLinearWithLoRA.set_lora,  # that of every linear layer of one slice
         MergedColumnParallelLinearWithLoRA.set_lora,
         LogitsProcessorWithLoRA.set_lora,
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["slot"])  # type: ignore[untyped-decorator]
 def _fill_slot(tiles, targets, table, slot, TILE: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     item = tl.load(tiles + 2 * program)

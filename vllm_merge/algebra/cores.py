@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks of whole modules in space `core`, for methods that need singular vectors rather than entries.
+
+M_i = left_i @ right_i is kept as the product it is: no task is made dense unless a method asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vllm_merge.algebra.coordinates import Coordinates, task_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """What a method of whole modules is given.
+
+    left: (modules, rows, K), right: (modules, K, cols), float64; task i is left[:, :, slots[i]] @ right[:, slots[i]].
+    ranks: (modules, n) int64, r_i, 0 where an adapter lacks the module. shape: (d_out, d_in) of ΔW.
+    modules: positions among all modules of the merge. parameters: per-adapter ones, each (modules, n, 1, 1) float64.
+    """
+
+    left: Tensor
+    right: Tensor
+    slots: tuple[slice, ...]
+    ranks: Tensor
+    shape: tuple[int, int]
+    modules: slice
+    parameters: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, space: Coordinates, part: slice, start: int, parameters: Mapping[str, Tensor]) -> Cores:
+        """Some modules of a batch. start: the position of the batch's first module."""
+        group = space.group
+        return cls(
+            space.left[part],
+            space.right[part],
+            group.slots,
+            torch.tensor(group.ranks[part], device=space.left.device),
+            group.shape,
+            slice(start + part.start, start + part.stop),
+            parameters,
+        )
+
+    def task(self, index: int) -> tuple[Tensor, Tensor]:
+        """left_i (modules, rows, r) and right_i (modules, r, cols)."""
+        return self.left[:, :, self.slots[index]], self.right[:, self.slots[index]]
+
+    def dense(self, index: int) -> Tensor:
+        """M_i, (modules, rows, cols)."""
+        left, right = self.task(index)
+        return left @ right
+
+    def total(self) -> Tensor:
+        """Σ M_i, (modules, rows, cols)."""
+        return self.left @ self.right
+
+    def same_task(self) -> Tensor:
+        """(K, K) float64: 1 where both columns of left are of one task, else 0."""
+        owner = torch.cat([torch.full((slot.stop - slot.start,), index) for index, slot in enumerate(self.slots)])
+        return (owner[:, None] == owner[None, :]).to(self.left)
+
+    def norms(self) -> Tensor:
+        """‖M_i‖_F = ‖ΔW_i‖_F, (modules, n) float64; exactly 0 where it is within rounding of 0."""
+        pairs = [self.task(index) for index in range(len(self.slots))]
+        return torch.stack([task_norm(right @ right.mT, left.mT @ left) for left, right in pairs], dim=1)
+
+    def scaled(self, factors: Tensor) -> Cores:
+        """The tasks multiplied by factors, (modules, n) or (modules, n, 1, 1)."""
+        widths = torch.tensor([slot.stop - slot.start for slot in self.slots], device=self.left.device)
+        columns = factors.flatten(1).to(self.left.dtype).repeat_interleave(widths, dim=1)
+        return replace(self, left=self.left * columns[:, None, :])

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DARE: drop entries at random and rescale the rest (Yu et al., ICML 2024, arXiv:2311.03099), then sum or TIES.
+
+In space `knots` dare_ties is KnOTS-DARE-TIES (arXiv:2410.19735, §4), in `core` Core-DARE-TIES (arXiv:2509.17786).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from annotated_types import Gt, Le
+from torch import Tensor
+
+from vllm_merge.adapters.factors import Adapter, LoraFactors
+from vllm_merge.adapters.stacking import Stack
+from vllm_merge.algebra.masks import keep_mask, mask_identity, mask_keys
+from vllm_merge.algebra.passes import MappedPasses
+from vllm_merge.algebra.tiles import Passes, Tile
+from vllm_merge.methods.markers import PerAdapter
+from vllm_merge.methods.preconditions import Context, change_stacks, precondition
+from vllm_merge.methods.registry import merge_method
+from vllm_merge.methods.ties import TiesStatistics, ties
+
+
+class DareMasks:
+    """The keys of the masks, (all modules, n) int64: of the seed, the adapter's content and the module's name."""
+
+    def __init__(self, passes: Passes, *, rescale: bool, **others: object) -> None:
+        identities = [mask_identity(adapter) for adapter in passes.adapters]
+        self._keys = mask_keys(passes.seed, identities, passes.modules).to(passes.entries.device)
+        self._rescale = rescale
+
+    def dropped(self, tile: Tile) -> Tile:
+        """x ⊙ Bernoulli(density) / density; without rescale x ⊙ Bernoulli(density)."""
+        density = tile.parameters["density"]
+        values = tile.values * keep_mask(self._keys[tile.modules], density, tile.rows, tile.cols)
+        return replace(tile, values=values.div_(density) if self._rescale else values)
+
+
+@merge_method(
+    "dare_linear",
+    spaces=("knots", "core", "delta"),
+    reference="arXiv:2311.03099",
+    statistics=DareMasks,
+    entrywise=True,
+)
+def dare_linear(
+    tile: Tile,
+    masks: DareMasks,
+    *,
+    weight: Annotated[Tensor, PerAdapter(1.0)],
+    density: Annotated[Tensor, PerAdapter(0.5), Gt(0), Le(1)],
+    rescale: bool = True,
+) -> Tensor:
+    """Keep a random share of each task's entries, rescale it by its inverse, and sum: task arithmetic plus noise.
+
+    density: probability that an entry is kept, 1 − p of the paper. rescale: divide what is kept by it, so that the
+    expectation is task arithmetic.
+    """
+    return (weight * masks.dropped(tile).values).sum(1)
+
+
+class DareTiesStatistics(DareMasks):
+    """TIES on the entries that were not dropped; nothing is trimmed."""
+
+    def __init__(self, passes: Passes, *, rescale: bool, **others: object) -> None:
+        super().__init__(passes, rescale=rescale)
+        untrimmed = {"density": torch.ones_like(passes.parameters["density"])}
+        self.of_ties = TiesStatistics(MappedPasses(passes, self.untrimmed, untrimmed), trim="global", normalize=True)
+
+    def untrimmed(self, tile: Tile) -> Tile:
+        """The entries that were not dropped, for TIES that trims none of them."""
+        dropped = self.dropped(tile)
+        ones = torch.ones_like(tile.parameters["density"])
+        return replace(dropped, parameters={**tile.parameters, "density": ones})
+
+    @property
+    def sign_conflict(self) -> Tensor:
+        """Share of the kept entries whose adapters differ in sign, (all modules,)."""
+        return self.of_ties.sign_conflict
+
+
+@merge_method(
+    "dare_ties",
+    spaces=("knots", "core", "delta"),
+    reference="arXiv:2311.03099",
+    statistics=DareTiesStatistics,
+    entrywise=True,
+)
+def dare_ties(
+    tile: Tile,
+    statistics: DareTiesStatistics,
+    *,
+    weight: Annotated[Tensor, PerAdapter(1.0)],
+    density: Annotated[Tensor, PerAdapter(0.5), Gt(0), Le(1)],
+    rescale: bool = True,
+    normalize: bool = True,
+) -> Tensor:
+    """Keep a random share of each task's entries, rescale it, elect a sign per entry, average those that agree.
+
+    density: probability that an entry is kept. rescale: divide what is kept by it. normalize: the mean of the tasks
+    that agree, weighted by |w_i|; otherwise their weighted sum.
+    """
+    whole = statistics.untrimmed(tile)
+    return ties(whole, statistics.of_ties, weight=weight, density=whole.parameters["density"], normalize=normalize)
+
+
+@precondition("dare")
+def dare(
+    adapters: Sequence[Adapter],
+    context: Context,
+    *,
+    density: Annotated[float, Gt(0), Le(1)] = 0.5,
+) -> list[dict[str, LoraFactors]]:
+    """B̃_i = B_i ⊙ Bernoulli(density) / density: every adapter keeps its rank, and E[B̃_i A_i] = ΔW_i.
+
+    On factors, because dropping entries of ΔW itself leaves no LoRA.
+    """
+    identities = [mask_identity(adapter) for adapter in adapters]
+
+    def drop(stack: Stack) -> tuple[Tensor, Tensor]:
+        group = stack.group
+        keys = mask_keys(context.seed, identities, group.modules).to(context.device)
+        share = torch.full((), density, device=context.device)
+        for index, slot in enumerate(group.slots):
+            rows, cols = slice(0, group.shape[0]), slice(0, slot.stop - slot.start)
+            mask = keep_mask(keys[:, index : index + 1], share, rows, cols)
+            stack.B[:, :, slot].mul_(mask[:, 0]).div_(density)
+        return stack.A, stack.B
+
+    return change_stacks(adapters, context, drop)

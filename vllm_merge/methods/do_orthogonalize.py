@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data-free orthogonalisation of DO-Merging (Zheng et al., arXiv:2505.15875), alone as a precondition.
+
+Per module, for the factors A_i as trained (and B_iᵀ, with the scaling, likewise), the change δ_i that minimises
+    L = Σ_{i≠j} ‖Â_i Â_jᵀ‖ᵖ + γ Σ_i ‖δ_i‖²,   Â_i = A_i + δ_i.
+L sees only Gram matrices, and its gradient stays within the span of the A_i: plain descent is exact in K × K, with
+ = C A. Adam works entry by entry and needs the factors. Power, γ, steps and optimiser are not published; the defaults
+are those of the one known implementation (msjo91/OCap), which takes Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from vllm_merge.adapters.factors import Adapter, LoraFactors
+from vllm_merge.adapters.stacking import ModuleGroup, Stack
+from vllm_merge.methods.preconditions import Context, change_stacks, precondition
+
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
+
+
+@precondition("do_orthogonalize")
+def do_orthogonalize(
+    adapters: Sequence[Adapter],
+    context: Context,
+    *,
+    optimizer: Literal["descent", "adam"] = "descent",
+    steps: Annotated[int, Ge(1)] = 100,
+    gamma: Annotated[float, Ge(0)] = 1.0,
+    norm_power: Literal[1, 2] = 2,
+    lr_scale: Annotated[float, Gt(0)] = 0.01,
+) -> list[dict[str, LoraFactors]]:
+    """Turn the adapters' factors away from one another, staying near them.
+
+    optimizer: descent takes steps of 1 / (curvature at the start), halved where the loss would rise; adam takes steps of
+    lr_scale · the root mean square of the module's factor entries. gamma: weight of Σ ‖δ‖². norm_power: p.
+    """
+
+    def change(stack: Stack) -> tuple[Tensor, Tensor]:
+        pairs = _Pairs.of(stack.group, norm_power, gamma, context.device)
+        sides = (stack.A.double(), stack.B.double().mT)
+        if optimizer == "descent":
+            a, b = (pairs.descended(side @ side.mT, steps) @ side for side in sides)
+        else:
+            a, b = (_adam(side, pairs, steps, lr_scale) for side in sides)
+        return a, b.mT
+
+    return change_stacks(adapters, context, change, arrays=12)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """The loss over pairs of adapters. owner: (n, K) float64, 1 where a rank-one term is an adapter's.
+
+    terms: (modules,) float64, Σ r_i, how many of the K rank-one terms of a module are there.
+    """
+
+    owner: Tensor
+    terms: Tensor
+    power: int
+    gamma: float
+
+    @classmethod
+    def of(cls, group: ModuleGroup, power: int, gamma: float, device: torch.device) -> _Pairs:
+        owner = torch.zeros(len(group.slots), group.stacked_rank, dtype=torch.float64)
+        for index, slot in enumerate(group.slots):
+            owner[index, slot] = 1
+        terms = torch.tensor([sum(ranks) for ranks in group.ranks], dtype=torch.float64)
+        return cls(owner.to(device), terms.to(device), power, gamma)
+
+    def norms(self, gram: Tensor) -> Tensor:
+        """‖Â_i Â_jᵀ‖_F of i ≠ j, (modules, n, n), from Â Âᵀ (modules, K, K)."""
+        squared = self.owner @ gram.square() @ self.owner.mT
+        return squared.sqrt() * (1 - torch.eye(len(self.owner), dtype=gram.dtype, device=gram.device))
+
+    def overlap(self, gram: Tensor) -> Tensor:
+        """Σ_{i≠j} ‖Â_i Â_jᵀ‖ᵖ, (modules,)."""
+        return self.norms(gram).pow(self.power).sum((-1, -2))
+
+    def pull(self, gram: Tensor) -> Tensor:
+        """N with ∂/∂Â Σ_{i≠j} ‖Â_i Â_jᵀ‖ᵖ = N Â, (modules, K, K): the blocks times 2p‖·‖ᵖ⁻²; 0 where a block is 0."""
+        norms = self.norms(gram)
+        weights = torch.where(norms > 0, 2 * self.power * norms.pow(self.power - 2), 0.0)
+        return (self.owner.mT @ weights @ self.owner) * gram
+
+    def descended(self, gram: Tensor, steps: int) -> Tensor:
+        """C (modules, K, K) with  = C A after `steps` of plain descent, from A Aᵀ (modules, K, K) float64."""
+        one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        c = one.expand_as(gram).clone()
+        norms = self.norms(gram)
+        pairs = (norms > 0).sum((-1, -2)).clamp_min(1)
+        stretch = (2 * self.power * norms.pow(self.power - 1)).sum((-1, -2)) / pairs
+        mean = norms.sum((-1, -2)) / pairs
+        # For p = 2, 12 λ_max + 2γ bounds the curvature at the start; for p = 1 it is of the order of a mean block's.
+        slope = torch.where(mean > 0, stretch / mean, 0.0)
+        curvature = 3 * slope * torch.linalg.matrix_norm(gram, ord=2) + 2 * self.gamma
+        size = torch.where(curvature > 0, 1 / curvature, 0.0)
+        now, loss = gram, self.overlap(gram)
+        for _ in range(steps):
+            change = c - one
+            step = self.pull(now) @ c + 2 * self.gamma * change
+            tried = c - size[:, None, None] * step
+            gram_tried = tried @ gram @ tried.mT
+            moved = tried - one
+            loss_tried = self.overlap(gram_tried) + self.gamma * ((moved @ gram) * moved).sum((-1, -2))
+            better = loss_tried <= loss
+            c = torch.where(better[:, None, None], tried, c)
+            now = torch.where(better[:, None, None], gram_tried, now)
+            loss, size = torch.where(better, loss_tried, loss), torch.where(better, size, size / 2)
+        return c
+
+
+def _adam(start: Tensor, pairs: _Pairs, steps: int, lr_scale: float) -> Tensor:
+    """(modules, K, d) float64 after `steps` of Adam on δ from 0."""
+    entries = pairs.terms * start.shape[-1]
+    rate = lr_scale * (start.square().sum((-1, -2)) / entries).sqrt()[:, None, None]
+    moved, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for step in range(1, steps + 1):
+        slope = pairs.pull(moved @ moved.mT) @ moved + 2 * pairs.gamma * (moved - start)
+        mean.lerp_(slope, 1 - _BETAS[0])
+        square.mul_(_BETAS[1]).addcmul_(slope, slope, value=1 - _BETAS[1])
+        unbiased = (square / (1 - _BETAS[1] ** step)).sqrt_().add_(_EPSILON)
+        moved.sub_(rate / (1 - _BETAS[0] ** step) * mean / unbiased)
+    return moved

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Iso-CTS: isotropic merging in common and task-specific subspaces (Marczak et al., ICML 2025, arXiv:2502.04959, §4.2).
+
+With R = Σ rank(ΔW_i), at most min(d_out, d_in), directions in place of the original's min(d_out, d_in): on low-rank
+changes the rest would be null vectors, which are arbitrary.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from vllm_merge.algebra.bases import TOLERANCE
+from vllm_merge.algebra.cores import Cores
+from vllm_merge.algebra.spectral import Triples, polar, triples_of, triples_of_product
+from vllm_merge.methods.markers import PerAdapter
+from vllm_merge.methods.registry import merge_method
+
+
+@merge_method("iso_cts", spaces=("core",), reference="arXiv:2502.04959", whole_modules=True)
+def iso_cts(
+    cores: Cores,
+    statistics: None,
+    *,
+    weight: Annotated[Tensor, PerAdapter(1.0)],
+    common_fraction: Annotated[float, Ge(0), Le(1)] = 0.8,
+) -> Tensor:
+    """Leading directions of the sum, then of what each task has outside them, all of one strength. Rank ≤ Σ r_i.
+
+    ΔW = λ σ̄ polar([u_1 … u_n, U_c]) polar([v_1 … v_n, V_c])ᵀ: U_c, V_c are singular vectors of Σ w_i ΔW_i, about the
+    share common_fraction of all; u_i, v_i those of (I − U_c U_cᵀ) w_i ΔW_i; σ̄ is the mean of their singular values.
+    """
+    tasks = cores.scaled(weight)
+    alone = [triples_of_product(*tasks.task(index)) for index in range(len(tasks.slots))]
+    of_the_sum, of_each = split(torch.stack([task.rank for task in alone], 1), min(cores.shape), common_fraction)
+    common = triples_of(tasks.total()).leading(of_the_sum)
+    pieces = [common]
+    for index, task in enumerate(alone):
+        left, right = tasks.task(index)
+        outside = left - common.U @ (common.U.mT @ left)
+        rest = triples_of_product(outside, right, floor=TOLERANCE * task.S[:, 0])
+        pieces.append(rest.leading(of_each))
+    every = Triples.cat(pieces)
+    return every.mean[:, None, None] * (polar(every.U) @ polar(every.V).mT)
+
+
+def split(ranks: Tensor, room: int, common_fraction: float) -> tuple[Tensor, Tensor]:
+    """How many directions the sum has, and each task, (modules,) each. ranks: of the tasks, (modules, n)."""
+    size, tasks = ranks.sum(1).clamp_max(room), (ranks > 0).sum(1).clamp_min(1)
+    common = (common_fraction * size.double()).long()
+    of_each = torch.round((size - common) / tasks).long()
+    of_each = torch.minimum(of_each, size // tasks)
+    return size - of_each * tasks, of_each
