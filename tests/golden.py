@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests import golden_do
 from vllm_merge import Adapter, LoraFactors
 
 FOLDER = Path(__file__).parent / "golden"
@@ -43,11 +44,9 @@ def load_case(entry: Entry, folder: Path = FOLDER) -> tuple[list[Adapter], dict[
 
 def recipe_for(entry: Entry) -> dict[str, Any] | None:
     """Keyword arguments of `merge` for an entry, or None for a method that is not there yet."""
-    for prefix, rule in _RULES.items():
-        if entry["method"].startswith(prefix):
-            recipe = rule(entry)
-            return None if recipe is None else {"weights": entry["weights"], "rank": "lossless", **recipe}
-    return None
+    rule = next((rule for prefix, rule in _RULES.items() if entry["method"].startswith(prefix)), golden_do.recipe_for)
+    recipe = rule(entry)
+    return None if recipe is None else {"weights": entry["weights"], "rank": "lossless", **recipe}
 
 
 def _task_arithmetic(entry: Entry) -> dict[str, Any]:

@@ -25,8 +25,7 @@ import atheris
 with atheris.instrument_imports(include=["vllm_merge", "yaml"]):
     from vllm_merge.adapters.peft import hash_adapter, read_adapter, read_shapes
     from vllm_merge.errors import UserInputError
-    from vllm_merge.methods.registry import default_registry
-    from vllm_merge.recipe.loading import load_recipes
+    from vllm_merge.recipe_files import load_recipes
 
 RECIPE = b"""\
 version: 1
@@ -43,6 +42,7 @@ recipes:
       - {adapter: code, parameters: {weight: [{filter: mlp, value: 0.5}, {value: .3}]}}
     parameters: {lambda: 0x1, normalize: true}
     rank: {energy: 0.99}
+    precondition: [norm_cap, {norm_cap: {mads: 2}}]
     load: lazy
     seed: 7
   second: {merge_method: linear, adapters: [{adapter: first}, {adapter: sql}], rank: auto}
@@ -59,7 +59,8 @@ SEPARATOR = b"\n\x00\n"
 WORDS = (
     *("version", "adapters", "recipes", "aliases", "merge_method", "parameters", "filter", "value", "energy", "lossless"),
     *("rank_pattern", "alpha_pattern", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "data_offsets"),
-    *("base_model.model.", ".lora_A.weight", ".lora_B.weight", "F32", "F16", "BF16", "\\\\U", "<<", "!!", "&a", "*a", "{1,"),
+    *("base_model.model.", ".lora_A.weight", ".lora_B.weight", "F32", "F16", "BF16", "<<", "!!", "&a", "*a", "{1,"),
+    *('"\\U99999999"', '"\\ud800"', "!!int 1", "? [a]", "&a [*a]", "~x/y", "0x1", "1e999", "precondition", "norm_cap"),
 )
 
 VALUES: tuple[Any, ...] = (
@@ -71,11 +72,11 @@ VALUES: tuple[Any, ...] = (
 
 def recipe_reader(folder: Path) -> Callable[[bytes], None]:
     """A recipe file with the input as its content; where it is right, every recipe's order too."""
-    registry, file = default_registry(), folder / "recipe.yaml"
+    file = folder / "recipe.yaml"
 
     def read(data: bytes) -> None:
         file.write_bytes(data)
-        recipes = load_recipes(file, registry)
+        recipes = load_recipes(file)
         for name in recipes.recipes:
             recipes.stage_order(name)
 
@@ -143,7 +144,7 @@ def main() -> None:
         for index, seed in enumerate(SEEDS[name]):
             (corpus / f"seed{index}").write_bytes(seed)
         words = Path(temporary) / "words"
-        words.write_text("".join(f'"{word}"\n' for word in WORDS))
+        words.write_text("".join(f"{json.dumps(word)}\n" for word in WORDS))  # libFuzzer escapes as JSON does
         reader = {"recipe": recipe_reader, "adapter": adapter_reader}[name](work)
         for seed in SEEDS[name][:1]:
             reader(seed)  # the seeds must be right, or nothing behind the first check is reached

@@ -88,10 +88,7 @@ def merge(
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    target = torch.device(device) if device is not None else _device_of(adapters)
-    context = Context(target, seed, workspace_bytes)
-    for change in resolve_preconditions(precondition):
-        adapters = change(adapters, context)
+    changes = resolve_preconditions(precondition)
     zero = _zero_adapters(adapters)
     used = [index for index in range(len(adapters)) if index not in zero]
 
@@ -101,11 +98,15 @@ def merge(
     resolved = resolve_parameters(
         spec, chosen, [names[i] for i in used], those(weights), parameters, those(adapter_parameters)
     )
-    kept = [adapters[index] for index in used]
+    target = torch.device(device) if device is not None else _device_of(adapters)
+    context = Context(target, seed, workspace_bytes)
+    kept: Sequence[Adapter] = [adapters[index] for index in used]
+    for change in changes:
+        kept = change(kept, context)
     if spec.prepare is not None:
-        kept = list(spec.prepare(kept, context, chosen, resolved))
+        kept = spec.prepare(kept, context, chosen, resolved)
     job = _Job(
-        adapters=kept,
+        adapters=list(kept),
         spec=spec,
         space=chosen,
         parameters=resolved,

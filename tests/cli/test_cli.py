@@ -1,65 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what it prints, how it exits, what it leaves on disk."""
 
+import errno
 import json
+import os
+import pty
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
-from vllm_merge import LoraFactors, MergedAdapter
+from tests.cli.conftest import RECIPE, Run, factors
+from vllm_merge import MergedAdapter
 from vllm_merge.adapters.peft import read_adapter, write_adapter
-from vllm_merge.cli.app import main
 
-Run = Callable[..., tuple[int, str, str]]
-
-RECIPE = """\
-version: 1
-base_model: org/base
-adapters: {a: {path: ./a}, b: {path: ./b}}
-recipes:
-  sum: {merge_method: task_arithmetic, adapters: [{adapter: a, parameters: {weight: 0.5}}, {adapter: b}]}
-aliases: {best: sum}
-"""
-COMMANDS = ("merge", "plan", "validate", "methods", "schema", "inspect")
+COMMANDS = ("serve", "merge", "plan", "validate", "methods", "schema", "inspect", "doctor", "eval")
 SCHEMA = Path(__file__).parents[2] / "configs/recipe.schema.json"
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def execute(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exited:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return int(exited.value.code or 0), out, err
-
-    return execute
-
-
-def factors(seed: int, rank: int) -> dict[str, LoraFactors]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"model.layers.{layer}.q_proj": LoraFactors(
-            torch.randn(rank, 6, generator=generator), torch.randn(5, rank, generator=generator)
-        )
-        for layer in range(2)
-    }
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    write_adapter(tmp_path / "a", factors(1, 2), base_model="org/base")
-    write_adapter(tmp_path / "b", factors(2, 1), base_model="org/base")
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    return tmp_path / "r.yaml"
 
 
 def test_merge(run: Run, recipe: Path, tmp_path: Path) -> None:
@@ -195,11 +157,12 @@ def test_plan_text_and_warnings(run: Run, recipe: Path, tmp_path: Path) -> None:
         "(org/base: a; org/another: b)",
         "Warning: recipe 'sum' lists the adapter 'b' more than once",
         "Warning: the file names no base_model, so the digest does not cover one",
-        "Warning: the result may have rank 4, above the maximum LoRA rank 2, which refuses it",
+        "Warning: the result has rank 3, and a server with --max-lora-rank 2 refuses it",
     ]
-    lines = out.splitlines()
-    assert lines[2] == "at most rank 4, 352 B in float32, 2 modules"
-    assert lines[4].split() == ["sum", "task_arithmetic", "core", "lossless", "4", "a,", "b,", "b"]
+    found = [line.split() for line in out.splitlines()]
+    assert ["rank", "3,", "2", "modules"] in found
+    assert ["size", "264", "B", "in", "float32"] in found
+    assert ["sum", "task_arithmetic", "core", "lossless", "4", "a,", "b,", "b"] in found
     assert "\x1b" not in out + err  # no colours where it is not a terminal
 
 
@@ -261,3 +224,84 @@ def test_as_a_process(recipe: Path) -> None:
     wrong = subprocess.run([*command, "validate", "nothing.yaml"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "Error: nothing.yaml:1: cannot be read: No such file or directory\n"
+
+
+def test_starting_is_quick() -> None:
+    """Help needs neither torch nor pydantic; a shell that completes asks for it at every key."""
+    code = (
+        "import sys\nfrom vllm_merge.cli.app import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'pydantic', 'vllm', 'transformers', 'numpy', 'rich'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_completion_of_commands() -> None:
+    words = {"_VLLM_MERGE_COMPLETE": "complete_bash", "COMP_WORDS": "vllm-merge pl", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "from vllm_merge.cli.app import main; main()"]
+    done = subprocess.run(command, env=os.environ | words, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["plan"]
+
+
+def test_version(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert (code, out.split()[0]) == (0, "vllm-merge")
+
+
+def test_serve_says_what_is_wrong_before_vllm_starts(run: Run, recipe: Path, tmp_path: Path) -> None:
+    base = tmp_path / "model"
+    base.mkdir()
+    (base / "config.json").write_text('{"vocab_size": 9}')
+    save_file({"model.layers.0.q_proj.weight": torch.zeros(7, 6)}, base / "model.safetensors")
+    cases = [
+        (
+            ("serve", "--port", "1", base, "--config", recipe),
+            "serve --port: the model comes first, then --config FILE and vLLM's options",
+        ),
+        (
+            ("serve", base, "--config", tmp_path / "none.yaml", "--port", "1"),
+            f"{tmp_path}/none.yaml:1: cannot be read: No such file or directory",
+        ),
+        (
+            ("serve", base, "--config", recipe),
+            f"adapter 'a' does not fit the base model: model.layers.0.q_proj maps 6 to 5 features and that of {base} "
+            "maps 6 to 7; the adapter was trained on another base model\n"
+            f"adapter 'b' does not fit the base model: model.layers.0.q_proj maps 6 to 5 features and that of {base} "
+            "maps 6 to 7; the adapter was trained on another base model",
+        ),
+    ]
+    for arguments, message in cases:
+        assert run(*arguments) == (2, "", f"Error: {message}\n")
+    (tmp_path / "a/adapter_model.safetensors").unlink()
+    (tmp_path / "b/adapter_config.json").write_text("{")
+    code, _, err = run("serve", base, "--config", recipe)
+    assert code == 2
+    assert [line.split(":")[0] for line in err.splitlines()] == ["Error", "adapter 'b'"]
+
+
+def test_what_the_system_refuses_is_no_traceback(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/out")
+
+    monkeypatch.setattr("vllm_merge.cli.merge._write", full)
+    assert run("merge", recipe, "-o", recipe.parent / "out") == (1, "", "Error: /out: No space left on device\n")
+
+
+def test_colours_on_terminals_only(recipe: Path, tmp_path: Path) -> None:
+    """The same command on a pseudo-terminal has colours, and none where NO_COLOR asks for that."""
+    command = [sys.executable, "-c", "from vllm_merge.cli.app import main; main()", "validate", str(tmp_path / "no.yaml")]
+
+    def on_terminal(**environment: str) -> bytes:
+        ours, theirs = pty.openpty()
+        keep = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "TERM")}
+        subprocess.run(command, stderr=theirs, stdout=theirs, env={**keep, "TERM": "xterm", **environment}, check=False)
+        os.close(theirs)
+        return os.read(ours, 10_000)
+
+    assert b"\x1b[" in on_terminal()
+    assert b"\x1b[31" not in on_terminal(NO_COLOR="1")
+    assert b"\x1b[1;31" not in on_terminal(NO_COLOR="1")

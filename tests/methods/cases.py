@@ -60,8 +60,8 @@ def thirty_two() -> list[Adapter]:
 
 
 def norms_apart() -> list[Adapter]:
-    """Norms 1, 1e4 and 1e-2."""
-    return [random_adapter(str(size), 4, seed, size=size) for seed, size in enumerate((1.0, 1e4, 1e-2))]
+    """Norms 10, 1e4 and 1."""
+    return [random_adapter(str(size), 4, seed, size=size) for seed, size in enumerate((10.0, 1e4, 1.0))]
 
 
 def alphas() -> list[Adapter]:
@@ -105,6 +105,16 @@ HARD: dict[str, Callable[[], list[Adapter]]] = {
 }
 
 
+def identified(adapters: list[Adapter]) -> list[Adapter]:
+    """The adapters with their names for an identity: random masks then do not depend on how factors are written."""
+    return [Adapter(adapter.name, adapter.factors, content_hash=adapter.name) for adapter in adapters]
+
+
+def changed(adapter: Adapter, change: Callable[[LoraFactors], LoraFactors]) -> Adapter:
+    """Every module changed, the identity kept."""
+    return Adapter(adapter.name, map_factors(adapter, change).factors, content_hash=adapter.known_hash)
+
+
 def noisy(adapter: Adapter, seed: int) -> Adapter:
     """The adapter with a relative noise of 1e-12 on its factors, in float64."""
 
@@ -116,7 +126,7 @@ def noisy(adapter: Adapter, seed: int) -> Adapter:
         )
         return LoraFactors(a, b, factors.scaling)
 
-    return Adapter(adapter.name, map_factors(adapter, change).factors, content_hash=adapter.content_hash)
+    return changed(adapter, change)
 
 
 def regauged(adapter: Adapter, seed: int) -> Adapter:
@@ -129,4 +139,4 @@ def regauged(adapter: Adapter, seed: int) -> Adapter:
         b = torch.linalg.solve(c, factors.B.double(), left=False)
         return LoraFactors(c @ factors.A.double(), b, factors.scaling)
 
-    return Adapter(adapter.name, map_factors(adapter, change).factors, content_hash=adapter.content_hash)
+    return changed(adapter, change)

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from tests.adapters_in_memory import distance, map_factors, random_adapter, three, zero_adapter
+from tests.methods.cases import duplicates, noisy, regauged, shared_a
 from vllm_merge import Adapter, LoraFactors, MergedAdapter, merge
 
 TOLERANCE = 3e-6
@@ -58,19 +58,6 @@ def test_scaling_folded_into_b(method: str, space: str, parameters: dict[str, An
     assert distance(run(folded, method, space, parameters), run(three(), method, space, parameters)) < TOLERANCE
 
 
-def regauged(adapter: Adapter, seed: int) -> Adapter:
-    """(B C⁻¹, C A) for a well-conditioned C of another scale."""
-
-    def change(factors: LoraFactors) -> LoraFactors:
-        generator = torch.Generator().manual_seed(seed)
-        c = 8 * torch.linalg.qr(torch.randn(factors.rank, factors.rank, generator=generator, dtype=torch.float64)).Q
-        c = c + torch.eye(factors.rank, dtype=torch.float64)
-        b = torch.linalg.solve(c, factors.B.double(), left=False)
-        return LoraFactors((c @ factors.A.double()).float(), b.float(), factors.scaling)
-
-    return map_factors(adapter, change)
-
-
 @pytest.mark.parametrize(("method", "space", "parameters"), [*LINEAR, *TIES_TRIM, *TIES_FULL[:2]])
 def test_gauge_does_not_matter(method: str, space: str, parameters: dict[str, Any]) -> None:
     other = [regauged(adapter, seed) for seed, adapter in enumerate(three())]
@@ -89,28 +76,6 @@ def test_a_zero_adapter_is_dropped(method: str, space: str, parameters: dict[str
     assert merged.report.dropped_adapters == ["zero"]
     alone = run(three(), method, space, parameters, weights=[1.0, 2.0, 3.0])
     assert merged.tensors_sha256 == alone.tensors_sha256
-
-
-def noisy(adapter: Adapter, seed: int) -> Adapter:
-    def change(factors: LoraFactors) -> LoraFactors:
-        generator = torch.Generator().manual_seed(seed)
-        a, b = (
-            t.double() * (1 + 1e-12 * torch.randn(t.shape, generator=generator, dtype=torch.float64))
-            for t in (factors.A, factors.B)
-        )
-        return LoraFactors(a, b, factors.scaling)
-
-    return map_factors(adapter, change)
-
-
-def duplicates() -> list[Adapter]:
-    x, y = random_adapter("x", 4, 1), random_adapter("y", 3, 2)
-    return [x, y, Adapter("again", x.factors)]
-
-
-def shared_a() -> list[Adapter]:
-    x, y = random_adapter("x", 4, 1), random_adapter("y", 4, 2)
-    return [x, Adapter("y", {m: LoraFactors(x.factors[m].A, f.B) for m, f in y.factors.items()})]
 
 
 @pytest.mark.parametrize("adapters", [duplicates, shared_a])

@@ -106,9 +106,11 @@ def test_registered_adapters_can_be_used(registry: Registry) -> None:
 def test_known_preconditions_are_accepted(registry: Registry) -> None:
     text = (
         "version: 1\nadapters: {a: {path: a}}\n"
-        "recipes: {r: {merge_method: linear, adapters: [{adapter: a}], precondition: [p]}}"
+        "recipes: {r: {merge_method: linear, adapters: [{adapter: a}], precondition: [p, {q: {mads: 2}}, {q: }]}}"
     )
-    assert parse_recipes(text, Path("r.yaml"), registry, preconditions=["p"]).recipes["r"].precondition == ["p"]
+    seen = []
+    found = parse_recipes(text, Path("r.yaml"), registry, check_precondition=seen.append).recipes["r"].precondition
+    assert found == seen == [{"p": {}}, {"q": {"mads": 2}}, {"q": {}}]
 
 
 @pytest.mark.parametrize(

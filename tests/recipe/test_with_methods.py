@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_merge import load_recipes
 from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.loading import parse_recipes
@@ -49,3 +50,22 @@ def test_message(parameters: str) -> None:
 )
 def test_right_ones_are_accepted(parameters: str) -> None:
     assert load(parameters).recipes["r"].merge_method == "ties"
+
+
+WRONG_PRECONDITIONS = {
+    "norm_cup": "unknown precondition 'norm_cup', did you mean 'norm_cap'?",
+    "{norm_cap: {mad: 1}}": "precondition 'norm_cap' has no parameter 'mad', did you mean 'mads'? (its parameters: mads)",
+    "{norm_cap: {mads: -1}}": "precondition 'norm_cap': parameter 'mads' is -1; allowed is number ≥ 0 (default 3.0)",
+}
+
+
+@pytest.mark.parametrize("item", WRONG_PRECONDITIONS)
+def test_preconditions(item: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    text = "version: 1\nadapters: {a: {path: ./a}}\nrecipes:\n  r: {merge_method: ties, adapters: [{adapter: a}], "
+    file.write_text(f"{text}precondition: [norm_cap, {item}]}}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipes(file)
+    assert str(caught.value).startswith(f"{file}:4: recipes.r.precondition[1]: {WRONG_PRECONDITIONS[item]}")
+    file.write_text(f"{text}precondition: [norm_cap, {{norm_cap: {{mads: 2}}}}]}}\n")
+    assert load_recipes(file).recipes["r"].precondition == [{"norm_cap": {}}, {"norm_cap": {"mads": 2}}]

@@ -198,6 +198,12 @@ WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
         linear("precondition: [norm_cap]"),
         ["9: recipes.r.precondition[0]: unknown precondition 'norm_cap' (known: none)"],
     ),
+    "precondition of another form": (
+        linear("precondition: [{norm_cap: 3}]"),
+        [
+            "9: recipes.r.precondition[0]: is {'norm_cap': 3}; a precondition is a name, or {name: {parameter: value}}",
+        ],
+    ),
     "unknown parameter": (
         linear("parameters: {densty: 1}"),
         ["9: recipes.r.parameters.densty: linear has no parameter 'densty'"],

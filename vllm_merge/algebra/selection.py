@@ -32,7 +32,7 @@ def kth_largest(tiles: Callable[[], Iterable[tuple[Tensor, slice]]], counts: Ten
         histogram = torch.zeros(*counts.shape, 1 << width, dtype=torch.int64, device=counts.device)
         for values, modules in tiles():
             where = modules if counts.shape[0] > 1 else slice(0, 1)
-            histogram[where] += _digit_counts(values, prefix[where], low, width)
+            histogram[where].add_(_digit_counts(values, prefix[where], low, width))
         from_top = histogram.flip(-1).cumsum(-1)
         above = (from_top < remaining[..., None]).sum(-1).clamp_max((1 << width) - 1)
         before = from_top.gather(-1, (above - 1).clamp_min(0)[..., None])[..., 0]
@@ -48,7 +48,8 @@ def _digit_counts(values: Tensor, prefix: Tensor, low: int, width: int) -> Tenso
     if low + width == _SIGNLESS_BITS:
         keys = (bits >> low).bitwise_or_(owners[..., None, None])
     else:
-        found = ((bits >> (low + width)) == prefix[..., None, None]).nonzero(as_tuple=True)
-        owner = owners.expand(bits.shape[:2])[found[:2]]
-        keys = ((bits[found] >> low) & ((1 << width) - 1)) | owner
+        matching = (bits >> (low + width)) == prefix[..., None, None]
+        found = matching.view(-1).nonzero()[:, 0]
+        owner = owners.expand(bits.shape[:2]).flatten()[found // (bits.shape[2] * bits.shape[3])]
+        keys = ((bits.view(-1)[found] >> low) & ((1 << width) - 1)) | owner
     return torch.bincount(keys.flatten(), minlength=prefix.numel() << width).view(*prefix.shape, -1)

@@ -129,7 +129,7 @@ def outlook(prepared: Planned, device: str, bar: ProgressBar) -> Outlook:
         cosines={
             f"{overlap.names[i]}, {overlap.names[j]}": float(products[i, j] / (norms[i] * norms[j])) for i, j in pairs
         },
-        warnings=prepared.warnings + _rank_warnings(plan, shapes) + cautions(plan, overlap, shapes),
+        warnings=prepared.warnings + _rank_warnings(plan, shapes, rank, energy) + cautions(plan, overlap, shapes),
     )
 
 
@@ -169,13 +169,15 @@ def _uncut_rank(plan: Plan, shapes: Shapes) -> int:
     return stage_bounds(plan.model_copy(update={"stages": stages}), shapes)[plan.name].rank
 
 
-def _rank_warnings(plan: Plan, shapes: Shapes) -> list[str]:
+def _rank_warnings(plan: Plan, shapes: Shapes, rank: int | None, energy: Energy) -> list[str]:
     if not plan.stages:
         return []
-    bound, last = stage_bounds(plan, shapes)[plan.name].rank, plan.stages[-1]
-    if plan.max_rank is not None and bound > plan.max_rank:
-        return [f"the result may have rank {bound}, above the maximum LoRA rank {plan.max_rank}, which refuses it"]
-    uncut = _uncut_rank(plan, shapes)
-    if uncut > bound and not isinstance(last.rank, EnergyRank):
-        return [f"the result may have rank up to {uncut} and is cut to {bound}; `energy` says what is lost by that"]
+    bound = stage_bounds(plan, shapes)[plan.name].rank
+    highest = bound if rank is None else rank
+    if plan.max_rank is not None and highest > plan.max_rank:
+        has = "has" if rank is not None else "may have"
+        return [f"the result {has} rank {highest}, and a server with --max-lora-rank {plan.max_rank} refuses it"]
+    if energy.known != "all" and not isinstance(plan.stages[-1].rank, EnergyRank):
+        uncut = _uncut_rank(plan, shapes)
+        return [f"the result may have rank up to {uncut} and is cut to {bound}; `energy` says what that loses"]
     return []

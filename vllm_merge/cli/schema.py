@@ -13,7 +13,8 @@ def schema() -> None:
       # then, as the first line of a recipe file:
       # yaml-language-server: $schema=recipe.schema.json
     """
+    from vllm_merge.methods.preconditions import precondition_names
     from vllm_merge.methods.registry import default_registry
     from vllm_merge.recipe.json_schema import recipe_schema
 
-    print_json(recipe_schema(default_registry()))
+    print_json(recipe_schema(default_registry(), precondition_names()))

@@ -23,11 +23,13 @@ class OfflineModel:
         """Raises MergeError where transformers is not installed, UserInputError where the model cannot be loaded."""
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import logging
         except ImportError:
             raise MergeError(
                 "transformers is not installed, which runs models without a server; "
                 "install it with `pip install transformers`, or give --server URL"
             ) from None
+        logging.disable_progress_bar()
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")

@@ -108,6 +108,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
     raw = error.read(10_000)
     try:
         found = json.loads(raw)
-        return str(found.get("error", found).get("message", found))[:500]
+        said = found.get("error", found)
+        return str(said.get("message", said) if isinstance(said, dict) else said)[:500]
     except (ValueError, AttributeError):
         return raw.decode(errors="replace").strip()[:200] or str(error.reason)

@@ -44,13 +44,13 @@ def _directions(plan: Plan, overlap: Overlap) -> Iterator[str]:
         signs = {name: sign for name, sign in _signs(stage).items() if norms[place[name]] > 0}
         for one, two in combinations(signs, 2):
             i, j = place[one], place[two]
-            cosine = float(products[i, j] / (norms[i] * norms[j]))
+            cosine = float(products[i, j] / (norms[i] * norms[j])) * signs[one] * signs[two]
             if (one, two) in seen:
                 continue
             seen.add((one, two))
-            if cosine * signs[one] * signs[two] < OPPOSED:
+            if cosine < OPPOSED:
                 yield f"adapters {one!r} and {two!r} pull against each other (cosine {cosine:.2f}): they cancel in part"
-            elif abs(cosine) > ALIKE:
+            elif cosine > ALIKE:
                 yield f"adapters {one!r} and {two!r} are nearly the same (cosine {cosine:.2f}): together they count double"
 
 

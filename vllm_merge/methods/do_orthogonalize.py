@@ -43,8 +43,10 @@ def do_orthogonalize(
     """
 
     def change(stack: Stack) -> tuple[Tensor, Tensor]:
-        pairs = _Pairs.of(stack.group, norm_power, gamma, context.device)
-        sides = (stack.A.double(), stack.B.double().mT)
+        # A rank-one term with a zero in A or B is no part of ΔW, and turns nothing away.
+        alive = (stack.A != 0).any(2) & (stack.B != 0).any(1)
+        pairs = _Pairs.of(stack.group, alive, norm_power, gamma)
+        sides = (stack.A.double() * alive[:, :, None], stack.B.double().mT * alive[:, :, None])
         if optimizer == "descent":
             a, b = (pairs.descended(side @ side.mT, steps) @ side for side in sides)
         else:
@@ -58,7 +60,7 @@ def do_orthogonalize(
 class _Pairs:
     """The loss over pairs of adapters. owner: (n, K) float64, 1 where a rank-one term is an adapter's.
 
-    terms: (modules,) float64, Σ r_i, how many of the K rank-one terms of a module are there.
+    terms: (modules,) int64, how many of the K rank-one terms a module has.
     """
 
     owner: Tensor
@@ -67,12 +69,11 @@ class _Pairs:
     gamma: float
 
     @classmethod
-    def of(cls, group: ModuleGroup, power: int, gamma: float, device: torch.device) -> _Pairs:
-        owner = torch.zeros(len(group.slots), group.stacked_rank, dtype=torch.float64)
+    def of(cls, group: ModuleGroup, alive: Tensor, power: int, gamma: float) -> _Pairs:
+        owner = torch.zeros(len(group.slots), group.stacked_rank, dtype=torch.float64, device=alive.device)
         for index, slot in enumerate(group.slots):
             owner[index, slot] = 1
-        terms = torch.tensor([sum(ranks) for ranks in group.ranks], dtype=torch.float64)
-        return cls(owner.to(device), terms.to(device), power, gamma)
+        return cls(owner, alive.sum(1), power, gamma)
 
     def norms(self, gram: Tensor) -> Tensor:
         """‖Â_i Â_jᵀ‖_F of i ≠ j, (modules, n, n), from Â Âᵀ (modules, K, K)."""
@@ -118,7 +119,7 @@ class _Pairs:
 
 def _adam(start: Tensor, pairs: _Pairs, steps: int, lr_scale: float) -> Tensor:
     """(modules, K, d) float64 after `steps` of Adam on δ from 0."""
-    entries = pairs.terms * start.shape[-1]
+    entries = (pairs.terms * start.shape[-1]).clamp_min(1)
     rate = lr_scale * (start.square().sum((-1, -2)) / entries).sqrt()[:, None, None]
     moved, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for step in range(1, steps + 1):

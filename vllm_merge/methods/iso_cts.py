@@ -41,7 +41,7 @@ def iso_cts(
     for index, task in enumerate(alone):
         left, right = tasks.task(index)
         outside = left - common.U @ (common.U.mT @ left)
-        rest = triples_of_product(outside, right, floor=TOLERANCE * task.S[:, 0])
+        rest = triples_of_product(outside, right, floor=TOLERANCE * task.S[:, :1].sum(1))
         pieces.append(rest.leading(of_each))
     every = Triples.cat(pieces)
     return every.mean[:, None, None] * (polar(every.U) @ polar(every.V).mT)

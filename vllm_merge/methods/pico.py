@@ -29,6 +29,6 @@ def _calibrated(stack: Stack) -> tuple[Tensor, Tensor]:
     basis = orthonormal_basis(gram(b), min(b.shape[1:]), singular=True)
     energy = basis.R.square().sum(-1)  # σ²: R's rows are orthogonal
     share = energy / energy.sum(-1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
-    there = torch.stack([b[:, :, slot].abs().amax((1, 2)) > 0 for slot in stack.group.slots], dim=1)
+    there = torch.stack([b[:, :, slot].square().sum((1, 2)) > 0 for slot in stack.group.slots], dim=1)
     alpha = 1 / (1 + (there.sum(1, keepdim=True) - 1).clamp_min(0) * share)
     return stack.A, b + b @ (basis.T @ ((alpha - 1)[:, :, None] * basis.R))

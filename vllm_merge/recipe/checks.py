@@ -7,7 +7,7 @@ from pathlib import Path
 from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.file import absolute_path, is_local
 from vllm_merge.recipe.problems import KeyPath, listed, nearest
-from vllm_merge.recipe.protocols import MethodSpec, Registry
+from vllm_merge.recipe.protocols import CheckPrecondition, MethodSpec, Registry
 from vllm_merge.recipe.resolve import scalars, varies
 from vllm_merge.recipe.schema import Recipe, RecipeDocument
 from vllm_merge.recipe.values import NAME, NAME_RULE, shown
@@ -19,7 +19,7 @@ def check_document(
     document: RecipeDocument,
     registry: Registry,
     registered: Collection[str],
-    preconditions: Collection[str],
+    check_precondition: CheckPrecondition,
     directory: Path,
 ) -> Iterator[Finding]:
     """Every (key, message) that is wrong. `registered`: names of adapters that are known from elsewhere;
@@ -32,10 +32,10 @@ def check_document(
         yield from _method(("recipes", name), recipe, registry)
         yield from _references(document, name, recipe, known)
         for index, precondition in enumerate(recipe.precondition):
-            if precondition not in preconditions:
-                hint = nearest(precondition, preconditions)
-                message = f"unknown precondition {precondition!r}{hint} (known: {listed(sorted(preconditions))})"
-                yield ("recipes", name, "precondition", index), message
+            try:
+                check_precondition(precondition)
+            except UserInputError as error:
+                yield ("recipes", name, "precondition", index), str(error)
     yield from _cycles(document.recipes)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The JSON Schema of a recipe file, for editors: the file's shape, and each method's spaces and parameters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_merge.recipe.protocols import MethodSpec, Registry
@@ -11,14 +12,17 @@ from vllm_merge.recipe.values import NAME, PARAMETER_SCHEMA
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def recipe_schema(registry: Registry) -> dict[str, Any]:
-    """JSON Schema (2020-12) of a recipe file with the methods of `registry`."""
+def recipe_schema(registry: Registry, preconditions: Sequence[str] = ()) -> dict[str, Any]:
+    """JSON Schema (2020-12) of a recipe file with the methods of `registry`, and preconditions of these names."""
     schema = RecipeDocument.model_json_schema()
     for section in ("adapters", "recipes", "aliases"):
         schema["properties"][section]["propertyNames"] = {"pattern": f"^{NAME.pattern}$"}
     recipe = schema["$defs"]["Recipe"]
     specs = [registry.get(name) for name in registry.names()]
     recipe["properties"]["merge_method"]["enum"] = [spec.name for spec in specs]
+    name, with_parameters = recipe["properties"]["precondition"]["items"]["anyOf"]
+    name["enum"] = list(preconditions)
+    with_parameters["propertyNames"] = {"enum": list(preconditions)}
     recipe["allOf"] = [_method(spec) for spec in specs]
     return {"$schema": DIALECT, "title": "vllm-merge recipe file", **_without_titles(schema)}
 

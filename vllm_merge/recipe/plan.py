@@ -68,7 +68,7 @@ class Stage(_Model):
     space: str
     inputs: tuple[PlannedInput, ...]
     parameters: dict[str, Any]
-    precondition: tuple[str, ...]
+    precondition: tuple[dict[str, dict[str, Any]], ...]
     rank: Literal["auto", "lossless"] | int | EnergyRank
     seed: int
 

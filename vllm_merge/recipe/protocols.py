@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the recipe package asks of a registry of merge methods, so that it need not import one (nor torch)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 
 class ParameterSpec(Protocol):
@@ -58,6 +58,10 @@ class MethodSpec(Protocol):
     def defaults(self, per_adapter: bool) -> dict[str, Any]:
         """Default values of the per-adapter, or of the per-recipe parameters."""
         ...
+
+
+CheckPrecondition: TypeAlias = Callable[[Mapping[str, Mapping[str, Any]]], None]
+"""Raises UserInputError where {name: parameters} is not a precondition with right parameters."""
 
 
 class Registry(Protocol):

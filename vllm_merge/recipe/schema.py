@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_merge.recipe.values import MAX_SEED, ParameterValue, Rank
+from vllm_merge.recipe.values import MAX_SEED, ParameterValue, Precondition, Rank
 
 
 class _Strict(BaseModel):
@@ -35,7 +35,9 @@ class Recipe(_Strict):
     merge_method: Text = Field(description="The merge method; `vllm-merge methods` lists them.")
     space: Text | None = Field(None, description="delta, core, knots or factors; each method has a default.")
     adapters: list[RecipeInput] = Field(min_length=1, description="What is merged, in order.")
-    precondition: list[Text] = Field([], description="What is done to the adapters first, in order.")
+    precondition: list[Precondition] = Field(
+        [], description="What is done to the adapters first, in order: names, or {name: {parameter: value}}."
+    )
     parameters: dict[str, ParameterValue] = Field({}, description="The method's parameters.")
     rank: Rank = "auto"
     load: Literal["eager", "lazy"] = Field(

@@ -76,6 +76,16 @@ def _rank(value: object) -> object:
     refuse(f"is {shown(value)}; allowed are auto, lossless, a whole number of at least 1, or {{energy: SHARE}}")
 
 
+def _precondition(value: object) -> object:
+    if isinstance(value, str) and value:
+        return {value: {}}
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, parameters),) = value.items()
+        if parameters is None or isinstance(parameters, dict):
+            return {name: parameters or {}}
+    refuse(f"is {shown(value)}; a precondition is a name, or {{name: {{parameter: value}}}}")
+
+
 def shown(value: object) -> str:
     """`value` for a message, as it would stand in the file, cut where it is long."""
     if value is None:
@@ -113,5 +123,18 @@ RANK_SCHEMA: dict[str, Any] = {
     ],
 }
 
+PRECONDITION_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": {"type": ["object", "null"]},
+        },
+    ]
+}
+
 ParameterValue: TypeAlias = Annotated[Any, BeforeValidator(_parameter), WithJsonSchema(PARAMETER_SCHEMA)]
 Rank: TypeAlias = Annotated[Any, BeforeValidator(_rank), WithJsonSchema(RANK_SCHEMA)]
+Precondition: TypeAlias = Annotated[Any, BeforeValidator(_precondition), WithJsonSchema(PRECONDITION_SCHEMA)]
