@@ -48,7 +48,13 @@ recipes:
   second: {merge_method: linear, adapters: [{adapter: first}, {adapter: sql}], rank: auto}
 aliases: {assistant: second, raw: "\\u0073ql"}
 """
-CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {r"^m\.q$": 2}, "alpha_pattern": {"(q|k)+.*": 1}}
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "rank_pattern": {r"^m\.q$": 2},
+    "alpha_pattern": {"(q|k)+.*": 1},
+}
 Q = "base_model.model.m.q.lora_"
 HEADER = {
     "__metadata__": {"format": "pt"},
@@ -57,15 +63,60 @@ HEADER = {
 }
 SEPARATOR = b"\n\x00\n"
 WORDS = (
-    *("version", "adapters", "recipes", "aliases", "merge_method", "parameters", "filter", "value", "energy", "lossless"),
+    *(
+        "version",
+        "adapters",
+        "recipes",
+        "aliases",
+        "merge_method",
+        "parameters",
+        "filter",
+        "value",
+        "energy",
+        "lossless",
+    ),
     *("rank_pattern", "alpha_pattern", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "data_offsets"),
     *("base_model.model.", ".lora_A.weight", ".lora_B.weight", "F32", "F16", "BF16", "<<", "!!", "&a", "*a", "{1,"),
     *('"\\U99999999"', '"\\ud800"', "!!int 1", "? [a]", "&a [*a]", "~x/y", "0x1", "1e999", "precondition", "norm_cap"),
 )
 
 VALUES: tuple[Any, ...] = (
-    *(0, -1, 1, 2, 16, 2**31, 2**63, -(2**63), 10**400, 0.5, 1e308, 1e-320, float("nan"), float("inf"), True, False, None),
-    *("", "none", "pissa", "LORA", "F32", "BF16", "I64", "\ud800", "\0", "a" * 600, "(" * 200, "(a+)+$", "[", "{9}", "^$"),
+    *(
+        0,
+        -1,
+        1,
+        2,
+        16,
+        2**31,
+        2**63,
+        -(2**63),
+        10**400,
+        0.5,
+        1e308,
+        1e-320,
+        float("nan"),
+        float("inf"),
+        True,
+        False,
+        None,
+    ),
+    *(
+        "",
+        "none",
+        "pissa",
+        "LORA",
+        "F32",
+        "BF16",
+        "I64",
+        "\ud800",
+        "\0",
+        "a" * 600,
+        "(" * 200,
+        "(a+)+$",
+        "[",
+        "{9}",
+        "^$",
+    ),
     *([], {}, [1], [2, 2], [0, 16], [16, 20], {"q": 2}, {"": 0}, {"(.*)*x": 2}),
 )
 

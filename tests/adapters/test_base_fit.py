@@ -29,7 +29,10 @@ CASES = {
     "quantised": ({"packed": (5, 6, 2)}, None),
     "not known": ({"elsewhere": (7, 7, 2)}, None),
     "head": ({"lm_head": (9, 6, 2)}, None),
-    "other features": ({"q": (5, 6, 2), "v": (4, 8, 1)}, "v maps 8 to 4 features and that of BASE maps 6 to 4" + OTHER_BASE),
+    "other features": (
+        {"q": (5, 6, 2), "v": (4, 8, 1)},
+        "v maps 8 to 4 features and that of BASE maps 6 to 4" + OTHER_BASE,
+    ),
     "other vocabulary": (
         {"model.lm_head": (11, 6, 2)},
         "model.lm_head has 11 tokens and the vocabulary of BASE has 9; the adapter was trained on a model with another "
@@ -52,7 +55,9 @@ def test_unknown_modules(base: Path) -> None:
 
 def test_damaged_models(base: Path) -> None:
     (base / "config.json").write_text("{")
-    with pytest.raises(UserInputError, match=r"config.json: not valid JSON \(.*\); the base model's folder is damaged$"):
+    with pytest.raises(
+        UserInputError, match=r"config.json: not valid JSON \(.*\); the base model's folder is damaged$"
+    ):
         read_base_shapes(base)
     (base / "model-2.safetensors").write_bytes(struct.pack("<Q", 99) + b"{}")
     with pytest.raises(UserInputError, match=r"model-2.safetensors: the header claims 99 bytes and the file has 10"):

@@ -12,7 +12,9 @@ from vllm_merge.adapters.name_patterns import MAX_LENGTH, PatternError, compile_
 
 NAMES = ["layers.0.q", "layers.1.q", "layers.11.q", "x.layers.1.q", "k-proj", "q", "a", "aa", "ab.a", "b.aab", "", "."]
 
-ATOMS = st.sampled_from(["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "q", "layers", "-", "1", "$", "^", r"\w"])
+ATOMS = st.sampled_from(
+    ["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "q", "layers", "-", "1", "$", "^", r"\w", "[]a]", r"[\[^]", r"\["]
+)
 PATTERNS = st.recursive(
     ATOMS,
     lambda inner: st.one_of(
@@ -82,6 +84,7 @@ def test_hostile_patterns_are_quick(key: str) -> None:
         (r"a\b", r"has \b, which is not supported; \d, \w, \s and escaped signs are"),
         ("a{65}", "repeats something more than 64 times; write it shorter"),
         ("(((a{50}){50}){50})", "needs more than 2000 states; write it shorter"),
+        ("[[a]", "has a class with one of '[', '--', '&&', '||', '~~' in it; put a backslash before it"),
         ("a*+", "has a possessive operator, which is not supported; leave out its '+'"),
         ("a{99999999999999999999}", "is not a regular expression (the repetition number is too large)"),
     ],

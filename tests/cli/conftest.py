@@ -21,6 +21,8 @@ recipes:
   sum: {merge_method: task_arithmetic, adapters: [{adapter: a, parameters: {weight: 0.5}}, {adapter: b}]}
 aliases: {best: sum}
 """
+
+
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
     """Run the command in this process: (exit code, stdout, stderr)."""

@@ -293,7 +293,13 @@ def test_what_the_system_refuses_is_no_traceback(run: Run, recipe: Path, monkeyp
 
 def test_colours_on_terminals_only(recipe: Path, tmp_path: Path) -> None:
     """The same command on a pseudo-terminal has colours, and none where NO_COLOR asks for that."""
-    command = [sys.executable, "-c", "from vllm_merge.cli.app import main; main()", "validate", str(tmp_path / "no.yaml")]
+    command = [
+        sys.executable,
+        "-c",
+        "from vllm_merge.cli.app import main; main()",
+        "validate",
+        str(tmp_path / "no.yaml"),
+    ]
 
     def on_terminal(**environment: str) -> bytes:
         ours, theirs = pty.openpty()

@@ -69,7 +69,10 @@ def test_the_first_problem_is_the_last_line(
         "Change first: VLLM_MERGE_CACHE_BYTES: export VLLM_MERGE_CACHE_BYTES=4294967296 (a whole number of bytes), or "
         "unset it"
     )
-    assert f"problem: adapter b: adapter 'b': {recipe.parent}/b has no adapter_config.json; give a folder that PEFT saved" in out
+    assert (
+        f"problem: adapter b: adapter 'b': {recipe.parent}/b has no adapter_config.json; give a folder that PEFT saved"
+        in out
+    )
     facts = json.loads(run("doctor", base, "--config", recipe, "--json")[1])
     assert facts["good"] is False
     assert facts["change_first"].startswith("export VLLM_MERGE_CACHE_BYTES")
@@ -109,7 +112,10 @@ ENVIRONMENTS = {
             "unset VLLM_ALLOW_RUNTIME_LORA_UPDATING: recipes do not need it, and it lets clients load adapters from any path",
         ),
     ),
-    "cache": ({"VLLM_MERGE_CACHE_BYTES": str(2**31)}, ("VLLM_MERGE_CACHE_BYTES", "ok", "2.0 GiB for merged adapters", "")),
+    "cache": (
+        {"VLLM_MERGE_CACHE_BYTES": str(2**31)},
+        ("VLLM_MERGE_CACHE_BYTES", "ok", "2.0 GiB for merged adapters", ""),
+    ),
 }
 
 

@@ -69,7 +69,10 @@ def test_json_and_floor(run: Run, recipe: Path, tasks: Path, served: FakeServer)
 def test_refusals(run: Run, recipe: Path, tasks: Path, served: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     url = served.url
     cases: list[tuple[tuple[Any, ...], str]] = [
-        (("--server", url, "--model", "m"), "--server and --model: give one of the two; the server has its model already"),
+        (
+            ("--server", url, "--model", "m"),
+            "--server and --model: give one of the two; the server has its model already",
+        ),
         (("nothing", "--server", url), f"{recipe}: no recipe or adapter 'nothing' (known: sum, best, a, b)"),
         (("--chat", "--model", DEMO / "adapters"), f"--model {DEMO}/adapters: transformers cannot load it: "),
     ]

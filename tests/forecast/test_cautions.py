@@ -76,7 +76,9 @@ def test_zero_adapter(tmp_path: Path) -> None:
     assert found == ["adapter 'zero' changes no weight: its factors are zero, and it is left out"]
 
 
-@pytest.mark.parametrize(("density", "trim", "silent"), [([1, 0.2], "global", False), ([1, 0.2], "module", True), (0.5, "global", True)])
+@pytest.mark.parametrize(
+    ("density", "trim", "silent"), [([1, 0.2], "global", False), ([1, 0.2], "module", True), (0.5, "global", True)]
+)
 def test_density_by_module(density: Any, trim: str, silent: bool, tmp_path: Path) -> None:
     expected = (
         "recipe 'r': a density that differs by module is kept module by module, as with `trim: module`; a threshold over "

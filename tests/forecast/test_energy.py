@@ -19,7 +19,10 @@ from vllm_merge.recipe.plan import Plan, make_plan
 
 Forecast = Callable[..., tuple[Kept | None, Plan, dict[str, Adapter]]]
 
-TWO = [{"adapter": "x", "parameters": {"weight": [{"filter": "up", "value": 0.3}, {"value": [1, -0.5]}]}}, {"adapter": "y"}]
+TWO = [
+    {"adapter": "x", "parameters": {"weight": [{"filter": "up", "value": 0.3}, {"value": [1, -0.5]}]}},
+    {"adapter": "y"},
+]
 
 
 @pytest.fixture
@@ -57,7 +60,10 @@ LINEAR = {
     "mean": ({"r": {"merge_method": "linear", "adapters": TWO}}, 4),
     "sum": ({"r": {"merge_method": "task_arithmetic", "adapters": TWO, "parameters": {"lambda": [0.5, 2]}}}, 3),
     "sum in delta": ({"r": {"merge_method": "task_arithmetic", "space": "delta", "adapters": TWO}}, 4),
-    "sum in knots": ({"r": {"merge_method": "linear", "space": "knots", "parameters": {"normalize": False}, "adapters": TWO}}, 4),
+    "sum in knots": (
+        {"r": {"merge_method": "linear", "space": "knots", "parameters": {"normalize": False}, "adapters": TWO}},
+        4,
+    ),
     "with an energy": ({"r": {"merge_method": "linear", "adapters": TWO, "rank": {"energy": 0.7}}}, None),
     "with an energy and a limit": ({"r": {"merge_method": "linear", "adapters": TWO, "rank": {"energy": 0.99}}}, 3),
     "nothing cut": ({"r": {"merge_method": "linear", "adapters": TWO}}, None),
@@ -114,5 +120,7 @@ def test_products_are_those_of_the_dense_changes() -> None:
     dense = [torch.cat([f.delta().double().flatten() for f in adapter.factors.values()]) for adapter in adapters]
     expected = torch.stack([torch.stack([one @ two for two in dense]) for one in dense])
     seen: list[tuple[int, int]] = []
-    torch.testing.assert_close(Overlap(adapters, lambda *at: seen.append(at)).products(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        Overlap(adapters, lambda *at: seen.append(at)).products(), expected, rtol=1e-5, atol=1e-6
+    )
     assert seen[0] == (0, 4)

@@ -24,11 +24,26 @@ recipes:
 aliases: {c: r}
 """
 WORDS = st.sampled_from(
-    ["version", "adapters", "recipes", "r", "a", "ties", "merge_method", "adapter", "parameters", "weight", "rank", "auto"]
+    [
+        "version",
+        "adapters",
+        "recipes",
+        "r",
+        "a",
+        "ties",
+        "merge_method",
+        "adapter",
+        "parameters",
+        "weight",
+        "rank",
+        "auto",
+    ]
 )
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), WORDS),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=4) | WORDS, inner, max_size=5)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=4) | WORDS, inner, max_size=5)
+    ),
     max_leaves=20,
 )
 quickly = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

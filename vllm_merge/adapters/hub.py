@@ -51,7 +51,9 @@ def _why_not(path: str, revision: str | None, error: Exception) -> str:
     elsewhere = f"fetch it where there is a network (`{command}`), or give a folder"
     match error:
         case errors.GatedRepoError():
-            return f"{path} is a gated repository of the Hub; ask for access on its page, then log in with `hf auth login`"
+            return (
+                f"{path} is a gated repository of the Hub; ask for access on its page, then log in with `hf auth login`"
+            )
         case errors.RepositoryNotFoundError():
             return (
                 f"{path} is neither a folder nor a repository of the Hub that you may read; correct the path, or log in "

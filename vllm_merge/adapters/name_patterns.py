@@ -18,7 +18,11 @@ MAX_STATES = 2000
 
 # Without an operator there is nothing to backtrack over, and Python's own matcher is quicker.
 _PLAIN = re.compile(r"\^?(?:[\w./-]|\\[.\-_/])*\$?")
-_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\\[])*\]")
+_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
+_CLASSES = re.compile(
+    r"\\.|\[(\^?\]?(?:\\.|[^\]\\])*)\]", re.DOTALL
+)  # escapes, so that they are passed over, and classes
+_SET_OPERATION = re.compile(r"(?<!\\)(?:\[|--|&&|\|\||~~)")  # which later versions of Python may read otherwise
 _BRACES = re.compile(r"\{(\d{1,4})(,?)(\d{0,4})\}")
 
 Matcher: TypeAlias = Callable[[str], bool]
@@ -32,6 +36,8 @@ def compile_pattern(key: str) -> Matcher:
     """Whether a name matches `key` by PEFT's rule. Raises PatternError."""
     if len(key) > MAX_LENGTH:
         raise PatternError(f"has {len(key)} characters; at most {MAX_LENGTH} are allowed")
+    if any(_SET_OPERATION.search(found[1]) for found in _CLASSES.finditer(key) if found[1]):
+        raise PatternError("has a class with one of '[', '--', '&&', '||', '~~' in it; put a backslash before it")
     try:
         plain = re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:

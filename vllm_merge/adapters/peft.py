@@ -187,9 +187,7 @@ def _read_config(folder: Path) -> LoraConfig:
     if not (folder / WEIGHTS_FILE).is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
         found = f"it has {', '.join(pickles)}, and pickle is never read" if pickles else "nothing else is read"
-        raise UserInputError(
-            f"{folder} has no {WEIGHTS_FILE}; {found}: save the adapter with safe_serialization=True"
-        )
+        raise UserInputError(f"{folder} has no {WEIGHTS_FILE}; {found}: save the adapter with safe_serialization=True")
     with config.open("rb") as file:
         return parse_config(file.read(MAX_CONFIG_BYTES + 1), config)
 
@@ -199,7 +197,9 @@ def _read_weights(path: Path) -> bytearray:
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_FILE_BYTES:
-            raise UserInputError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; this is no LoRA adapter")
+            raise UserInputError(
+                f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; this is no LoRA adapter"
+            )
         data = bytearray(size)
         view, filled = memoryview(data), 0
         while filled < len(data) and (count := file.readinto(view[filled:])):
@@ -239,7 +239,9 @@ def _checked_pairs(entries: Mapping[str, TensorEntry], config: LoraConfig, folde
     for key in copies:
         module = key.removeprefix(_PREFIX).removesuffix(_BASE_COPY)
         if module not in pairs:
-            raise UserInputError(f"{where}: tensor {shown(key)} is a weight of a module without LoRA; {_FULL_WEIGHT_HINT}")
+            raise UserInputError(
+                f"{where}: tensor {shown(key)} is a weight of a module without LoRA; {_FULL_WEIGHT_HINT}"
+            )
     ignored = [f"tensor {shown(key)} is a copy of a base weight and is ignored" for key in sorted(copies)]
     return pairs, ignored + config.warnings(pairs)
 

@@ -161,7 +161,9 @@ def _refuse_other_kinds(fields: Mapping[str, object], where: Path) -> None:
 def _unknown_fields(fields: Mapping[str, object], where: Path) -> tuple[str, ...]:
     """Unknown fields that only say a number or text; one that switches something on is refused."""
     known = _READ_FIELDS | _HARMLESS_FIELDS | _REFUSED_FIELDS.keys()
-    unknown = [field for field, value in fields.items() if field not in known and value not in (None, False, "", [], {})]
+    unknown = [
+        field for field, value in fields.items() if field not in known and value not in (None, False, "", [], {})
+    ]
     for field in unknown:
         if isinstance(fields[field], bool | list | dict):
             version = fields.get("peft_version")

@@ -60,7 +60,9 @@ def merge(
                 merged = run_plan(
                     prepared.plan,
                     device=target,
-                    progress=lambda stage, done, total: bar.update(f"Merging {prepared.plan.name}: {stage}", done, total),
+                    progress=lambda stage, done, total: bar.update(
+                        f"Merging {prepared.plan.name}: {stage}", done, total
+                    ),
                 )
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition(". ")[0]

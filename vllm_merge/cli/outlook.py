@@ -136,9 +136,7 @@ def outlook(prepared: Planned, device: str, bar: ProgressBar) -> Outlook:
 Shapes: TypeAlias = Mapping[str, Mapping[str, tuple[int, int, int]]]
 
 
-def _result(
-    plan: Plan, shapes: Shapes, kept: Kept | None, sample: Sample
-) -> tuple[int | None, int | None, Energy]:
+def _result(plan: Plan, shapes: Shapes, kept: Kept | None, sample: Sample) -> tuple[int | None, int | None, Energy]:
     """Rank and bytes of the result, where they are known, and what is known of the energy."""
     if kept is not None:
         sizes = {module: d_out + d_in for mine in shapes.values() for module, (d_out, d_in, _) in mine.items()}

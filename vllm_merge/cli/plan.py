@@ -71,9 +71,7 @@ def plan(
         summary = prepared.catalogue.get(adapter).summary
         ranks = ", ".join(str(rank) for rank in summary.ranks)
         norm = f"{found.norms[adapter]:.4g}"
-        add_row(
-            rows, adapter, summary.modules, ranks, size(summary.size_bytes), norm, identity.content_hash[:12]
-        )
+        add_row(rows, adapter, summary.modules, ranks, size(summary.size_bytes), norm, identity.content_hash[:12])
     console().print(rows)
 
 

@@ -85,7 +85,9 @@ class Server:
             except (TimeoutError, ConnectionError) as error:
                 raise MergeError(f"--server {self.url}: {path}: {error or 'timed out'}") from None
             except ValueError:
-                raise MergeError(f"--server {self.url}: {path}: the answer is not JSON; is this an OpenAI server?") from None
+                raise MergeError(
+                    f"--server {self.url}: {path}: the answer is not JSON; is this an OpenAI server?"
+                ) from None
 
     def _request(self, path: str, body: dict[str, Any] | None) -> urllib.request.Request:
         headers = {"Content-Type": "application/json"}

@@ -53,9 +53,7 @@ def kept_by_rank(plan: Plan, overlap: Overlap, adapters: Mapping[str, Mapping[st
     return Kept(ranks, energy, sums / totals if totals else 1.0)
 
 
-def linear_coefficients(
-    plan: Plan, overlap: Overlap, adapters: Mapping[str, Mapping[str, int]]
-) -> Coefficients | None:
+def linear_coefficients(plan: Plan, overlap: Overlap, adapters: Mapping[str, Mapping[str, int]]) -> Coefficients | None:
     """What each adapter is multiplied with in a plan of weighted sums; None for any other plan."""
     squares = dict(zip(overlap.names, overlap.products().diagonal().tolist(), strict=True))
     stages: dict[str, dict[str, dict[str, float]]] = {}

@@ -47,7 +47,9 @@ def _version() -> str:
 
 def check_entry_points() -> Check:
     """Whether vLLM finds the plugin among the installed packages."""
-    missing = [group for group in ENTRY_POINT_GROUPS if PLUGIN not in {entry.name for entry in entry_points(group=group)}]
+    missing = [
+        group for group in ENTRY_POINT_GROUPS if PLUGIN not in {entry.name for entry in entry_points(group=group)}
+    ]
     if missing:
         advice = "install vllm-merge into the environment of vLLM: `pip install --force-reinstall --no-deps vllm-merge`"
         return Check("plugin", "problem", f"not among {' and '.join(missing)}", advice)
@@ -63,7 +65,9 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> Iterator[C
     elif os.path.isfile(config):
         yield Check(CONFIG_VARIABLE, "ok", config)
     else:
-        yield Check(CONFIG_VARIABLE, "problem", f"{config} is no file", f"export {CONFIG_VARIABLE}=RECIPE_FILE, or unset it")
+        yield Check(
+            CONFIG_VARIABLE, "problem", f"{config} is no file", f"export {CONFIG_VARIABLE}=RECIPE_FILE, or unset it"
+        )
     if RUNTIME_UPDATES in environment:
         advice = f"unset {RUNTIME_UPDATES}: recipes do not need it, and it lets clients load adapters from any path"
         yield Check(RUNTIME_UPDATES, "warning", f"set to {environment[RUNTIME_UPDATES]!r}", advice)
@@ -79,7 +83,9 @@ def _check_plugins(environment: Mapping[str, str]) -> Check:
     # `vllm-merge serve` adds the plugin; who sets the config by hand starts vLLM by hand, which then ignores it.
     by_hand = CONFIG_VARIABLE in environment
     advice = f"export {PLUGINS_VARIABLE}={extended_plugins(value)}"
-    found = f"{value!r} leaves {PLUGIN} out" + ("" if by_hand else "; `vllm-merge serve` adds it, `vllm serve` does not")
+    found = f"{value!r} leaves {PLUGIN} out" + (
+        "" if by_hand else "; `vllm-merge serve` adds it, `vllm serve` does not"
+    )
     return Check(PLUGINS_VARIABLE, "problem" if by_hand else "warning", found, advice)
 
 
