@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
     """Everything here that uses a server is marked so, and skipped, saying why, where vLLM is not installed."""
     missing = None if importlib.util.find_spec("vllm") else pytest.mark.skip(reason="vLLM is not installed")
     for item in items:
-        if {"demo_server", "small_server", "offline_report"} & set(getattr(item, "fixturenames", ())):
+        if {"demo_server", "small_server", "live_server", "offline_report"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
             if missing:
                 item.add_marker(missing)

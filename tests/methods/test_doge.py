@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_descent_is_that_of_the_dense_loss(loss: str, steps: int) -> None:
             losses.append(value(delta))
             (slope,) = torch.autograd.grad(losses[-1], delta)
             delta = delta.detach() - outside @ slope / (2 * lam.sum() ** 2 * squares)
-        assert all(after <= before for before, after in zip(losses, losses[1:], strict=False))
+        assert all(after <= before for before, after in itertools.pairwise(losses))
         assert value(delta) < losses[0]
         expected[module] = (lam * (tau + delta)).sum(0)
     assert distance(merged, expected) < 1e-6

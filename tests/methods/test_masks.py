@@ -21,20 +21,8 @@ def test_a_recorded_mask() -> None:
     """The generator is part of what a digest stands for: it must not change."""
     keys = mask_keys(7, ["ab"], ["m"])
     assert keys.tolist() == [[246885070822800070]]
-    assert draw(keys, 0.5, slice(0, 2), slice(0, 12)).int().flatten().tolist() == [
-        1,
-        0,
-        1,
-        0,
-        1,
-        1,
-        1,
-        1,
-        0,
-        1,
-        0,
-        0,
-    ] + [*[0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1]]
+    mask = draw(keys, 0.5, slice(0, 2), slice(0, 12))
+    assert "".join(str(int(kept)) for kept in mask.flatten()) == "101011110100" "011000010001"
 
 
 def test_pieces_are_those_of_the_whole() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.adapters_in_memory import SHAPES, deltas, distance, random_adapter, three
 from vllm_merge import Adapter, merge
 from vllm_merge.methods.iso_cts import split
+from vllm_merge.methods.tsv_m import kept_ranks
 
 WEIGHTS = [0.5, 2.0, -0.7]
 
@@ -68,9 +69,7 @@ def test_the_spectrum_of_iso_is_flat() -> None:
 def test_tsv_m_shares_out_the_room() -> None:
     """Σ r_i = 40 > 24 = min(d): each of four tasks keeps 6 of its 10 triples."""
     many = [random_adapter(str(seed), 10, seed) for seed in range(4)]
-    cut = [
-        Adapter(a.name, merge([a], merge_method="linear", rank=6).factors) for a in many
-    ]  # the best approximations of rank 6
+    cut = [Adapter(a.name, merge([a], merge_method="linear", rank=6).factors) for a in many]
     whole = merge(many, merge_method="tsv_m", rank="lossless")
     assert distance(whole, merge(cut, merge_method="tsv_m", rank="lossless")) < 1e-5
     assert set(whole.report.ranks.values()) == {24}
@@ -92,3 +91,17 @@ def test_tsv_m_shares_out_the_room() -> None:
 def test_split_of_iso_cts(ranks: list[int], room: int, fraction: float, expected: tuple[int, int]) -> None:
     common, of_each = split(torch.tensor([ranks]), room, fraction)
     assert (int(common), int(of_each)) == expected
+
+
+@pytest.mark.parametrize(
+    ("ranks", "room", "expected"),
+    [
+        ([4, 8, 2], 14, [4, 8, 2]),
+        ([8] * 6, 32, [5] * 6),
+        ([8, 2, 8], 16, [5, 2, 5]),
+        ([8, 0, 8], 12, [6, 0, 6]),  # an adapter that lacks the module needs no room
+        ([1] * 32, 16, [1] * 32),
+    ],
+)
+def test_kept_ranks_of_tsv_m(ranks: list[int], room: int, expected: list[int]) -> None:
+    assert kept_ranks(torch.tensor([ranks]), room).tolist() == [expected]

@@ -50,14 +50,13 @@ quickly = settings(max_examples=300, deadline=None, suppress_health_check=[Healt
 
 
 def reads_or_refuses(text: str, registry: Registry) -> None:
+    message = f"{FILE}:"
     try:
         file = parse_recipes(text, FILE, registry)
+        assert all(file.stage_order(name)[-1] == name for name in file.recipes)
     except RecipeError as error:
-        assert str(error).startswith(f"{FILE}:")
-        str(error).encode()
-    else:
-        for name in file.recipes:
-            assert file.stage_order(name)[-1] == name
+        message = str(error)
+    assert message.encode().startswith(f"{FILE}:".encode())
 
 
 @quickly
@@ -88,7 +87,9 @@ def test_any_values(registry: Registry, document: dict[str, Any], recipe: Any) -
 def test_any_bytes(registry: Registry, tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "r.yaml"
     file.write_bytes(content)
+    message = f"{file}:"
     try:
         load_recipes(file, registry)
     except RecipeError as error:
-        assert str(error).startswith(f"{file}:")
+        message = str(error)
+    assert message.encode().startswith(f"{file}:".encode())

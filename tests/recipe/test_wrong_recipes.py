@@ -353,9 +353,8 @@ def test_large_files_are_quick(line: str, load: Load) -> None:
     try:
         order = load(text).stage_order(f"r{count - 1}")
     except RecipeError as error:
-        order = []
-        assert 20 < len(error.problems) <= 200
-    assert order in ([], [f"r{i}" for i in range(count)])
+        order = [f"problem {i}" for i in range(len(error.problems))]
+    assert len(order) == 200 or order == [f"r{i}" for i in range(count)]
     assert time.process_time() - started < 10
 
 

@@ -19,9 +19,8 @@ MAX_STATES = 2000
 # Without an operator there is nothing to backtrack over, and Python's own matcher is quicker.
 _PLAIN = re.compile(r"\^?(?:[\w./-]|\\[.\-_/])*\$?")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
-_CLASSES = re.compile(
-    r"\\.|\[(\^?\]?(?:\\.|[^\]\\])*)\]", re.DOTALL
-)  # escapes, so that they are passed over, and classes
+# Escapes, so that they are passed over, and classes, closed or not.
+_CLASSES = re.compile(r"\\.|\[(\^?\]?(?:\\.|[^\]\\])*)(?:\]|$)", re.DOTALL)
 _SET_OPERATION = re.compile(r"(?<!\\)(?:\[|--|&&|\|\||~~)")  # which later versions of Python may read otherwise
 _BRACES = re.compile(r"\{(\d{1,4})(,?)(\d{0,4})\}")
 
@@ -52,12 +51,14 @@ def compile_pattern(key: str) -> Matcher:
 
 @dataclass(slots=True)
 class _State:
-    """Where an automaton can be. test: of the character that leads to `follow` (None: no character is needed)."""
+    """Where an automaton can be. test: of the character that leads to `follow` (None: no character is needed).
+
+    anchor: "^" or "$" where the state can only be at the beginning or the end of the name.
+    """
 
     test: Matcher | None = None
     follow: list[int] = field(default_factory=list)
-    only_at_start: bool = False
-    only_at_end: bool = False
+    anchor: str = ""
 
 
 class _Automaton:
@@ -96,7 +97,7 @@ class _Automaton:
         while waiting:
             number = waiting.pop()
             state = self._states[number]
-            if number in found or (state.only_at_start and not at_start) or (state.only_at_end and not at_end):
+            if number in found or (state.anchor == "^" and not at_start) or (state.anchor == "$" and not at_end):
                 continue
             found.add(number)
             if state.test is None:
@@ -105,10 +106,10 @@ class _Automaton:
 
     # -- reading the expression: each method returns the first and the last state of a piece ---------------------------
 
-    def _new(self, test: Matcher | None = None, **anchor: bool) -> int:
+    def _new(self, test: Matcher | None = None, anchor: str = "") -> int:
         if len(self._states) >= MAX_STATES:
             raise PatternError(f"needs more than {MAX_STATES} states; write it shorter")
-        self._states.append(_State(test, **anchor))
+        self._states.append(_State(test, anchor=anchor))
         return len(self._states) - 1
 
     def _link(self, before: int, after: int) -> None:
@@ -191,9 +192,9 @@ class _Automaton:
             piece = self._alternatives()
             self._take(")")
             return piece
-        for anchor, when in (("^", "only_at_start"), ("$", "only_at_end")):
+        for anchor in "^$":
             if self._take(anchor):
-                state = self._new(**{when: True})
+                state = self._new(anchor=anchor)
                 return state, state
         return self._character()
 

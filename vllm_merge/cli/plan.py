@@ -116,7 +116,7 @@ def _print_outlook(plan: Plan, found: Outlook) -> None:
 def _print_stages(plan: Plan, found: Outlook) -> None:
     rows = table("stage", "method", "space", "rank", "rank at most", "inputs")
     for stage in plan.stages:
-        inputs = ", ".join(getattr(i.source, "adapter", None) or getattr(i.source, "stage", "") for i in stage.inputs)
+        inputs = ", ".join(next(iter(item.source.model_dump().values())) for item in stage.inputs)
         bound = found.stage_rank_bounds[stage.name]
         add_row(rows, stage.name, stage.merge_method, stage.space, _rank(stage), bound, inputs)
     if plan.stages:

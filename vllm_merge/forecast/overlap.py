@@ -62,7 +62,7 @@ class Overlap:
 
         coefficients: {adapter: {module: c}}; an adapter or module that is not in it counts with 0.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
         for piece in self._pieces:
             scale = torch.zeros_like(piece.gram_b[:, 0])
             for name, slot in zip(self.names, piece.group.slots, strict=True):

@@ -23,19 +23,22 @@ def tsv_m(
 ) -> Tensor:
     """Whitened singular directions, ΔW = λ polar([U_1 … U_n]) diag(S_1 … S_n) polar([V_1 … V_n])ᵀ. Rank ≤ Σ r_i.
 
-    Each task keeps its r_i singular triples, or ⌊min(d_out, d_in) / n⌋ where all do not fit into ΔW. isotropize: give
+    Each task keeps its rank(ΔW_i) ≤ r_i singular triples, or ⌊min(d_out, d_in) / n⌋ where all do not fit into ΔW. isotropize: give
     all singular values of the result their mean (as the Core Space paper does, arXiv:2509.17786).
     """
-    tasks, keep = cores.scaled(weight), kept_ranks(cores)
-    pieces = [triples_of_product(*tasks.task(index)).leading(keep[:, index]) for index in range(keep.shape[1])]
-    every = Triples.cat(pieces)
+    tasks = cores.scaled(weight)
+    own = [triples_of_product(*tasks.task(index)) for index in range(len(tasks.slots))]
+    keep = kept_ranks(torch.stack([task.rank for task in own], 1), min(cores.shape))
+    every = Triples.cat([task.leading(keep[:, index]) for index, task in enumerate(own)])
     merged = polar(every.U) * every.S[:, None, :] @ polar(every.V).mT
     return isotropic(merged) if isotropize else merged
 
 
-def kept_ranks(cores: Cores) -> Tensor:
-    """How many singular triples each task keeps, (modules, n): r_i, or its equal share where Σ r_i > min(d)."""
-    room = min(cores.shape)
-    share = (room // (cores.ranks > 0).sum(1).clamp_min(1)).clamp_min(1)
-    fits = cores.ranks.sum(1) <= room
-    return torch.where(fits[:, None], cores.ranks, torch.minimum(cores.ranks, share[:, None]))
+def kept_ranks(ranks: Tensor, room: int) -> Tensor:
+    """How many singular triples each task keeps, of its rank: all, or its equal share where they exceed the room.
+
+    ranks and the result: (modules, n), 0 where a task has nothing; room: min(d_out, d_in).
+    """
+    share = (room // (ranks > 0).sum(1).clamp_min(1)).clamp_min(1)
+    fits = ranks.sum(1) <= room
+    return torch.where(fits[:, None], ranks, torch.minimum(ranks, share[:, None]))

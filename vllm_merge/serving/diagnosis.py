@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 
 from vllm_merge.diagnosis import Check
 from vllm_merge.errors import MergeError
@@ -62,7 +63,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> Iterator[C
     config = environment.get(CONFIG_VARIABLE)
     if config is None:
         yield Check(CONFIG_VARIABLE, "ok", "not set: `vllm-merge serve` sets it, plain `vllm serve` needs it")
-    elif os.path.isfile(config):
+    elif Path(config).is_file():
         yield Check(CONFIG_VARIABLE, "ok", config)
     else:
         yield Check(

@@ -11,21 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError
-from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe.file import RecipeFile
-from vllm_merge.recipe.loading import load_recipes
-from vllm_merge.recipe.plan import Plan, make_adapter_plan, make_plan
+from vllm_merge.recipe.plan import Plan
 from vllm_merge.serving import compat
 from vllm_merge.serving.control import ControlError, Message, WorkerLink
 from vllm_merge.serving.identity import lora_id, lora_path, parse_path
+from vllm_merge.serving.names import Name, Names, resolve_names
 
 logger = logging.getLogger("vllm_merge")
 
@@ -70,20 +69,6 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Name:
-    """What a model name stands for: an artifact, or the reason why it has none.
-
-    label: `recipe@digest`, what answers call the artifact. Recipes of equal content share an artifact but not a label.
-    """
-
-    name: str
-    kind: str  # recipe | alias | adapter
-    digest: str | None
-    label: str = ""
-    reason: str = ""
-
-
-@dataclass(frozen=True)
 class Holder:
     """A held lease: the request to give to vLLM, and a check that what it runs on is what was promised."""
 
@@ -101,10 +86,11 @@ class FrontDoor:
 
     def __init__(self, links: list[WorkerLink]) -> None:
         self._links = links
-        self.names: dict[str, Name] = {}
+        self.names: Mapping[str, Name] = {}
         self.artifacts: dict[str, Artifact] = {}
         self._labels: dict[str, Name] = {}
         self.recipes: RecipeFile | None = None
+        self._catalogue = Catalogue()
 
     @property
     def connected(self) -> bool:
@@ -112,17 +98,21 @@ class FrontDoor:
 
     # -- names ----------------------------------------------------------------------------------------------------------
 
-    async def load(self, config: Path) -> None:
-        """Read the recipe file and resolve every name in it. Raises UserInputError if the file itself is wrong.
-
-        A recipe whose adapters cannot be read is kept with its reason: it answers with that, the others are served.
-        """
+    async def resolve(self, config: Path, registered: Mapping[str, str] | None = None) -> Names:
+        """Read the recipe file and plan every name in it; nothing is changed yet. Raises UserInputError."""
         workers = await asyncio.gather(*(link.call("hello") for link in self._links))
-        facts = workers[0]
-        self.recipes, names, plans = await asyncio.to_thread(resolve_names, config, facts)
-        self.artifacts = {digest: self.artifacts.get(digest) or Artifact(plan) for digest, plan in plans.items()}
-        self.names = names
-        self._labels = {name.label: name for name in names.values() if name.digest is not None and name.kind != "alias"}
+        return await asyncio.to_thread(resolve_names, config, workers[0], self._catalogue, registered or {})
+
+    def adopt(self, resolved: Names) -> None:
+        """Let every name stand for what was resolved, all at once. Requests that run keep the artifact they have."""
+        for digest, plan in resolved.plans.items():
+            self.artifacts.setdefault(digest, Artifact(plan))
+        self.recipes, self.names = resolved.recipes, resolved.names
+        self._labels = {n.label: n for n in self.names.values() if n.digest is not None and n.kind != "alias"}
+
+    async def load(self, config: Path, registered: Mapping[str, str] | None = None) -> None:
+        """`resolve` and `adopt`."""
+        self.adopt(await self.resolve(config, registered))
 
     def find(self, name: str) -> tuple[Artifact, str] | None:
         """The artifact that a model name (of a recipe, alias, adapter or artifact) stands for, and its label; None if the
@@ -152,16 +142,16 @@ class FrontDoor:
 
     # -- readiness ------------------------------------------------------------------------------------------------------
 
-    async def warm_eager(self) -> None:
+    async def warm_eager(self, resolved: Names) -> None:
         """Make every `load: eager` recipe ready on every worker; one that fails is logged and answers with its reason."""
-        assert self.recipes is not None
-        eager = [name for name, recipe in self.recipes.recipes.items() if recipe.load == "eager"]
-        for name in eager:
+        for name, recipe in resolved.recipes.recipes.items():
+            digest = resolved.names[name].digest
+            if recipe.load != "eager" or digest is None:
+                continue
+            artifact = self.artifacts.setdefault(digest, Artifact(resolved.plans[digest]))
             try:
-                found = self.find(name)
-                assert found is not None
-                await self.ready(found[0])
-                logger.info("%s is ready as %s", name, found[1])
+                await self.ready(artifact)
+                logger.info("%s is ready as %s", name, resolved.names[name].label)
             except ArtifactUnavailable as error:
                 logger.error("recipe %s is not served: %s", name, error)
 
@@ -279,51 +269,3 @@ class FrontDoor:
 
     async def describe_workers(self) -> list[Message]:
         return list(await asyncio.gather(*(link.call("status") for link in self._links)))
-
-
-def resolve_names(config: Path, facts: Mapping[str, Any]) -> tuple[RecipeFile, dict[str, Name], dict[str, Plan]]:
-    """Read a recipe file and plan every name in it for a server with these facts (a worker's answer to `hello`)."""
-    registry = default_registry()
-    recipes = load_recipes(config, registry)
-    catalogue = Catalogue()
-    hashes: dict[str, str] = {}
-    broken: dict[str, str] = {}
-    for name, source in recipes.adapters.items():
-        try:
-            catalogue.register(name, source.path, source.revision)
-            hashes[name] = catalogue.content_hash(name)
-        except MergeError as error:
-            broken[name] = str(error)
-            logger.error("adapter %s cannot be served: %s", name, error)
-    recipes = recipes.with_paths(catalogue.paths())
-    names: dict[str, Name] = {}
-    plans: dict[str, Plan] = {}
-
-    def add(name: str, kind: str, make: Callable[..., Plan], **more: Any) -> None:
-        reasons = missing_adapters(recipes, name, broken)
-        try:
-            if reasons:
-                raise MergeError("; ".join(reasons))
-            plan = make(recipes, name, adapter_hashes=hashes, **server, **more)
-        except MergeError as error:
-            names[name] = Name(name, kind, None, reason=str(error))
-            return
-        plans[plan.digest] = plan
-        names[name] = Name(name, kind, plan.digest, plan.artifact_name)
-
-    server = {"base_model_hash": facts["base_model_hash"], "dtype": facts["dtype"], "max_rank": facts["max_lora_rank"]}
-    for name in recipes.recipes:
-        add(name, "recipe", make_plan, registry=registry)
-    for name in recipes.adapters:
-        add(name, "adapter", make_adapter_plan)
-    for alias, target in recipes.aliases.items():
-        names[alias] = replace(names[target], name=alias, kind="alias")
-    return recipes, names, plans
-
-
-def missing_adapters(recipes: RecipeFile, name: str, broken: Mapping[str, str]) -> list[str]:
-    """Why a name's adapters, or those of the recipes it uses, cannot be read; empty if they can."""
-    used = {name}
-    if name in recipes.recipes:
-        used.update(item.adapter for stage in recipes.stage_order(name) for item in recipes.recipes[stage].adapters)
-    return [broken[adapter] for adapter in sorted(used) if adapter in broken]

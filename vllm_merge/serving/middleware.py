@@ -49,7 +49,7 @@ class MergeMiddleware:
             return await self._app(scope, _replay(body, receive), send)
         try:
             found = front.find(name)
-            if found is None:
+            if found is None or name not in scope["app"].state.openai_serving_models.lora_requests:  # or unloaded
                 return await self._app(scope, _replay(body, receive), send)
             artifact, label = found
             await front.ready(artifact)

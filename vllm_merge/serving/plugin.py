@@ -6,6 +6,7 @@ Both are named `vllm_merge`, so one word in VLLM_PLUGINS names the whole plugin.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import os
@@ -125,6 +126,7 @@ class MergeEndpoints:
             return
         from vllm_merge.serving import compat
         from vllm_merge.serving.front import FrontDoor
+        from vllm_merge.serving.published import Published
 
         if compat.lora_config(engine_client) is None:
             raise UserInputError("vllm-merge serves LoRA adapters, but LoRA is off: start vLLM with --enable-lora.")
@@ -133,21 +135,15 @@ class MergeEndpoints:
         front: FrontDoor
         links = await connect_all(folder, compat.worker_count(engine_client), lambda event: front.on_event(event))
         front = FrontDoor(links)
+        published = Published(front, state.openai_serving_models, config)
+        compat.wrap_engine(engine_client, front.lease)
+        state.vllm_merge, state.vllm_merge_published = front, published
         try:
-            await front.load(config)
+            await published.start()
         except MergeError as error:
             print(f"vllm-merge: {error}", file=sys.stderr)
             raise
-        models = state.openai_serving_models
-        if taken := sorted(set(front.names) & {path.name for path in models.base_model_paths}):
-            raise UserInputError(
-                f"{config}: the name {taken[0]} is the served base model's; rename it in the recipe file."
-            )
-        models.lora_requests.update(front.lora_requests())
-        compat.publish(models, front.listed, front.owns)
-        compat.wrap_engine(engine_client, front.lease)
-        state.vllm_merge = front
-        await front.warm_eager()
+        self._watching = asyncio.create_task(published.watch())
 
 
 def endpoint_plugin() -> MergeEndpoints:

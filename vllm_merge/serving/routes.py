@@ -12,8 +12,16 @@ router = APIRouter(prefix="/v1/merge", tags=["merge"])
 
 @router.get("/recipes")
 async def recipes(request: Request) -> dict[str, Any]:
-    """Every name of the recipe file, the artifact it stands for, and that artifact's state (or why it has none)."""
-    return {"object": "list", "data": request.app.state.vllm_merge.describe_names()}
+    """Every name of the recipe file, the artifact it stands for, and that artifact's state (or why it has none).
+
+    `file` says which generation of the file is served, and what is wrong with a newer one that is not.
+    """
+    state = request.app.state
+    return {
+        "object": "list",
+        "data": state.vllm_merge.describe_names(),
+        "file": state.vllm_merge_published.describe(),
+    }
 
 
 @router.get("/artifacts")

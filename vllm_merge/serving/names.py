@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe file to names and plans: what every model name of ours stands for on this server."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_merge.adapters.catalogue import Catalogue
+from vllm_merge.errors import MergeError
+from vllm_merge.methods.registry import default_registry
+from vllm_merge.recipe.file import RecipeFile
+from vllm_merge.recipe.plan import Plan, make_adapter_plan, make_plan
+from vllm_merge.recipe.schema import AdapterEntry
+from vllm_merge.recipe_files import load_recipes
+
+logger = logging.getLogger("vllm_merge")
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a model name stands for: an artifact, or the reason why it has none.
+
+    label: `recipe@digest`, what answers call the artifact. Recipes of equal content share an artifact but not a label.
+    """
+
+    name: str
+    kind: str  # recipe | alias | adapter
+    digest: str | None
+    label: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Everything that one reading of the recipe file gave."""
+
+    recipes: RecipeFile
+    names: Mapping[str, Name]
+    plans: Mapping[str, Plan]  # by digest
+
+
+def resolve_names(config: Path, facts: Mapping[str, Any], catalogue: Catalogue, registered: Mapping[str, str]) -> Names:
+    """Read a recipe file and plan every name in it for a server with these facts (a worker's answer to `hello`).
+
+    registered: {name: folder} of the adapters that vLLM was given itself; the file's own entries of a name come first.
+    Raises UserInputError if the file is wrong. An adapter that cannot be read only takes its own names with it.
+    """
+    recipes = load_recipes(config, registered=registered)
+    free = {name: path for name, path in registered.items() if name not in recipes.adapters}
+    recipes = recipes.with_adapters({name: AdapterEntry(path=path, revision=None) for name, path in free.items()})
+    registry = default_registry()
+    hashes: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    for name, source in recipes.adapters.items():
+        try:
+            catalogue.register(name, source.path, source.revision)
+            hashes[name] = catalogue.content_hash(name)
+        except MergeError as error:
+            broken[name] = str(error)
+            logger.error("adapter %s cannot be served: %s", name, error)
+    recipes = recipes.with_paths(catalogue.paths())
+    names: dict[str, Name] = {}
+    plans: dict[str, Plan] = {}
+
+    def add(name: str, kind: str, make: Callable[..., Plan], **more: Any) -> None:
+        reasons = missing_adapters(recipes, name, broken)
+        try:
+            if reasons:
+                raise MergeError("; ".join(reasons))
+            plan = make(recipes, name, adapter_hashes=hashes, **server, **more)
+        except MergeError as error:
+            names[name] = Name(name, kind, None, reason=str(error))
+            return
+        plans[plan.digest] = plan
+        names[name] = Name(name, kind, plan.digest, plan.artifact_name)
+
+    server = {"base_model_hash": facts["base_model_hash"], "dtype": facts["dtype"], "max_rank": facts["max_lora_rank"]}
+    for name in recipes.recipes:
+        add(name, "recipe", make_plan, registry=registry)
+    for name in recipes.adapters:
+        if name in broken and name in free:
+            continue  # vLLM may be able to serve what we cannot merge
+        add(name, "adapter", make_adapter_plan)
+    for alias, target in recipes.aliases.items():
+        names[alias] = replace(names[target], name=alias, kind="alias")
+    return Names(recipes, names, plans)
+
+
+def missing_adapters(recipes: RecipeFile, name: str, broken: Mapping[str, str]) -> list[str]:
+    """Why a name's adapters, or those of the recipes it uses, cannot be read; empty if they can."""
+    used = {name}
+    if name in recipes.recipes:
+        used.update(item.adapter for stage in recipes.stage_order(name) for item in recipes.recipes[stage].adapters)
+    return [broken[adapter] for adapter in sorted(used) if adapter in broken]
