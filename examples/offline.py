@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merged adapters without a server, through vLLM's `LLM` class.
 
-    python examples/offline.py
+python examples/offline.py
 """
 
 from __future__ import annotations

@@ -13,10 +13,12 @@ import argparse
 import asyncio
 import json
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 
+import yaml
 from openai import AsyncOpenAI
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
@@ -70,6 +72,38 @@ async def ask_everything(
     return columns
 
 
+async def move_an_alias(server: Server, config: Path) -> list[str]:
+    """Point the alias `assistant` to another recipe while the server runs, then write a mistake; what was seen of it."""
+    seen = []
+    document = yaml.safe_load(config.read_text())
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
+
+        async def answered() -> str:
+            answer = await client.completions.create(
+                model="assistant", prompt="sort: stone ->", max_tokens=8, stop=["\n"]
+            )
+            return f"assistant is {answer.model} and says {answer.choices[0].text.strip()!r}"
+
+        async def write(text: str) -> dict[str, str]:
+            before = await client.get("/merge/recipes", cast_to=dict)
+            config.write_text(text)
+            for _ in range(100):
+                await asyncio.sleep(0.2)
+                after = await client.get("/merge/recipes", cast_to=dict)
+                if after["file"] != before["file"]:
+                    return dict(after["file"])
+            raise RuntimeError("the server did not look at its changed recipe file")
+
+        seen.append(await answered())
+        document["aliases"]["assistant"] = "knots-ties"
+        await write(yaml.safe_dump(document, sort_keys=False))
+        seen.append("after a change of the recipe file: " + await answered())
+        document["aliases"]["assistant"] = "knots-tie"
+        refused = await write(yaml.safe_dump(document, sort_keys=False))
+        seen.append("after a change with a mistake, nothing moves; the server says: " + refused["error"])
+    return seen
+
+
 def table(columns: dict[str, dict[str, float]]) -> Table:
     """A row per task, then the mean."""
     shown = Table(title="Right answers through the server, % of held-out prompts")
@@ -103,17 +137,22 @@ def main() -> None:
         if sum(other["task"] == item["task"] for other in items) < limit:
             items.append(item)
     console.print(examples(items))
+    config = Path(tempfile.mkdtemp(prefix="vllm-merge-demo-")) / CONFIG.name
+    config.write_text(CONFIG.read_text().replace("../examples/demo", str(HERE)))
     started = time.monotonic()
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed}/{task.total}"), console=console
     ) as progress:
         starting = progress.add_task("starting a vLLM server on the CPU (half a minute)", total=None)
-        command = merge_serve(MODEL, CONFIG, "--max-loras", "8")
+        command = merge_serve(MODEL, config, "--max-loras", "8")
         with running(command, tick=lambda seconds: progress.update(starting, completed=int(seconds))) as server:
             progress.remove_task(starting)
             ready = time.monotonic() - started
             columns = asyncio.run(ask_everything(server, items, progress))
+            moves = asyncio.run(move_an_alias(server, config))
     console.print(table(columns))
+    for line in moves:
+        console.print(line.replace(str(config.parent) + "/", ""), highlight=False)
     console.print(
         f"Server ready after {ready:.0f} s, {time.monotonic() - started:.0f} s in all. "
         f"Recipes: configs/{CONFIG.name}. Your own adapters: README.md."

@@ -311,3 +311,15 @@ def test_colours_on_terminals_only(recipe: Path, tmp_path: Path) -> None:
     assert b"\x1b[" in on_terminal()
     assert b"\x1b[31" not in on_terminal(NO_COLOR="1")
     assert b"\x1b[1;31" not in on_terminal(NO_COLOR="1")
+
+
+def test_completion_of_recipe_names(recipe: Path) -> None:
+    command = [sys.executable, "-c", "from vllm_merge.cli.app import main; main()"]
+    for file, start, expected in ((recipe, "", ["sum", "best", "a", "b"]), (recipe, "s", ["sum"]), ("no.yaml", "", [])):
+        words = {
+            "_VLLM_MERGE_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"vllm-merge plan {file} {start}",
+            "COMP_CWORD": "3",
+        }
+        done = subprocess.run(command, env=os.environ | words, capture_output=True, text=True, check=False)
+        assert done.stdout.split() == expected

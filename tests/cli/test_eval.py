@@ -36,10 +36,10 @@ def test_table(run: Run, recipe: Path, tasks: Path, served: FakeServer) -> None:
     code, out, err = run("eval", recipe, "--data", tasks, "--server", served.url)
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["task", "base", "a", "b", "sum"]
-    assert rows[1] == ["reverse", *["100%", "(51%", "to", "100%)"] * 4]
-    assert rows[2] == ["same", *["0%", "(0%", "to", "49%)"] * 4]
-    assert rows[3][:2] == ["mean", "50%"]
+    assert rows[0] == ["%", "right", "base", "a", "b", "sum"]
+    assert rows[1] == ["reverse", *["100", "(51–100)"] * 4]
+    assert rows[2] == ["same", *["0", "(0–49)"] * 4]
+    assert rows[3][:2] == ["mean", "50"]
 
 
 def test_json_and_floor(run: Run, recipe: Path, tasks: Path, served: FakeServer) -> None:

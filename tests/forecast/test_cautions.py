@@ -67,7 +67,8 @@ def test_alike(tmp_path: Path) -> None:
 def test_missing_modules(tmp_path: Path) -> None:
     part = Adapter("part", dict(list(Y.factors.items())[:1]))
     assert warned([X, part], tmp_path) == [
-        "adapter 'part' lacks 3 of the 4 modules that others have (such as layers.0.up_proj): it counts there as no change"
+        "not every adapter has all of the 4 modules, and counts as no change where it has none: part lacks 3 "
+        "(such as layers.0.up_proj)"
     ]
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 LARGEST_APPROXIMATE = 256  # matrices beyond this fill the GPU one by one
 REFINEMENTS = 2
-ACCEPTED_ERROR = 1e-10  # off-diagonal, relative to the largest entry of the diagonal; and of orthonormality
+ACCEPTED_ERROR = 1e-13
+"""Off-diagonal, relative to the largest entry of the diagonal; and of orthonormality. Well under the square of the tolerance
+of singular values: otherwise a null vector that is mixed with a small one counts as support."""
 
 
 def descending_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +27,7 @@ def descending_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         with ThreadPoolExecutor(len(pieces)) as pool:
             solved = list(pool.map(torch.linalg.eigh, pieces))
         values, vectors = (torch.cat(parts) for parts in zip(*solved, strict=True))
-    elif matrices.is_cuda and matrices.shape[0] > 1 and matrices.shape[-1] <= LARGEST_APPROXIMATE:
+    elif matrices.is_cuda and matrices.shape[0] > 1 and 0 < matrices.shape[-1] <= LARGEST_APPROXIMATE:
         return _approximate_then_refined(matrices)
     else:
         values, vectors = torch.linalg.eigh(matrices)

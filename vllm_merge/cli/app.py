@@ -29,10 +29,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(context_settings=PASS_ON)(serve)
-for command in (merge, plan, validate, methods, schema, inspect, doctor):
-    app.command()(command)
-app.command("eval")(eval_)
+# Each with what it is for, in the few words that fit beside its name.
+app.command(
+    context_settings=PASS_ON,
+    options_metavar="--config RECIPE_FILE",
+    short_help="Serve a base model with the recipes of a file.",
+)(serve)
+app.command(short_help="Merge by a recipe, and write a PEFT folder.")(merge)
+app.command(short_help="Show what a merge would make and cost.")(plan)
+app.command(short_help="Check a recipe file.")(validate)
+app.command(short_help="List the merge methods and their parameters.")(methods)
+app.command(short_help="Print the JSON Schema of recipe files.")(schema)
+app.command(short_help="Show what is in an adapter.")(inspect)
+app.command(short_help="Check everything that serving needs.")(doctor)
+app.command("eval", short_help="Count what recipes get right on tasks.")(eval_)
 
 
 def _version(wanted: bool) -> None:

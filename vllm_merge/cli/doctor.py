@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_merge.cli.output import add_row, console, print_json, print_text, progress_bar, table
+from vllm_merge.cli.output import add_row, print_json, print_table, print_text, progress_bar, table
 
 if TYPE_CHECKING:
     from vllm_merge.cli.output import ProgressBar
@@ -21,7 +21,8 @@ STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(help="The base model that is to be served; otherwise the file's base_model.")
+        str | None,
+        typer.Argument(help="The base model that is to be served; otherwise the file's base_model.", metavar="MODEL"),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="The recipe file that is to be served.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
@@ -69,7 +70,7 @@ def _print(checks: list[Check]) -> None:
     rows = table("state", "what", "found")
     for check in checks:
         add_row(rows, check.state, check.name, check.found, style=STYLES[check.state])
-    console().print(rows)
+    print_table(rows)
     wanting = sorted((check for check in checks if check.state != "ok"), key=lambda check: check.state == "warning")
     for check in wanting[1:]:
         print_text(f"{check.state}: {check.name}: {check.advice}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_merge.cli.output import add_row, console, print_error, print_json, progress_bar, table
+from vllm_merge.cli.completion import recipe_names
+from vllm_merge.cli.output import add_row, print_error, print_json, print_table, progress_bar, table
 from vllm_merge.errors import UserInputError
 
 if TYPE_CHECKING:
@@ -22,9 +23,14 @@ BASE = "base model"
 
 
 def eval_(
-    recipe_file: Annotated[Path, typer.Argument(help="The recipe file.", show_default=False)],
+    recipe_file: Annotated[Path, typer.Argument(help="The recipe file.", metavar="RECIPE_FILE", show_default=False)],
     names: Annotated[
-        list[str] | None, typer.Argument(help="Recipes or aliases; every recipe of the file without any.")
+        list[str] | None,
+        typer.Argument(
+            help="Recipes or aliases; every recipe of the file without any.",
+            metavar="NAME",
+            autocompletion=recipe_names,
+        ),
     ] = None,
     *,
     data: Annotated[
@@ -149,8 +155,8 @@ def _progress(bar: ProgressBar, name: str, total: int) -> Callable[[int], None]:
 
 
 def _print(found: Sequence[Scores]) -> None:
-    rows = table("task", *(scores.name for scores in found))
+    rows = table("% right", *(scores.name for scores in found))
     for task in found[0].tasks:
         add_row(rows, task, *(scores.tasks[task].in_words() for scores in found))
     add_row(rows, "mean", *(scores.mean.in_words() for scores in found), style="bold")
-    console().print(rows)
+    print_table(rows)

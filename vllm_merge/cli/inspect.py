@@ -6,14 +6,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_merge.cli.output import add_row, console, print_json, print_text, print_warnings, progress_bar, size, table
+from vllm_merge.cli.output import (
+    add_row,
+    print_json,
+    print_table,
+    print_text,
+    print_warnings,
+    progress_bar,
+    size,
+    table,
+)
 
 if TYPE_CHECKING:
     from vllm_merge.adapters.factors import Adapter, LoraFactors
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A PEFT folder, or one that `merge` wrote.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="A PEFT folder, or one that `merge` wrote.", metavar="FOLDER", show_default=False)
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
     """Show what an adapter holds: modules, ranks, scalings, norms of the weight changes, bytes; and a merge's report.
@@ -51,7 +62,7 @@ def inspect(
         shown = "" if merged is None else "all" if share is None else f"{share:.2%}"
         numbers = (row["d_out"], row["d_in"], row["rank"], f"{row['scaling']:g}", f"{row['norm']:.4g}")
         add_row(rows, module, *numbers, shown)
-    console().print(rows)
+    print_table(rows)
     if merged is not None:
         print_text(f"merged as {merged.provenance.get('artifact', merged.name)}, method {merged.report.method}")
         print_warnings(merged.report.warnings)

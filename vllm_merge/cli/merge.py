@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_merge.cli.completion import recipe_names
 from vllm_merge.cli.output import print_json, print_text, print_warnings, progress_bar, size
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.recipe.dtypes import Dtype
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 
 
 def merge(
-    recipe_file: Annotated[Path, typer.Argument(help="The recipe file.", show_default=False)],
+    recipe_file: Annotated[Path, typer.Argument(help="The recipe file.", metavar="RECIPE_FILE", show_default=False)],
     name: Annotated[
-        str | None, typer.Argument(help="The recipe, alias or adapter; not needed where the file has one recipe.")
+        str | None,
+        typer.Argument(
+            help="The recipe, alias or adapter; not needed where the file has one recipe.",
+            metavar="NAME",
+            autocompletion=recipe_names,
+        ),
     ] = None,
     *,
     output: Annotated[

@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_merge.cli.output import add_row, console, print_json, print_text, table
+from vllm_merge.cli.output import add_row, print_json, print_table, print_text, table
 
 if TYPE_CHECKING:
     from vllm_merge.recipe.protocols import MethodSpec
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this method alone, with its parameters.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this method alone, with its parameters.", metavar="NAME")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
     """List the merge methods, or show the parameters of one.
@@ -36,7 +38,7 @@ def methods(
     rows = table("method", "spaces (default first)", "summary")
     for spec in specs:
         add_row(rows, spec.name, ", ".join(_spaces(spec)), spec.summary)
-    console().print(rows)
+    print_table(rows)
 
 
 def _show(spec: "MethodSpec", json: bool) -> None:
@@ -51,7 +53,7 @@ def _show(spec: "MethodSpec", json: bool) -> None:
     for parameter in spec.parameters:
         owner = "adapter or recipe" if parameter.per_adapter else "recipe"
         add_row(rows, parameter.name, owner, _word(parameter.default), _allowed(parameter.json_schema))
-    console().print(rows)
+    print_table(rows)
 
 
 def _spaces(spec: "MethodSpec") -> list[str]:

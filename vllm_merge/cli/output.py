@@ -71,6 +71,15 @@ def add_row(to: Table, *cells: object, style: str = "") -> None:
     to.add_row(*(Text(str(cell), style=style if index == 0 else "") for index, cell in enumerate(cells)))
 
 
+def print_table(rows: Table) -> None:
+    """The table on stdout, without the spaces that fill its lines."""
+    target = console()
+    with target.capture() as capture:
+        target.print(rows)
+    for line in capture.get().splitlines():
+        typer.echo(line.rstrip())
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[ProgressBar]:
     """A bar on stderr while the block runs; it is gone afterwards, and absent where stderr is not a terminal."""

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_merge.cli.completion import recipe_names
 from vllm_merge.cli.output import (
     add_row,
-    console,
     duration,
     print_json,
+    print_table,
     print_text,
     print_warnings,
     progress_bar,
@@ -28,9 +29,14 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe_file: Annotated[Path, typer.Argument(help="The recipe file.", show_default=False)],
+    recipe_file: Annotated[Path, typer.Argument(help="The recipe file.", metavar="RECIPE_FILE", show_default=False)],
     name: Annotated[
-        str | None, typer.Argument(help="The recipe, alias or adapter; not needed where the file has one recipe.")
+        str | None,
+        typer.Argument(
+            help="The recipe, alias or adapter; not needed where the file has one recipe.",
+            metavar="NAME",
+            autocompletion=recipe_names,
+        ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the result.")] = "float32",
     max_rank: Annotated[
@@ -72,7 +78,7 @@ def plan(
         ranks = ", ".join(str(rank) for rank in summary.ranks)
         norm = f"{found.norms[adapter]:.4g}"
         add_row(rows, adapter, summary.modules, ranks, size(summary.size_bytes), norm, identity.content_hash[:12])
-    console().print(rows)
+    print_table(rows)
 
 
 def _facts(plan: Plan, found: Outlook, summaries: dict[str, dict[str, object]]) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def _print_outlook(plan: Plan, found: Outlook) -> None:
         add_row(rows, "seconds", f"{least}{duration(found.seconds.merge)} to merge ({measured})")
         add_row(rows, "", f"{duration(found.seconds.read)} to read the adapters, as just now")
     add_row(rows, "slots", found.slots.in_words())
-    console().print(rows)
+    print_table(rows)
 
 
 def _print_stages(plan: Plan, found: Outlook) -> None:
@@ -120,7 +126,7 @@ def _print_stages(plan: Plan, found: Outlook) -> None:
         bound = found.stage_rank_bounds[stage.name]
         add_row(rows, stage.name, stage.merge_method, stage.space, _rank(stage), bound, inputs)
     if plan.stages:
-        console().print(rows)
+        print_table(rows)
 
 
 def _rank(stage: Stage) -> str:

@@ -22,14 +22,16 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def serve(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="The base model: a folder or a Hub name, as vLLM takes it.")],
+    model: Annotated[
+        str, typer.Argument(help="The base model: a folder or a Hub name, as vLLM takes it.", metavar="MODEL")
+    ],
     config: Annotated[Path, typer.Option("--config", help="The recipe file.", show_default=False)],
 ) -> None:
     """Serve a base model with the recipes, aliases and adapters of a file, through vLLM's OpenAI-compatible server.
 
-    The file, its adapters and their fit to the model are checked first. Every other option goes to vLLM as it is. What
-    LoRA needs is added if you do not say it: --enable-lora, --max-loras, and a --max-lora-rank that is enough for every
-    recipe.
+    The file, its adapters and their fit to the model are checked first. Every other option, after the model, goes to
+    vLLM as it is. What LoRA needs is added if you do not say it: --enable-lora, --max-loras, and a --max-lora-rank that
+    is enough for every recipe.
 
     \b
     Examples:

@@ -10,7 +10,7 @@ from vllm_merge.cli.output import print_json, print_text
 
 
 def validate(
-    recipe_file: Annotated[Path, typer.Argument(help="The recipe file.", show_default=False)],
+    recipe_file: Annotated[Path, typer.Argument(help="The recipe file.", metavar="RECIPE_FILE", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
     """Check a recipe file: its keys, names, methods and parameters. Adapters are not read; `plan` reads them.

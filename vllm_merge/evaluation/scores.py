@@ -32,7 +32,8 @@ class Score:
     total: int
 
     def in_words(self) -> str:
-        return f"{self.accuracy:.0%} ({self.low:.0%} to {self.high:.0%})"
+        """In per cent: 62 (45–77)."""
+        return f"{100 * self.accuracy:.0f} ({100 * self.low:.0f}–{100 * self.high:.0f})"
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,13 @@ def _signs(stage: Stage) -> dict[str, int]:
 
 def _missing(modules: Mapping[str, Collection[str]]) -> Iterator[str]:
     everything = dict.fromkeys(module for mine in modules.values() for module in mine)
-    for name, mine in modules.items():
-        lacking = [module for module in everything if module not in mine]
-        if lacking:
-            yield (
-                f"adapter {name!r} lacks {len(lacking)} of the {len(everything)} modules that others have "
-                f"(such as {lacking[0]}): it counts there as no change"
-            )
+    lacking = {name: [module for module in everything if module not in mine] for name, mine in modules.items()}
+    lists = [f"{name} lacks {len(missing)} (such as {missing[0]})" for name, missing in lacking.items() if missing]
+    if lists:
+        yield (
+            f"not every adapter has all of the {len(everything)} modules, and counts as no change where it has none: "
+            f"{', '.join(lists)}"
+        )
 
 
 def _densities(plan: Plan) -> Iterator[str]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -24,11 +26,11 @@ def check_vllm() -> Check:
     if importlib.util.find_spec("vllm") is None:
         return Check("vLLM", "problem", "not installed", "run `pip install 'vllm-merge[vllm]'` in this environment")
     found = _version()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what its import says is not for this report
     try:
-        from vllm_merge.serving import compat
+        with contextlib.redirect_stderr(io.StringIO()):  # what vLLM's import says is not for this report
+            from vllm_merge.serving import compat
 
-        compat.check_ground()
+            compat.check_ground()
     except MergeError as error:
         return Check("vLLM", "problem", found, str(error))
     except Exception as error:  # its import runs much that may fail, from missing libraries to a broken torch
