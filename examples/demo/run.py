@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 from openai import AsyncOpenAI
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -106,7 +107,7 @@ async def move_an_alias(server: Server, config: Path) -> list[str]:
 
 def table(columns: dict[str, dict[str, float]]) -> Table:
     """A row per task, then the mean."""
-    shown = Table(title="Right answers through the server, % of held-out prompts")
+    shown = Table(title="Right answers through the server, % of held-out prompts", box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column("task", no_wrap=True)
     for name in columns:
         shown.add_column(name.replace("-", "-\n").replace(" ", "\n"), justify="right", no_wrap=True)

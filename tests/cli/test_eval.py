@@ -36,7 +36,7 @@ def test_table(run: Run, recipe: Path, tasks: Path, served: FakeServer) -> None:
     code, out, err = run("eval", recipe, "--data", tasks, "--server", served.url)
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["%", "right", "base", "a", "b", "sum"]
+    assert rows[0] == ["%", "right", "base", "model", "a", "b", "sum"]
     assert rows[1] == ["reverse", *["100", "(51–100)"] * 4]
     assert rows[2] == ["same", *["0", "(0–49)"] * 4]
     assert rows[3][:2] == ["mean", "50"]

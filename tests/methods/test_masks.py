@@ -22,7 +22,7 @@ def test_a_recorded_mask() -> None:
     keys = mask_keys(7, ["ab"], ["m"])
     assert keys.tolist() == [[246885070822800070]]
     mask = draw(keys, 0.5, slice(0, 2), slice(0, 12))
-    assert "".join(str(int(kept)) for kept in mask.flatten()) == "101011110100" "011000010001"
+    assert "".join(str(int(kept)) for kept in mask.flatten()) == "101011110100011000010001"
 
 
 def test_pieces_are_those_of_the_whole() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm_merge.recipe.file import RecipeFile
 
 BASE = "base model"
+COLUMNS = 6  # models side by side
 
 
 def eval_(
@@ -155,8 +156,10 @@ def _progress(bar: ProgressBar, name: str, total: int) -> Callable[[int], None]:
 
 
 def _print(found: Sequence[Scores]) -> None:
-    rows = table("% right", *(scores.name for scores in found))
-    for task in found[0].tasks:
-        add_row(rows, task, *(scores.tasks[task].in_words() for scores in found))
-    add_row(rows, "mean", *(scores.mean.in_words() for scores in found), style="bold")
-    print_table(rows)
+    for start in range(0, len(found), COLUMNS):
+        part = found[start : start + COLUMNS]
+        rows = table("% right", *(BASE if scores.kind == BASE else scores.name for scores in part))
+        for task in part[0].tasks:
+            add_row(rows, task, *(scores.tasks[task].in_words() for scores in part))
+        add_row(rows, "mean", *(scores.mean.in_words() for scores in part), style="bold")
+        print_table(rows)

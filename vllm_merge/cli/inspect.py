@@ -55,13 +55,13 @@ def inspect(
     print_text(f"content hash {facts['content_hash']}")
     print_text(f"base model {facts['base_model'] or 'not named'}")
     print_text(f"{len(modules)} modules, rank {facts['rank']}, {size(facts['bytes'])}, norm {facts['norm']:.4g}")
-    rows = table("module", "d_out", "d_in", "rank", "scaling", "norm", "energy kept")
-    kept = merged.report.energy_kept if merged is not None else {}
+    rows = table("module", "d_out", "d_in", "rank", "scaling", "norm", *(["energy kept"] if merged else []))
     for module, row in modules.items():
-        share = kept.get(module)
-        shown = "" if merged is None else "all" if share is None else f"{share:.2%}"
-        numbers = (row["d_out"], row["d_in"], row["rank"], f"{row['scaling']:g}", f"{row['norm']:.4g}")
-        add_row(rows, module, *numbers, shown)
+        cells = [row["d_out"], row["d_in"], row["rank"], f"{row['scaling']:g}", f"{row['norm']:.4g}"]
+        if merged is not None:
+            share = merged.report.energy_kept.get(module)
+            cells.append("all" if share is None else f"{share:.2%}")
+        add_row(rows, module, *cells)
     print_table(rows)
     if merged is not None:
         print_text(f"merged as {merged.provenance.get('artifact', merged.name)}, method {merged.report.method}")

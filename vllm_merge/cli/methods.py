@@ -8,7 +8,7 @@ import typer
 from vllm_merge.cli.output import add_row, print_json, print_table, print_text, table
 
 if TYPE_CHECKING:
-    from vllm_merge.recipe.protocols import MethodSpec
+    from vllm_merge.methods.registry import MethodSpec
 
 
 def methods(
@@ -17,7 +17,7 @@ def methods(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
-    """List the merge methods, or show the parameters of one.
+    """List the merge methods and the preconditions, or show the parameters of one method.
 
     \b
     Examples:
@@ -25,6 +25,7 @@ def methods(
       vllm-merge methods ties
       vllm-merge methods --json
     """
+    from vllm_merge.methods.preconditions import precondition_names
     from vllm_merge.methods.registry import default_registry
 
     registry = default_registry()
@@ -39,6 +40,7 @@ def methods(
     for spec in specs:
         add_row(rows, spec.name, ", ".join(_spaces(spec)), spec.summary)
     print_table(rows)
+    print_text(f"preconditions: {', '.join(precondition_names()) or 'none'}")
 
 
 def _show(spec: "MethodSpec", json: bool) -> None:
@@ -52,7 +54,7 @@ def _show(spec: "MethodSpec", json: bool) -> None:
     rows = table("parameter", "of", "default", "allowed")
     for parameter in spec.parameters:
         owner = "adapter or recipe" if parameter.per_adapter else "recipe"
-        add_row(rows, parameter.name, owner, _word(parameter.default), _allowed(parameter.json_schema))
+        add_row(rows, parameter.name, owner, _word(parameter.default), parameter.allowed)
     print_table(rows)
 
 
@@ -73,14 +75,6 @@ def _facts(spec: "MethodSpec") -> dict[str, Any]:
             for p in spec.parameters
         ],
     }
-
-
-def _allowed(schema: dict[str, Any]) -> str:
-    if "enum" in schema:
-        return " | ".join(_word(value) for value in schema["enum"])
-    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-    limits = ", ".join(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
-    return " ".join(filter(None, [str(schema.get("type", "value")), limits]))
 
 
 def _word(value: object) -> str:
