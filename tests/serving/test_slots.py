@@ -11,7 +11,9 @@ SHAPES = [(8, 96), (160, 8), (8, 64), (96, 8), (8, 33), (1000, 8)]
 
 def layout(device: str, dtype: torch.dtype, slots: int = 3) -> SlotLayout:
     buffers = [
-        SlotBuffer(f"layer{i // 2}", f"layer{i // 2}", "AB"[i % 2], torch.full((slots, 1, *s), 7.0, dtype=dtype, device=device))
+        SlotBuffer(
+            f"layer{i // 2}", f"layer{i // 2}", "AB"[i % 2], torch.full((slots, 1, *s), 7.0, dtype=dtype, device=device)
+        )
         for i, s in enumerate(SHAPES)
     ]
     return SlotLayout(buffers)
