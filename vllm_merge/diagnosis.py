@@ -19,10 +19,10 @@ from vllm_merge.methods.registry import FULL_RANK_SPACES, default_registry
 from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.problems import counted
 from vllm_merge.recipe_files import load_recipes
+from vllm_merge.serving.launch import ACCEPTED_RANKS
 
 PYTHONS = ((3, 11), (3, 12))
 OLDEST_TORCH = (2, 9)
-ACCEPTED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LITTLE_MEMORY = 2 << 30
 
 State = Literal["ok", "warning", "problem"]

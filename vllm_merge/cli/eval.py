@@ -42,6 +42,9 @@ def eval_(
         str | None, typer.Option(help="Without a server: this base model; otherwise the file's base_model.")
     ] = None,
     device: Annotated[str, typer.Option(help="Without a server: where to run the model.")] = "cpu",
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="Without a server: its highest LoRA rank; what `rank: auto` means.")
+    ] = None,
     floor: Annotated[
         float | None, typer.Option(min=0, max=1, help="Exit with 1 if the mean of a recipe is under this share.")
     ] = None,
@@ -80,7 +83,7 @@ def eval_(
             path = model or file.base_model
             if path is None:
                 raise UserInputError(f"{recipe_file}: names no base_model; give --model DIR, or --server URL")
-            found = list(_offline(file, path, device, [*adapters, *recipes], examples, max_tokens, chat, bar))
+            found = list(_offline(file, path, device, max_rank, [*adapters, *recipes], examples, max_tokens, chat, bar))
     low = [scores for scores in found if scores.name in recipes and floor is not None and scores.mean.accuracy < floor]
     if json:
         results = [scores.to_dict() for scores in found]
@@ -126,6 +129,7 @@ def _offline(
     file: RecipeFile,
     path: str,
     device: str,
+    max_rank: int | None,
     names: Sequence[str],
     examples: Sequence[Example],
     max_tokens: int,
@@ -144,7 +148,7 @@ def _offline(
     prompts = [example.prompt for example in examples]
     yield score(BASE, BASE, examples, model.answers({}, prompts, _progress(bar, BASE, len(prompts))))
     for name in names:
-        plan = planned(file.path, name, "float32", None, bar).plan
+        plan = planned(file.path, name, "float32", max_rank, bar).plan
         bar.update(f"Merging {name}")
         factors = run_plan(plan, device=target).factors
         kind = "recipe" if plan.stages else "adapter"
