@@ -13,7 +13,7 @@ import torch
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import CONFIG, DEMO
+from tests.conftest import DEMO
 from tests.serving.test_routes import ADAPTERS, MERGES, RECIPES
 from vllm_merge.adapters.base_model import base_model_hash
 from vllm_merge.adapters.peft import hash_adapter
@@ -134,4 +134,3 @@ def test_the_demo_covers_patterns_and_rslora():
     configs = [json.loads((Path(s.path) / "adapter_config.json").read_text()) for s in RECIPES.adapters.values()]
     assert any(c.get("use_rslora") for c in configs)
     assert any(c.get("rank_pattern") and c.get("alpha_pattern") for c in configs)
-    assert CONFIG.exists()

@@ -19,6 +19,7 @@ FIRST = {
     "recipes": {
         "a": {"merge_method": "task_arithmetic", "adapters": MIX},
         "b": {"merge_method": "linear", "adapters": MIX},
+        "later": {"merge_method": "ties", "adapters": MIX, "load": "lazy"},
     },
     "aliases": {"assistant": "a"},
 }
@@ -61,6 +62,15 @@ def rewrite(server, client, document) -> dict:
         assert time.monotonic() < deadline, "the change was not seen"
         time.sleep(0.1)
     return file_state(client)
+
+
+def test_eager_is_ready_before_health_and_lazy_at_its_first_request(client):
+    def states() -> dict:
+        return {row["name"]: row["state"] for row in client.get("/merge/recipes", cast_to=dict)["data"]}
+
+    assert [states()[name] for name in ("a", "b", "assistant", "later")] == ["ready", "ready", "ready", "cold"]
+    assert answered_by(client, "later").startswith("later@")
+    assert states()["later"] == "ready"
 
 
 def test_adapters_that_vllm_was_given_take_part_and_go_through_our_loader(live_server, client):
@@ -113,3 +123,16 @@ def test_an_adapter_that_vllm_unloads_is_gone_but_what_was_merged_from_it_stays(
     with pytest.raises(openai.NotFoundError):
         answered_by(client, "given")
     assert answered_by(client, "a") == merged
+    body = {"lora_name": "given", "lora_path": str(DEMO / "adapters" / "sort")}
+    client.post("/load_lora_adapter", body=body, cast_to=str)
+    again = client.completions.create(model="given", prompt="sort: stone ->", max_tokens=8, temperature=0, stop=["\n"])
+    assert again.choices[0].text.strip() == "enost", "what vLLM was given now answers, not what it was given before"
+
+
+def test_other_weights_cannot_be_loaded_under_a_name_of_ours(live_server, client):
+    before = answered_by(client, "a")
+    body = {"lora_name": "a", "lora_path": str(DEMO / "adapters" / "sort"), "load_inplace": True}
+    with pytest.raises(openai.APIStatusError, match="a name of vllm-merge"):
+        client.post("/load_lora_adapter", body=body, cast_to=str)
+    assert answered_by(client, "a") == before
+    assert live_server.answers()

@@ -4,6 +4,7 @@ import gc
 import pytest
 import torch
 
+from vllm_merge.errors import MergeError
 from vllm_merge.serving.residency import ArtifactStore, OutOfBudget, ResidentArtifact
 
 SIZE = 2 * 4 * 100 * 4  # bytes of one artifact below
@@ -45,9 +46,22 @@ def test_what_does_not_fit_is_refused_and_nothing_is_kept_of_it():
     store.lease("a")
     with pytest.raises(OutOfBudget, match="VLLM_MERGE_CACHE_BYTES"):
         store.insert(artifact("b"))
+    with pytest.raises(MergeError, match="the budget is"):
+        store.make_room("giant", SIZE + 1)
     assert store.get("b") is None
     assert store.get("a") is not None
     assert store.describe()["bytes"] == SIZE
+
+
+def test_nothing_is_evicted_in_vain():
+    store = ArtifactStore(3 * SIZE)
+    for digest in "abc":
+        store.insert(artifact(digest))
+    store.lease("b")
+    store.lease("c")
+    with pytest.raises(OutOfBudget):
+        store.make_room("two", 2 * SIZE)
+    assert store.peek("a") is not None
 
 
 def test_an_evicted_artifact_that_vllm_still_refers_to_counts_and_comes_back_without_a_merge():

@@ -15,23 +15,11 @@ from vllm_merge.recipe.loading import load_recipes
 
 RECIPES = load_recipes(CONFIG, default_registry())
 ADAPTERS, MERGES, ALIASES = sorted(RECIPES.adapters), sorted(RECIPES.recipes), sorted(RECIPES.aliases)
-LAZY = [name for name, recipe in RECIPES.recipes.items() if recipe.load == "lazy"]
 
 
 def recipes_of(server) -> dict[str, dict]:
     with urllib.request.urlopen(f"{server.url}/v1/merge/recipes") as reply:
         return {row["name"]: row for row in json.load(reply)["data"]}
-
-
-def test_eager_is_ready_before_health_and_lazy_at_its_first_request(demo_server, client, prompts):
-    before = recipes_of(demo_server)
-    assert LAZY, "the demo has a lazy recipe"
-    for name in MERGES:
-        assert before[name]["state"] == ("cold" if name in LAZY else "ready"), before[name]
-    for name in LAZY:
-        client.completions.create(model=name, prompt=prompts[0]["prompt"], max_tokens=1)
-    after = recipes_of(demo_server)
-    assert all(after[name]["state"] == "ready" for name in LAZY)
 
 
 def test_every_name_is_listed_with_its_parent(demo_server, client):

@@ -2,17 +2,21 @@
 """A server that files, slots, evictions, failing recipes and a frozen API process cannot kill or confuse."""
 
 import asyncio
+import contextlib
+import json
 import os
 import shutil
 import signal
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.conftest import API_KEY, alive, processes_of
+from tests.conftest import API_KEY, DEMO, alive, processes_of
 
 PROMPT = "reverse: stone ->"
 
@@ -69,6 +73,11 @@ async def ask_all(server, models: list[str], tokens: int = 12) -> list[Answer]:
 def test_no_merge_without_the_key(small_server):
     with pytest.raises(openai.AuthenticationError):
         answer(client_of(small_server, "wrong"), "alone")
+    for path in ("/pooling", "/score", "/nonsense"):  # which vLLM's key check does not cover
+        with contextlib.suppress(urllib.error.HTTPError):
+            body = json.dumps({"model": "alone", "prompt": "a"}).encode()
+            request = urllib.request.Request(small_server.url + path, body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(request, timeout=30)
     client = client_of(small_server)
     assert state_of(client, "alone")["state"] == "cold"
     answer(client, "alone")
@@ -113,6 +122,7 @@ def test_fifty_adapters_while_others_hold_every_slot(small_server):
 
 def test_a_recipe_that_fails_says_why_and_the_server_goes_on(small_server):
     client = client_of(small_server)
+    before = answer(client, "m0")
     with pytest.raises(openai.InternalServerError, match=r"`high` cannot be served.*--max-lora-rank 64") as high:
         answer(client, "high")
     assert high.value.response.headers["x-should-retry"] == "false"
@@ -122,7 +132,7 @@ def test_a_recipe_that_fails_says_why_and_the_server_goes_on(small_server):
     assert state_of(client, "gone")["state"] == "failed"
     with pytest.raises(openai.InternalServerError, match=r"`gone` cannot be served.*doomed"):
         client.completions.create(model="gone", prompt=PROMPT, max_tokens=2, stream=True)
-    assert answer(client, "m0")
+    assert answer(client, "m0") == before
 
 
 def test_a_hundred_queued_requests_survive_the_loss_of_every_file_and_tier(small_server, control):
@@ -160,21 +170,10 @@ def test_a_hundred_queued_requests_survive_the_loss_of_every_file_and_tier(small
     time.sleep(3)
     for digest in digests:
         control.call("evict", digest=digest)
-    held = [a for a in control.call("status")["artifacts"] if a["digest"] in digests]
-    assert len(held) <= 2, "nothing but vLLM's own two slots holds any of them"
-    assert not any(a["kept"] or a["leases"] for a in held)
-    outcomes = [outcome_of(client, name) for name in names]
-    assert all(
-        o == right[n] if isinstance(o, Answer) else "cannot be served" in o
-        for o, n in zip(outcomes, names, strict=True)
-    )
-    kinds = {type(o) for o in outcomes}
-    assert kinds == {Answer, str}, "what a slot still holds answers, what is gone says so"
+    assert not [a for a in control.call("status")["artifacts"] if a["digest"] in digests], "nothing is left of them"
+    for name in names:
+        with pytest.raises(openai.InternalServerError, match="cannot be served"):
+            answer(client, name, 24)
+    base = client.completions.create(model=str(DEMO / "model"), prompt=PROMPT, max_tokens=4)
+    assert base.choices[0].text
     assert small_server.answers()
-
-
-def outcome_of(client: openai.OpenAI, name: str) -> Answer | str:
-    try:
-        return answer(client, name, 24)
-    except openai.InternalServerError as error:
-        return str(error)

@@ -13,9 +13,9 @@ from tests.serving.test_routes import MERGES
 CHUNK = 1 << 24
 
 
-def occurrences(pid: int, pattern: bytes) -> int:
-    """How often these bytes stand in a process's private, writable memory."""
-    found = 0
+def occurrences(pid: int, pattern: bytes) -> tuple[int, int]:
+    """How often these bytes stand in a process's writable memory, and how many bytes of it were read."""
+    found = read = 0
     maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in maps:
@@ -27,11 +27,14 @@ def occurrences(pid: int, pattern: bytes) -> int:
                 try:
                     memory.seek(start)
                     data = memory.read(min(CHUNK, end - start) + len(pattern) - 1)
+                except PermissionError:
+                    pytest.skip("another process's memory may not be read here")
                 except OSError:
-                    break
+                    break  # a mapping of a device
                 found += data.count(pattern)
+                read += len(data)
                 start += CHUNK
-    return found
+    return found, read
 
 
 def test_merged_tensors_are_in_the_worker_alone(demo_server, client, exported, prompts):  # noqa: F811
@@ -43,11 +46,28 @@ def test_merged_tensors_are_in_the_worker_alone(demo_server, client, exported, p
         row = file.get_tensor(name)[0]
     pattern = row.tobytes()[:256]
     assert len(set(row[:64].tolist())) > 32, "bytes that occur by chance nowhere"
-    pids = processes_of(demo_server)
-    try:
-        in_worker = occurrences(pids["worker"], pattern)
-    except PermissionError:
-        pytest.skip("another process's memory may not be read here")
-    assert in_worker >= 1
-    assert pids["api"] != pids["worker"]
-    assert occurrences(pids["api"], pattern) == 0
+    worker = processes_of(demo_server)["worker"]
+    assert occurrences(worker, pattern)[0] >= 1
+    others = family_of(demo_server.process.pid) - {worker}
+    assert demo_server.process.pid in others
+    for pid in others:
+        found, read = occurrences(pid, pattern)
+        assert found == 0, f"process {pid} has merged tensors"
+        assert read > 10_000_000, f"the memory of process {pid} was read"
+
+
+def family_of(pid: int) -> set[int]:
+    """A server's processes: this one and those it started, without helpers that hold nothing."""
+    found, parents = {pid}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                size = int((entry / "statm").read_text().split()[1]) * 4096
+            except OSError:
+                continue
+            if size > 100_000_000:
+                parents[int(entry.name)] = int(fields[1])
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found

@@ -2,9 +2,9 @@
 """Thin factors of matrices that come in strips.
 
 All singular values, which `lossless` and {energy: x} need, come from the Gram matrix in float64. For a bounded rank the
-leading subspace is enough: by subspace iteration on the Gram matrix in float32, or on strips where that is too large,
+leading subspace is enough: by subspace iteration on the Gram matrix, or on strips where that is too large,
 followed by Rayleigh–Ritz in float64. Each matrix X (long, short), short ≤ long, is seen as strips of its rows, as often
-as needed. The result is the best approximation of its rank (Eckart–Young), or within about 1e-4 of its energy where a subspace
+as needed. The result is the best approximation of its rank (Eckart–Young), or within about 1e-3 of its energy where a subspace
 was iterated: X ≈ L Rᵀ with √σ in both factors.
 """
 
@@ -26,7 +26,7 @@ EXACT_LIMIT = 128  # short side up to which all singular values are computed, in
 GRAM_LIMIT = 1024  # short side up to which the leading vectors come from the Gram matrix rather than a sketch
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
-GRAM_ITERATIONS = 6  # each of half the power of one on strips, and far cheaper
+GRAM_ITERATIONS = 4  # each far cheaper than one on strips
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def truncate(strips: Strips, short: int, policy: RankPolicy, rank_sums: Tensor, 
     if width == short or short <= EXACT_LIMIT:
         spectrum = _full_spectrum(strips)
     elif short <= GRAM_LIMIT or width >= short // 2:
-        spectrum = _spectrum_within(strips, _leading_vectors(strips, short, width + width // 2, seed))
+        spectrum = _leading_spectrum(strips, short, width + width // 4, seed)
     else:
         spectrum = _spectrum_within(strips, _sketch(strips, short, width, seed))
     ranks = policy.choose(spectrum.values, spectrum.total, rank_sums)
@@ -100,20 +100,29 @@ def _full_spectrum(strips: Strips) -> Spectrum:
     return Spectrum(vectors, values, gram.diagonal(dim1=-2, dim2=-1).sum(-1), numerical_rank(values))
 
 
-def _leading_vectors(strips: Strips, short: int, width: int, seed: int) -> Tensor:
-    """The leading eigenvectors of XᵀX in float32, (modules, short, width), or a subspace that holds them nearly."""
-    gram = _gram(strips, torch.float32)
+def _leading_spectrum(strips: Strips, short: int, width: int, seed: int) -> Spectrum:
+    """The leading singular values and vectors, or those of a subspace that holds them nearly, from XᵀX.
+
+    In float64: singular values lie close together where they are cut, and float32's rounding, which depends on the
+    number of threads, would turn the vectors there by 1e-4.
+    """
+    gram = _gram(strips, torch.float64)
+    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if width > short // 2:  # iterating would be no cheaper
-        return descending_eigh(gram)[1][:, :, :width]
+        values, vectors = descending_eigh(gram)
+        return Spectrum(vectors, values, total, numerical_rank(values))
     start = torch.randn(short, width, generator=torch.Generator().manual_seed(seed))
-    subspace = start.to(gram.device).expand(gram.shape[0], -1, -1)
+    subspace = start.to(gram.device, gram.dtype).expand(gram.shape[0], -1, -1)
     for step in range(GRAM_ITERATIONS):
         image = gram @ subspace
         if step % 2:
             subspace = torch.linalg.qr(image).Q
         else:
             subspace = image / torch.linalg.vector_norm(image, dim=(-1, -2), keepdim=True).clamp_min(1e-30)
-    return subspace
+    values, rotation = descending_eigh(subspace.mT @ gram @ subspace)
+    ranks = numerical_rank(values)
+    # A rank that fills the subspace may be larger outside it.
+    return Spectrum(subspace @ rotation, values, total, torch.where(ranks < width, ranks, short))
 
 
 def _sketch(strips: Strips, short: int, width: int, seed: int) -> Tensor:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a worker's merges run and live: on a GPU, a stream and memory of their own.
 
-The memory is taken while the model loads, so that vLLM sizes its KV cache around it, and is kept: after start a merge
-allocates nothing from the driver and can push nobody out of memory.
+The memory is taken while the model loads, so that vLLM sizes its KV cache around it. Once it is given up, torch's allocator
+keeps it for the stream it was taken on, which is ours alone: merges and artifacts that stay within it ask the driver for
+nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ class Arena:
         self._reserve: Tensor | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._pool = torch.cuda.MemPool()
-            with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, device):
+            with torch.cuda.stream(self._stream):
                 self._reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
 
     @contextlib.contextmanager
@@ -39,9 +39,9 @@ class Arena:
             if self.device.type != "cuda":
                 yield
                 return
-            self._reserve = None  # the pool keeps its memory
+            self._reserve = None
             torch.cuda.set_device(self.device)
-            with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self.device):
+            with torch.cuda.stream(self._stream):
                 yield
                 self._stream.synchronize()
         finally:

@@ -185,8 +185,9 @@ def lora_model(worker_manager: Any, lora_id: int, factors: Mapping[str, tuple[Te
 
 
 def zero_lora_model(worker_manager: Any, lora_id: int) -> Any:
-    """A LoRAModel that changes nothing, of rank 1."""
-    return worker_manager._adapter_manager.create_dummy_lora(lora_id, 1, worker_manager.embedding_modules)
+    """A LoRAModel that changes nothing. It holds at least one weight: vLLM ends the engine on an empty one."""
+    model = worker_manager._adapter_manager.create_dummy_lora(lora_id, 1, worker_manager.embedding_modules)
+    return model if model.loras else marker_lora_model(worker_manager, lora_id)
 
 
 def marker_lora_model(worker_manager: Any, lora_id: int) -> Any:
@@ -194,10 +195,8 @@ def marker_lora_model(worker_manager: Any, lora_id: int) -> Any:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRALayerWeights
 
-    manager = worker_manager._adapter_manager
-    name = next(name for name in manager.modules if name not in manager.packed_modules)
     tiny = torch.zeros(1, 1, dtype=slot_dtype(worker_manager), device=worker_manager.device)
-    return LoRAModel(lora_id, 1, {name: LoRALayerWeights(name, 1, 1, tiny, tiny)})
+    return LoRAModel(lora_id, 1, {"vllm_merge": LoRALayerWeights("vllm_merge", 1, 1, tiny, tiny)})
 
 
 def slot_buffers(worker_manager: Any) -> list[SlotBuffer] | None:
@@ -222,7 +221,7 @@ def slot_buffers(worker_manager: Any) -> list[SlotBuffer] | None:
     manager = worker_manager._adapter_manager
     buffers = []
     for name, layer in manager.modules.items():
-        if type(layer).reset_lora not in clear:
+        if type(layer).reset_lora not in clear or hasattr(type(layer), "reset_module_to_save"):
             return None
         stacks = (layer.lora_a_stacked, layer.lora_b_stacked)
         slices = [(stack,) if isinstance(stack, Tensor) else tuple(stack) for stack in stacks]

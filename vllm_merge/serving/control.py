@@ -32,7 +32,7 @@ Message = dict[str, Any]
 
 
 class ControlError(MergeError):
-    """An error that travels over the line. `kind` is one of: failed, busy, conflict, missing, broken, disconnected."""
+    """An error that travels over the line. `kind` is one of: failed, busy, conflict, disconnected."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -71,6 +71,11 @@ def runtime_dir(create: bool = False) -> Path | None:
         path = Path(name)
         if create:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = path.stat()
+            if status.st_uid != os.getuid() or status.st_mode & 0o022:
+                raise ControlError(
+                    "failed", f"{RUNTIME_DIR_VARIABLE}={path} is not this user's alone; give a private folder"
+                )
         return path
     if not create:
         return None
@@ -91,7 +96,7 @@ class ControlServer:
         self._handler = handler
         self._stopping: asyncio.Event
         self._started = threading.Event()
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._main()), name="vllm-merge-control", daemon=True
         )
@@ -110,12 +115,14 @@ class ControlServer:
 
     async def _main(self) -> None:
         self.loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        self.path.unlink(missing_ok=True)
         try:
+            self.path.unlink(missing_ok=True)
             server = await asyncio.start_unix_server(self._serve, path=str(self.path), limit=MAX_LINE)
             self.path.chmod(0o600)
-        except OSError as error:
-            self._failure = error
+        except Exception as error:
+            self._failure = ControlError(
+                "failed", f"cannot listen at {self.path} ({error}); {RUNTIME_DIR_VARIABLE} may be long"
+            )
             return
         finally:
             self._started.set()
@@ -143,10 +150,12 @@ class ControlServer:
         answer: Message = {"id": message.get("id")}
         try:
             answer["result"] = await self._handler.handle(session, str(message.get("op")), message)
+            encode(answer)  # what cannot be sent is an error, not silence
         except ControlError as error:
             answer["error"] = {"kind": error.kind, "message": str(error)}
         except Exception as error:
             logger.exception("control request failed: %s", message.get("op"))
+            answer.pop("result", None)
             answer["error"] = {"kind": "failed", "message": f"{type(error).__name__}: {error}"}
         session.send(answer)
 
@@ -204,7 +213,10 @@ class WorkerLink:
             while line := await reader.readline():
                 message = json.loads(line)
                 if "event" in message:
-                    self._on_event(message)
+                    try:
+                        self._on_event(message)
+                    except Exception:
+                        logger.exception("an event of the worker at %s was lost", self.path.name)
                 elif (future := self._waiting.get(message.get("id"))) is not None and not future.done():
                     if error := message.get("error"):
                         future.set_exception(ControlError(error["kind"], error["message"]))

@@ -101,10 +101,19 @@ class FrontDoor:
     async def resolve(self, config: Path, registered: Mapping[str, str] | None = None) -> Names:
         """Read the recipe file and plan every name in it; nothing is changed yet. Raises UserInputError."""
         workers = await asyncio.gather(*(link.call("hello") for link in self._links))
+        for fact in ("base_model_hash", "dtype", "max_lora_rank"):
+            if len({worker[fact] for worker in workers}) > 1:
+                raise MergeError(
+                    f"the workers in {self._links[0].path.parent} differ in {fact}: are they of two servers?"
+                )
         return await asyncio.to_thread(resolve_names, config, workers[0], self._catalogue, registered or {})
 
     def adopt(self, resolved: Names) -> None:
         """Let every name stand for what was resolved, all at once. Requests that run keep the artifact they have."""
+        unused = set(self.artifacts) - set(resolved.plans)
+        for digest in unused:
+            if not self.artifacts[digest].users and not self.artifacts[digest].leased:
+                del self.artifacts[digest]
         for digest, plan in resolved.plans.items():
             self.artifacts.setdefault(digest, Artifact(plan))
         self.recipes, self.names = resolved.recipes, resolved.names
@@ -157,7 +166,7 @@ class FrontDoor:
 
     async def ready(self, artifact: Artifact) -> None:
         """Return once every worker holds the artifact. Raises ArtifactUnavailable."""
-        if not artifact.leased:
+        if not artifact.leased or not self.connected:
             await self._prepare(artifact, lease=False)
 
     def lease(self, lora_request: Any) -> AbstractAsyncContextManager[Holder] | None:
@@ -176,27 +185,39 @@ class FrontDoor:
             artifact.linger.cancel()
             artifact.linger = None
         try:
-            if not artifact.leased:
-                await self._prepare(artifact, lease=True)
+            if not artifact.leased or not self.connected:
+                # Goes on when this request is cancelled, so that a lease which comes late is seen and given back.
+                preparing = asyncio.ensure_future(self._prepare(artifact, lease=True))
+                preparing.add_done_callback(lambda done: done.cancelled() or done.exception())
+                await asyncio.shield(preparing)
             holder = Holder(artifact, artifact.attempt, artifact.lora_request(label))
             yield holder
             holder.check()
         finally:
             artifact.users -= 1
-            if artifact.users == 0 and artifact.leased:
-                loop = asyncio.get_running_loop()
-                artifact.linger = loop.call_later(LINGER_SECONDS, self._release, artifact)
+            self._linger(artifact)
+
+    def _linger(self, artifact: Artifact) -> None:
+        if artifact.users == 0 and artifact.leased and artifact.linger is None:
+            loop = asyncio.get_running_loop()
+            artifact.linger = loop.call_later(LINGER_SECONDS, self._release, artifact)
 
     def _release(self, artifact: Artifact) -> None:
-        if artifact.users == 0 and artifact.leased:
+        artifact.linger = None
+        if artifact.users == 0:
+            self._give_back(artifact)
+
+    def _give_back(self, artifact: Artifact) -> None:
+        if artifact.leased:
             artifact.leased = False
             for link in self._links:
                 link.post("release", digest=artifact.plan.digest)
 
     async def _prepare(self, artifact: Artifact, *, lease: bool) -> None:
         async with artifact.lock:
-            if artifact.leased:
+            if artifact.leased and self.connected:
                 return
+            artifact.leased = False
             if artifact.state == "failed" and time.monotonic() < artifact.retry_at:
                 raise ArtifactUnavailable(artifact.reason, retry=False)
             artifact.state, artifact.reason = "preparing", ""
@@ -214,6 +235,7 @@ class FrontDoor:
             if len(hashes) > 1:
                 logger.warning("%s has different bytes on different workers: %s", artifact.name, sorted(hashes))
             artifact.state, artifact.facts, artifact.leased = "ready", replies[0], lease
+            self._linger(artifact)  # if whoever wanted it has left meanwhile
 
     async def _prepare_everywhere(self, artifact: Artifact, lease: bool) -> list[Message]:
         plan = artifact.plan.to_json()
@@ -246,7 +268,7 @@ class FrontDoor:
         if event["lora_id"] == lora_id(artifact.plan.digest, artifact.attempt):
             artifact.broken = event["reason"]
             artifact.attempt += 1
-            artifact.leased = False
+            self._give_back(artifact)
 
     # -- for people -----------------------------------------------------------------------------------------------------
 
@@ -268,4 +290,5 @@ class FrontDoor:
         return rows
 
     async def describe_workers(self) -> list[Message]:
-        return list(await asyncio.gather(*(link.call("status") for link in self._links)))
+        replies = await asyncio.gather(*(link.call("status") for link in self._links), return_exceptions=True)
+        return [reply if isinstance(reply, dict) else {"error": str(reply)} for reply in replies]

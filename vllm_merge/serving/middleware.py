@@ -24,8 +24,11 @@ ARTIFACT_HEADER = "x-vllm-merge-artifact"
 NAME_HEADER = "x-vllm-merge-name"
 RETRY_AFTER_SECONDS = 5
 
-# Routes that take a model name but run nothing.
-_NO_ENGINE = ("/tokenize", "/detokenize", "/v1/merge/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+# What vLLM's API-key check covers in every version. Elsewhere (/pooling, /score, …) a request reaches its artifact through
+# the engine client alone: it waits as well, without our headers.
+_GUARDED = ("/v1/", "/v2/", "/inference/")
+# Routes under these that take a model name but run nothing.
+_NO_ENGINE = ("/v1/merge/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class MergeMiddleware:
@@ -35,7 +38,10 @@ class MergeMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].startswith(_NO_ENGINE):
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self._app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not path.startswith(_GUARDED) or path.startswith(_NO_ENGINE):
             return await self._app(scope, receive, send)
         front: FrontDoor | None = getattr(scope["app"].state, "vllm_merge", None)
         if front is None or "json" not in Headers(scope=scope).get("content-type", "json"):
@@ -47,12 +53,16 @@ class MergeMiddleware:
         name = request.get("model") if request is not None else None
         if request is None or not isinstance(name, str):
             return await self._app(scope, _replay(body, receive), send)
+        known = scope["app"].state.openai_serving_models.lora_requests
         try:
-            found = front.find(name)
-            if found is None or name not in scope["app"].state.openai_serving_models.lora_requests:  # or unloaded
-                return await self._app(scope, _replay(body, receive), send)
-            artifact, label = found
-            await front.ready(artifact)
+            while True:
+                found, current = front.find(name), known.get(name)
+                if found is None or current is None or not front.owns(current.lora_path):
+                    return await self._app(scope, _replay(body, receive), send)  # or unloaded, or vLLM's own again
+                artifact, label = found
+                await front.ready(artifact)
+                if label in known:
+                    break  # else the recipe file has changed while this request waited
         except ArtifactUnavailable as error:
             return await _unavailable(name, error)(scope, receive, send)
         if name != label:

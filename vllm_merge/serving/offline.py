@@ -46,7 +46,7 @@ class OfflineMerges:
                 f"{config_path()} has no recipe, alias or adapter {name!r}; it has {', '.join(sorted(front.names))}"
             )
         artifact, label = found
-        if artifact.plan.digest not in self._held:
+        if artifact.plan.digest not in self._held or not artifact.leased:
             lease = front.lease(artifact.lora_request(label))
             assert lease is not None
             await lease.__aenter__()

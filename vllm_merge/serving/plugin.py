@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import logging
 import os
+import secrets
 import shutil
 import sys
 from argparse import Namespace
@@ -76,9 +77,8 @@ def register() -> None:
 
         folder = runtime_dir(create=True)
         assert folder is not None
-        service = WorkerService(
-            worker_manager, vllm_config, folder / f"worker-{os.getpid()}-{len(services)}.sock", affinity
-        )
+        path = folder / f"worker-{os.getpid()}-{secrets.token_hex(3)}.sock"
+        service = WorkerService(worker_manager, vllm_config, path, affinity)
         service.start()
         services[id(worker_manager)] = service
         atexit.register(service.stop)
@@ -88,8 +88,8 @@ def register() -> None:
         return service.load(lora_request) if service is not None else None
 
     def fill(lora_model: Any, slot: int) -> bool:
-        artifact = getattr(lora_model, "vllm_merge_artifact", None)
-        return artifact is not None and any(service.fill(lora_model, slot) for service in services.values())
+        service = getattr(lora_model, "vllm_merge_service", None)
+        return service is not None and service.fill(lora_model, slot)
 
     compat.check_ground()
     compat.wrap_worker(on_manager, load)

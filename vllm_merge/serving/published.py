@@ -32,7 +32,7 @@ class Published:
         self._models = serving_models
         self._config = config
         self._ours: set[str] = set()
-        self._given: dict[str, str] = {}
+        self._given: dict[str, Any] = {}  # name -> the LoRARequest that vLLM made for it
         self._stamp = _stamp(config)
         self.generation = 0
         self.error: str | None = None
@@ -52,7 +52,11 @@ class Published:
             if stamp is None or stamp == self._stamp:
                 continue  # a file that is gone is not a wish to serve nothing
             self._stamp = stamp
-            await self.reload()
+            try:
+                await self.reload()
+            except Exception as error:
+                self.error = f"{type(error).__name__}: {error}"
+                logger.exception("%s was changed and could not be served", self._config.name)
 
     async def reload(self) -> None:
         """Serve what the file says now, or keep everything and remember why not."""
@@ -83,16 +87,19 @@ class Published:
         unloads them.
         """
         requests = self._models.lora_requests
-        self._given |= {n: r.lora_path for n, r in requests.items() if not self._front.owns(r.lora_path)}
-        self._given = {name: path for name, path in self._given.items() if name in requests}
-        return self._given
+        self._given |= {name: r for name, r in requests.items() if not self._front.owns(r.lora_path)}
+        self._given = {name: request for name, request in self._given.items() if name in requests}
+        return {name: request.lora_path for name, request in self._given.items()}
 
     def _adopt(self, resolved: Names) -> None:
         self._front.adopt(resolved)
         requests = self._front.lora_requests()
         self._models.lora_requests.update(requests)
         for name in self._ours - set(requests):
-            self._models.lora_requests.pop(name, None)
+            if name in self._given:
+                self._models.lora_requests[name] = self._given[name]
+            else:
+                self._models.lora_requests.pop(name, None)
         self._ours = set(requests)
         self.generation, self.error = self.generation + 1, None
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which artifacts a worker holds in memory, within one byte budget.
 
-An artifact is counted for as long as any tensor of it is alive: while the store keeps it, and after that while one of
-vLLM's registered adapters still refers to it. A lease (of a request in flight) keeps an artifact in the store; the rest is
-least recently used. An artifact that left the store but is still alive comes back for free.
+An artifact is counted for as long as any tensor of it is alive: while the store keeps it, and after that while something
+(an adapter that vLLM registered, where vLLM fills the slots itself) still refers to it; such a one comes back for free. A
+lease (of a request in flight) keeps an artifact in the store; the rest is least recently used.
 """
 
 from __future__ import annotations
@@ -49,7 +49,14 @@ class ResidentArtifact:
 
     @property
     def nbytes(self) -> int:
-        return self.storage.nbytes
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.storages)
+
+    @property
+    def storages(self) -> list[Tensor]:
+        """A tensor of every storage that belongs to the artifact: the factors', the table, slices that were copied."""
+        more = [] if self.source is None else [self.source.table, *self.source.views]
+        tensors = [self.storage, *(t for t in more if t is not None)]
+        return list({t.untyped_storage().data_ptr(): t for t in tensors}.values())
 
 
 class ArtifactStore:
@@ -72,27 +79,47 @@ class ArtifactStore:
                 self._kept.move_to_end(digest)
             return artifact
 
+    def peek(self, digest: str) -> ResidentArtifact | None:
+        """The artifact if it is alive; nothing changes."""
+        with self._lock:
+            return self._alive.get(digest)
+
     def insert(self, artifact: ResidentArtifact) -> None:
-        """Keep an artifact, evicting what is not leased. Raises OutOfBudget and keeps nothing if that is not enough.
+        """Keep an artifact, making room for it. Raises what `make_room` raises, and keeps nothing then.
 
         The caller holds a lease on the digest already if the artifact must stay from the first moment.
         """
         with self._lock:
+            self.make_room(artifact.name, artifact.nbytes)
             needed = artifact.nbytes
-            for digest in [d for d in self._kept if not self._leases[d]]:
-                if self._bytes + needed <= self.budget_bytes:
-                    break
-                del self._kept[digest]
-            if self._bytes + needed > self.budget_bytes:
-                raise OutOfBudget(
-                    f"{artifact.name} needs {needed:,} bytes, but {self._bytes:,} of the budget of {self.budget_bytes:,} are "
-                    "taken by artifacts that running requests or vLLM's own adapter cache hold. Raise VLLM_MERGE_CACHE_BYTES, "
-                    "lower the recipe's rank, or lower --max-cpu-loras."
-                )
             self._bytes += needed
             weakref.finalize(artifact, self._freed, needed)
             self._alive[artifact.digest] = artifact
             self._kept[artifact.digest] = artifact
+
+    def make_room(self, name: str, needed: int) -> None:
+        """Evict what is not leased, least recently used first, until `needed` bytes fit; nothing is evicted in vain.
+
+        Raises OutOfBudget if what is leased leaves too little, MergeError if the budget is too small at any time.
+        """
+        with self._lock:
+            cure = "Raise VLLM_MERGE_CACHE_BYTES or lower the recipe's rank."
+            if needed > self.budget_bytes:
+                raise MergeError(f"{name} needs {needed:,} bytes; the budget is {self.budget_bytes:,}. {cure}")
+            victims, held = [], self._bytes + needed
+            for digest in self._kept:
+                if held <= self.budget_bytes:
+                    break
+                if not self._leases[digest]:
+                    victims.append(digest)
+                    held -= self._kept[digest].nbytes
+            if held > self.budget_bytes:
+                raise OutOfBudget(
+                    f"{name} needs {needed:,} bytes, but running requests hold too much of the budget of "
+                    f"{self.budget_bytes:,}. {cure}"
+                )
+            for digest in victims:
+                del self._kept[digest]
 
     def _freed(self, nbytes: int) -> None:
         with self._lock:

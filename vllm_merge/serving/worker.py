@@ -2,20 +2,21 @@
 """A worker's half of the plugin: merges plans in the background and hands vLLM's loader what is ready.
 
 One thread merges (on the worker's own device, one merge at a time), one serves the control socket, and vLLM's own thread
-comes by in `load`. `load` reads no file, allocates nothing of an adapter's size and never raises: a request whose artifact
-is not here (its lease was broken) gets an adapter that changes nothing, and every API process is told at once.
+comes by in `load` and `fill`. For requests of ours these read no file, allocate nothing of an adapter's size and never
+raise: one whose artifact is not here (its lease was broken) gets an adapter that changes nothing, and every API process is
+told, so that the request fails.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ import torch
 from vllm_merge.adapters.base_model import base_model_hash
 from vllm_merge.artifact import MergedAdapter
 from vllm_merge.errors import MergeCancelled, MergeError
-from vllm_merge.plan_runner import run_plan
+from vllm_merge.plan_runner import WORKSPACE_BYTES, run_plan
 from vllm_merge.recipe.plan import Plan
 from vllm_merge.serving import compat
 from vllm_merge.serving.arena import Arena
 from vllm_merge.serving.control import ControlError, ControlServer, Message, Session
-from vllm_merge.serving.identity import parse_path
+from vllm_merge.serving.identity import FIRST_ID, parse_path
 from vllm_merge.serving.residency import ArtifactStore, OutOfBudget, ResidentArtifact
 from vllm_merge.serving.slots import SlotLayout, flat_copy
 
@@ -38,7 +39,8 @@ logger = logging.getLogger("vllm_merge.worker")
 
 CACHE_BYTES_VARIABLE = "VLLM_MERGE_CACHE_BYTES"
 DEFAULT_CACHE_BYTES = 4 << 30
-WORKSPACE_BYTES = 512 << 20  # small pieces: a merge beside running requests must let them have the device in between
+BROKEN = "broken"  # who owns a LoRA id under which vLLM once loaded something wrong
+GPU_WORKSPACE_BYTES = 512 << 20  # small pieces: a merge beside running requests must let them have the GPU in between
 
 
 @dataclass
@@ -72,106 +74,125 @@ class WorkerService:
         self._workers = int(parallel.world_size) * int(parallel.data_parallel_size)
         cache_bytes = int(os.environ.get(CACHE_BYTES_VARIABLE, DEFAULT_CACHE_BYTES))
         self.store = ArtifactStore(cache_bytes)
-        self._arena = Arena(self._device, cache_bytes + WORKSPACE_BYTES)
+        # On the CPU the same pieces as offline: what is summed in another order differs in its last bits.
+        self._workspace = GPU_WORKSPACE_BYTES if self._device.type == "cuda" else WORKSPACE_BYTES
+        self._arena = Arena(self._device, cache_bytes + 2 * GPU_WORKSPACE_BYTES)
         self._jobs: dict[str, Job] = {}
-        self._claims: dict[int, str] = {}  # LoRA id -> digest
-        self._failures: Counter[str] = Counter()
-        self._sessions: dict[Session, Counter[str]] = {}
+        self._claims: dict[int, str] = {}  # LoRA id -> digest, or BROKEN
+        self._sessions: dict[Session, set[str]] = {}  # the digests that each leases
         self._zero = compat.zero_lora_model(worker_manager, 1)
         buffers = compat.slot_buffers(worker_manager)
         self._layout = SlotLayout(buffers) if buffers else None
         if self._layout is not None:  # no slot is in use yet; on a GPU this compiles the kernel, outside of any step
             self._layout.fill(0, self._layout.source([None] * len(self._layout.buffers)))
         self._affinity = affinity
-        self._merging = ThreadPoolExecutor(1, thread_name_prefix="vllm-merge")
+        self._hello: Message = {
+            "pid": os.getpid(),
+            "workers": self._workers,
+            "max_lora_rank": compat.max_rank(worker_manager),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "base_model": self._base_model,
+            "base_model_hash": base_model_hash(self._base_model),
+        }
+        self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._server = ControlServer(socket_path, self)
 
     def start(self) -> None:
         self._server.start()
+        threading.Thread(target=self._merge_forever, name="vllm-merge", daemon=True).start()
 
     def stop(self) -> None:
         for job in list(self._jobs.values()):
             job.cancelled.set()
         self._server.stop()
-        self._merging.shutdown(wait=False, cancel_futures=True)
 
     # -- vLLM's thread --------------------------------------------------------------------------------------------------
 
     def load(self, lora_request: Any) -> Any | None:
-        """The LoRAModel of a request of ours, None for others. Never raises."""
+        """The LoRAModel of a request of ours, None for others.
+
+        Raises only for a request that is not ours and has an id of ours, before anything is scheduled with it
+        (`load_inplace` under a name of ours): other weights would answer for an artifact.
+        """
         digest = parse_path(lora_request.lora_path)
         if digest is None:
+            if lora_request.lora_int_id >= FIRST_ID:
+                raise ValueError(
+                    f"{lora_request.lora_name} is a name of vllm-merge; load the adapter under another one"
+                )
             return None
         try:
             artifact = self.store.get(digest)
+            if artifact is not None and artifact.source is not None:
+                model = compat.marker_lora_model(self._manager, lora_request.lora_int_id)
+                model.vllm_merge_service, model.vllm_merge_digest = self, digest
+                return model
             if artifact is not None:
-                if artifact.source is not None:
-                    model = compat.marker_lora_model(self._manager, lora_request.lora_int_id)
-                else:
-                    model = compat.lora_model(self._manager, lora_request.lora_int_id, artifact.factors)
+                model = compat.lora_model(self._manager, lora_request.lora_int_id, artifact.factors)
                 model.vllm_merge_artifact = artifact  # counted for as long as vLLM keeps the model
                 return model
             reason = f"{lora_request.lora_name} was not in memory when a request needed it"
         except Exception as error:
             logger.exception("could not hand %s to vLLM", lora_request.lora_name)
             reason = f"{lora_request.lora_name} could not be handed to vLLM: {error}"
-        logger.error("%s; its requests fail", reason)
-        self._server.loop.call_soon_threadsafe(
-            self._broadcast,
-            {"event": "broken", "digest": digest, "lora_id": lora_request.lora_int_id, "reason": reason},
-        )
+        self._say_broken(digest, lora_request.lora_int_id, reason)
         return self._zero.clone(lora_request.lora_int_id)
 
     def fill(self, lora_model: Any, slot: int) -> bool:
-        """Fill a slot from the artifact that a LoRAModel stands for; False if vLLM has to do it."""
-        artifact: ResidentArtifact | None = getattr(lora_model, "vllm_merge_artifact", None)
-        if artifact is None or artifact.source is None or self._layout is None:
-            return False
-        if artifact.storage.is_cuda:  # its memory may be given back before this stream has read it
-            artifact.storage.record_stream(torch.cuda.current_stream(artifact.storage.device))
-        self._layout.fill(slot, artifact.source)
-        return True
+        """Fill a slot with the artifact that a LoRAModel stands for. Never raises."""
+        digest = lora_model.vllm_merge_digest
+        assert self._layout is not None
+        try:
+            artifact = self.store.peek(digest)
+            if artifact is not None and artifact.source is not None:
+                if artifact.storage.is_cuda:  # its memory may be given back before this stream has read it
+                    stream = torch.cuda.current_stream(artifact.storage.device)
+                    for storage in artifact.storages:
+                        storage.record_stream(stream)
+                self._layout.fill(slot, artifact.source)
+                return True
+            reason = "it was not in memory when its slot was filled"
+        except Exception as error:
+            logger.exception("could not fill slot %d", slot)
+            reason = f"its slot could not be filled: {error}"
+        self._say_broken(digest, lora_model.id, reason)
+        return False  # vLLM copies the marker, which changes nothing
+
+    def _say_broken(self, digest: str, lora_id: int, reason: str) -> None:
+        """The id is used up: whoever asks next gets another one, and requests that run under it fail."""
+        logger.error("artifact %s: %s; its requests fail", digest[:12], reason)
+
+        def say() -> None:
+            self._claims[lora_id] = BROKEN
+            self._broadcast({"event": "broken", "digest": digest, "lora_id": lora_id, "reason": reason})
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
+            self._server.loop.call_soon_threadsafe(say)
 
     # -- control thread -------------------------------------------------------------------------------------------------
 
     async def handle(self, session: Session, op: str, message: Message) -> Message:
-        leases = self._sessions.setdefault(session, Counter())
+        self._sessions.setdefault(session, set())
         match op:
             case "hello":
-                return self._hello()
+                return self._hello
             case "prepare":
-                return await self._prepare(leases, message)
+                return await self._prepare(session, message)
             case "release":
-                if leases[message["digest"]] > 0:
-                    leases[message["digest"]] -= 1
+                if message["digest"] in self._sessions[session]:
+                    self._sessions[session].discard(message["digest"])
                     self.store.release(message["digest"])
                 return {}
             case "evict":
                 return {"evicted": self.store.evict(message["digest"])}
             case "status":
                 return self._status()
-            case "cancel":
-                job = self._jobs.get(message["digest"])
-                if job is not None:
-                    job.cancelled.set()
-                return {"cancelled": job is not None}
         raise ControlError("failed", f"unknown operation {op!r}")
 
     def closed(self, session: Session) -> None:
-        for digest, count in self._sessions.pop(session, Counter()).items():
-            for _ in range(count):
-                self.store.release(digest)
-
-    def _hello(self) -> Message:
-        return {
-            "pid": os.getpid(),
-            "workers": self._workers,
-            "max_lora_rank": compat.max_rank(self._manager),
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "device": str(self._device),
-            "base_model": self._base_model,
-            "base_model_hash": base_model_hash(self._base_model),
-        }
+        for digest in self._sessions.pop(session, set()):
+            self.store.release(digest)
 
     def _status(self) -> Message:
         merging = [
@@ -186,8 +207,11 @@ class WorkerService:
         ]
         return {**self.store.describe(), "pid": os.getpid(), "merging": merging}
 
-    async def _prepare(self, leases: Counter[str], message: Message) -> Message:
-        """Make an artifact resident, merging it if need be (once, whoever asks), and lease it to the session if asked."""
+    async def _prepare(self, session: Session, message: Message) -> Message:
+        """Make an artifact resident, merging it if need be (once, whoever asks), and lease it to the session if asked.
+
+        A session holds at most one lease on an artifact, so that a call whose caller has left leaks none.
+        """
         plan = Plan.from_json(message["plan"])
         digest, wanted_id = plan.digest, int(message["lora_id"])
         if (owner := self._claims.setdefault(wanted_id, digest)) != digest:
@@ -199,8 +223,9 @@ class WorkerService:
         except BaseException:
             self.store.release(digest)
             raise
-        if message.get("lease"):
-            leases[digest] += 1
+        leases = self._sessions.get(session)
+        if message.get("lease") and leases is not None and digest not in leases:
+            leases.add(digest)
         else:
             self.store.release(digest)
         return {
@@ -208,16 +233,13 @@ class WorkerService:
             "bytes": artifact.nbytes,
             "seconds": artifact.seconds,
             "tensors_sha256": artifact.tensors_sha256,
-            "report": dict(artifact.report),
         }
 
     async def _merged(self, plan: Plan) -> ResidentArtifact:
         job = self._jobs.get(plan.digest)
-        if job is None:
-            loop = asyncio.get_running_loop()
-            job = self._jobs[plan.digest] = Job(plan, loop.create_future())
-            task = loop.run_in_executor(self._merging, self._merge, job)
-            task.add_done_callback(lambda done: self._finish(job, done))
+        if job is None or job.cancelled.is_set():
+            job = self._jobs[plan.digest] = Job(plan, asyncio.get_running_loop().create_future())
+            self._queue.put(job)
         job.waiters += 1
         try:
             return await asyncio.shield(job.future)
@@ -228,20 +250,20 @@ class WorkerService:
         finally:
             job.waiters -= 1
 
-    def _finish(self, job: Job, done: asyncio.Future[ResidentArtifact]) -> None:
-        self._jobs.pop(job.plan.digest, None)
+    def _finish(self, job: Job, result: ResidentArtifact | Exception) -> None:
+        if self._jobs.get(job.plan.digest) is job:
+            del self._jobs[job.plan.digest]
         if job.future.done():
             return
-        error = done.exception()
-        if error is None:
-            job.future.set_result(done.result())
+        if isinstance(result, ResidentArtifact):
+            job.future.set_result(result)
             return
-        if isinstance(error, (OutOfBudget, MergeCancelled)):
-            failure = ControlError("busy", str(error))
-        elif isinstance(error, MergeError):
-            failure = ControlError("failed", str(error))
+        if isinstance(result, (OutOfBudget, MergeCancelled, torch.OutOfMemoryError)):
+            failure = ControlError("busy", str(result))
+        elif isinstance(result, MergeError):
+            failure = ControlError("failed", str(result))
         else:
-            failure = ControlError("failed", f"{type(error).__name__}: {error}")
+            failure = ControlError("failed", f"{type(result).__name__}: {result}")
         logger.error("merging %s failed: %s", job.plan.artifact_name, failure)
         job.future.set_exception(failure)
         job.future.exception()  # somebody looked, even if every waiter has gone
@@ -252,9 +274,23 @@ class WorkerService:
 
     # -- merging thread -------------------------------------------------------------------------------------------------
 
-    def _merge(self, job: Job) -> ResidentArtifact:
+    def _merge_forever(self) -> None:
         if self._affinity is not None:
             os.sched_setaffinity(0, self._affinity)  # vLLM's CPU worker binds its threads; ours may run anywhere
+        while True:
+            job = self._queue.get()
+            result: ResidentArtifact | Exception
+            try:
+                result = self._merge(job)
+            except Exception as error:
+                result = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
+                self._server.loop.call_soon_threadsafe(self._finish, job, result)
+            del job, result  # while it waits, this thread keeps no artifact alive
+
+    def _merge(self, job: Job) -> ResidentArtifact:
+        if job.cancelled.is_set():
+            raise MergeCancelled(f"{job.plan.artifact_name}: nobody waits for it any more")
         job.status = "merging"
         started = time.perf_counter()
 
@@ -268,7 +304,7 @@ class WorkerService:
                 dtype=self._dtype,
                 progress=progress,
                 cancelled=job.cancelled.is_set,
-                workspace_bytes=WORKSPACE_BYTES,
+                workspace_bytes=self._workspace,
             )
             artifact = self._resident(job.plan, merged, time.perf_counter() - started)
         self.store.insert(artifact)
@@ -279,9 +315,13 @@ class WorkerService:
 
     def _resident(self, plan: Plan, merged: MergedAdapter, seconds: float) -> ResidentArtifact:
         pairs = {module: (f.A, f.B) for module, f in merged.factors.items()}
+        if not pairs:
+            raise MergeError(f"{plan.artifact_name} changes no weight: its adapters are zero, or cancel each other")
         if reasons := compat.misfits(self._manager, pairs):
             more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
             raise MergeError(f"{plan.artifact_name} does not fit this server: " + " ".join(reasons[:3]) + more)
+        size = sum(tensor.numel() for pair in pairs.values() for tensor in pair) * self._dtype.itemsize
+        self.store.make_room(plan.artifact_name, size)
         storage, factors = flat_copy(pairs, self._device, self._dtype)
         source = None
         if self._layout is not None:
