@@ -20,7 +20,6 @@ from pathlib import Path
 
 import yaml
 from openai import AsyncOpenAI
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -59,14 +58,14 @@ async def right_answers(
 async def ask_everything(
     server: Server, items: list[dict[str, str]], progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """{column: {task: accuracy}}: the base, every task's own adapter, and every recipe the server lists."""
+    """{column: {task: accuracy}}: the base, every task's own adapter ("own"), and every recipe the server lists."""
     tasks = list(dict.fromkeys(item["task"] for item in items))
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
         recipes = (await client.get("/merge/recipes", cast_to=dict[str, list[dict[str, str]]]))["data"]
-        columns = {"base": await right_answers(client, str(MODEL), items, progress), "own adapter": {}}
+        columns = {"base": await right_answers(client, str(MODEL), items, progress), "own": {}}
         for task in tasks:
             own = [item for item in items if item["task"] == task]
-            columns["own adapter"] |= await right_answers(client, task, own, progress)
+            columns["own"] |= await right_answers(client, task, own, progress)
         for row in recipes:
             if row["kind"] == "recipe":
                 columns[row["name"]] = await right_answers(client, row["name"], items, progress)
@@ -107,13 +106,13 @@ async def move_an_alias(server: Server, config: Path) -> list[str]:
 
 def table(columns: dict[str, dict[str, float]]) -> Table:
     """A row per task, then the mean."""
-    shown = Table(title="Right answers through the server, % of held-out prompts", box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title="Right answers through the server, % of held-out prompts", box=None, pad_edge=False)
     shown.add_column("task", no_wrap=True)
     for name in columns:
         shown.add_column(name.replace("-", "-\n").replace(" ", "\n"), justify="right", no_wrap=True)
     for task in columns["base"]:
         shown.add_row(task, *(f"{100 * column[task]:.0f}" for column in columns.values()))
-    shown.add_section()
+    shown.add_row()
     means = [sum(column.values()) / len(column) for column in columns.values()]
     shown.add_row("mean", *(f"{100 * mean:.1f}" for mean in means), style="bold")
     return shown
