@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Filling a slot: the lists of buffers and views, the plain twin, and on a GPU the kernel against it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -87,3 +91,36 @@ def test_a_flat_copy_is_one_aligned_storage():
             assert torch.equal(copy, original.to(torch.bfloat16))
             assert copy.untyped_storage().data_ptr() == storage.untyped_storage().data_ptr()
             assert copy.storage_offset() * copy.element_size() % 16 == 0
+
+
+INTERPRETED = """
+import torch
+from vllm_merge.serving.slot_kernel import fill_slot
+
+torch.manual_seed(0)
+shapes, tile = [(8, 96), (160, 8), (8, 33)], 256
+for slot in (0, 1, 2):
+    stacked = [torch.full((3, 1, *shape), 7.0) for shape in shapes]
+    wide = torch.randn(5, 110)
+    views = [wide[:, 3:99], torch.randn(160, 6)[:, :4], None]
+    tiles = torch.tensor([(i, s) for i, (r, c) in enumerate(shapes) for s in range(0, r * c, tile)])
+    targets = torch.tensor([(t.data_ptr(), r * c, c) for t, (r, c) in zip(stacked, shapes)])
+    rows = [(v.data_ptr(), *v.shape, v.stride(0)) if v is not None else (0, 0, 0, 0) for v in views]
+    fill_slot(tiles, targets, torch.tensor(rows), slot, tile, torch.float32)
+    for buffer, view in zip(stacked, views):
+        expected = torch.full_like(buffer, 7.0)
+        expected[slot] = 0
+        if view is not None:
+            expected[slot, 0, : view.shape[0], : view.shape[1]] = view
+        assert torch.equal(buffer, expected), slot
+print("equal")
+"""
+
+
+def test_the_kernel_in_tritons_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
