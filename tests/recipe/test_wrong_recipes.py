@@ -52,6 +52,14 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "version: 1\nadapters:\n  a: &a {path: x}\n  b:\n    <<: *a",
         ["5: adapters.b: uses a merge key (<<), which is not supported; repeat the keys"],
     ),
+    "a tab": ("version: 1\nrecipes:\n\ta: {}", ["3: not valid YAML: the line is indented with a tab; use spaces"]),
+    "indentation": (
+        "version: 1\nrecipes:\n  a: {}\n   b: {}",
+        [
+            "4: not valid YAML: the line is indented differently from its neighbours; "
+            "keys of one mapping begin in the same column"
+        ],
+    ),
     "undefined alias": ("version: 1\naliases: *x", ["2: not valid YAML: found undefined alias 'x'"]),
     "alias of itself": ("version: 1\nadapters: &a\n  x: *a", ["2: has more than 32 levels, aliases expanded"]),
     "unknown top key": (

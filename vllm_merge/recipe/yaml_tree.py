@@ -64,13 +64,22 @@ def read_yaml(file: Path) -> YamlTree:
     return parse_yaml(text, file)
 
 
+def _in_words(context: str | None, problem: str | None) -> str:
+    """What the parser says, in a user's words for the two mistakes that are made most."""
+    if problem and "'\\t'" in problem:
+        return "the line is indented with a tab; use spaces"
+    if problem and problem.startswith("expected <block end>"):
+        return "the line is indented differently from its neighbours; keys of one mapping begin in the same column"
+    return " ".join(part for part in (context, problem) if part)
+
+
 def parse_yaml(text: str, file: Path) -> YamlTree:
     """Parse `text`; `file` names it in messages. Raises RecipeError."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = " ".join(part for part in (error.context, error.problem) if part)
+        said = _in_words(error.context, error.problem)
         raise RecipeError(file, [Problem((), mark.line + 1 if mark else 1, f"not valid YAML: {said}")]) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
