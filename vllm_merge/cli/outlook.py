@@ -45,7 +45,7 @@ class Energy:
         least = f"{self.least:.2%}" + (f" ({self.module})" if self.module else "")
         if self.known == "exact":
             return f"{self.overall:.2%} kept, of each module at least {least}"
-        return f"about {least} at the least of the modules merged to measure; those of all are known after the merge"
+        return f"about {least} at the least of the modules merged to measure; others may keep less, the merge says how much"
 
 
 @dataclass(frozen=True)
