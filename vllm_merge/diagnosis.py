@@ -19,7 +19,7 @@ from vllm_merge.methods.registry import FULL_RANK_SPACES, default_registry
 from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.problems import counted
 from vllm_merge.recipe_files import load_recipes
-from vllm_merge.serving.launch import ACCEPTED_RANKS
+from vllm_merge.serving.launch import ACCEPTED_RANKS, accepted_rank
 
 PYTHONS = ((3, 11), (3, 12))
 OLDEST_TORCH = (2, 9)
@@ -126,7 +126,7 @@ def _check_ranks(file: RecipeFile, catalogue: Catalogue) -> Check:
         if recipe.rank == "lossless" and space in FULL_RANK_SPACES:
             full.append(name)
     name, rank = max(known.items(), key=lambda item: item[1], default=("", 1))
-    accepted = next((option for option in ACCEPTED_RANKS if option >= rank), None)
+    accepted = accepted_rank(rank)
     if full:
         return Check(
             "ranks",

@@ -13,7 +13,7 @@ SIZE = 2 * 4 * 100 * 4  # bytes of one artifact below
 def artifact(digest: str) -> ResidentArtifact:
     storage = torch.zeros(800)
     factors = {"m": (storage[:400].view(4, 100), storage[400:].view(100, 4))}
-    return ResidentArtifact(digest, f"{digest}@0", storage, factors, None, "", {}, 0.0)
+    return ResidentArtifact(digest, f"{digest}@0", storage, factors, None, "", 0.0)
 
 
 def test_least_recently_used_goes_first_and_bytes_follow():

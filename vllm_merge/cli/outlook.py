@@ -19,7 +19,7 @@ from vllm_merge.plan_runner import read_planned
 from vllm_merge.recipe.bounds import stage_bounds
 from vllm_merge.recipe.dtypes import BYTES
 from vllm_merge.recipe.plan import EnergyRank, Plan
-from vllm_merge.serving.launch import ACCEPTED_RANKS
+from vllm_merge.serving.launch import ACCEPTED_RANKS, accepted_rank
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def outlook(prepared: Planned, device: str, bar: ProgressBar) -> Outlook:
         bytes=size if plan.stages else last.bytes,
         energy=energy,
         seconds=Seconds(read, sample.seconds, sample.complete, sample.modules, device),
-        slots=Slots(1, names, next((r for r in ACCEPTED_RANKS if r >= needed), None)),
+        slots=Slots(1, names, accepted_rank(needed)),
         norms=dict(zip(overlap.names, norms.tolist(), strict=True)),
         cosines={
             f"{overlap.names[i]}, {overlap.names[j]}": float(products[i, j] / (norms[i] * norms[j])) for i, j in pairs

@@ -420,10 +420,10 @@ def _leased(
     return call
 
 
-def lora_request(name: str, lora_id: int, path: str, base_model: str | None = None) -> Any:
+def lora_request(name: str, lora_id: int, path: str) -> Any:
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=path, base_model_name=base_model)
+    return LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=path)
 
 
 def publish(serving_models: Any, requests: Callable[[], Mapping[str, Any]], is_ours: Callable[[str], bool]) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError
-from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.plan import Plan
 from vllm_merge.serving import compat
 from vllm_merge.serving.control import ControlError, Message, WorkerLink
@@ -89,7 +88,6 @@ class FrontDoor:
         self.names: Mapping[str, Name] = {}
         self.artifacts: dict[str, Artifact] = {}
         self._labels: dict[str, Name] = {}
-        self.recipes: RecipeFile | None = None
         self._catalogue = Catalogue()
 
     @property
@@ -116,7 +114,7 @@ class FrontDoor:
                 del self.artifacts[digest]
         for digest, plan in resolved.plans.items():
             self.artifacts.setdefault(digest, Artifact(plan))
-        self.recipes, self.names = resolved.recipes, resolved.names
+        self.names = resolved.names
         self._labels = {n.label: n for n in self.names.values() if n.digest is not None and n.kind != "alias"}
 
     async def load(self, config: Path, registered: Mapping[str, str] | None = None) -> None:

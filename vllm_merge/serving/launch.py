@@ -15,6 +15,11 @@ ACCEPTED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank 
 DEFAULT_MAX_LORAS = 4
 
 
+def accepted_rank(wanted: int) -> int | None:
+    """The smallest --max-lora-rank that is enough for a rank; None if no rank that vLLM takes is."""
+    return next((rank for rank in ACCEPTED_RANKS if rank >= wanted), None)
+
+
 def environment(config: Path) -> dict[str, str]:
     """The variables to add: our config, and VLLM_PLUGINS with ours in it and nothing lost."""
     return {
@@ -32,8 +37,7 @@ def lora_options(given: Sequence[str], rank_wanted: int) -> list[str]:
     if "--max-loras" not in options:
         added += ["--max-loras", str(DEFAULT_MAX_LORAS)]
     if "--max-lora-rank" not in options:
-        enough = next((rank for rank in ACCEPTED_RANKS if rank >= rank_wanted), ACCEPTED_RANKS[-1])
-        added += ["--max-lora-rank", str(enough)]
+        added += ["--max-lora-rank", str(accepted_rank(rank_wanted) or ACCEPTED_RANKS[-1])]
     return added
 
 

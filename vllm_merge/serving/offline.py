@@ -50,9 +50,8 @@ class OfflineMerges:
             lease = front.lease(artifact.lora_request(label))
             assert lease is not None
             await lease.__aenter__()
-            self._held[artifact.plan.digest] = (
-                lease  # until the program ends: nobody tells us when its requests are done
-            )
+            # Held until the program ends: nobody tells us when its requests are done.
+            self._held[artifact.plan.digest] = lease
         return artifact.lora_request(label)
 
     async def _connect(self) -> FrontDoor:

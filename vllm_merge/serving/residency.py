@@ -9,11 +9,10 @@ lease (of a request in flight) keeps an artifact in the store; the rest is least
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -39,9 +38,7 @@ class ResidentArtifact:
     factors: Mapping[str, tuple[Tensor, Tensor]]
     source: SlotSource | None
     tensors_sha256: str
-    report: Mapping[str, Any]
     seconds: float
-    loaded_at: float = field(default_factory=time.time)
 
     @property
     def rank(self) -> int:

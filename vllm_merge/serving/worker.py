@@ -334,6 +334,5 @@ class WorkerService:
             factors,
             source,
             merged.tensors_sha256,
-            merged.report.to_dict(),
             seconds,
         )
