@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-full lint format schema clean
+.PHONY: help setup demo demo-methods test test-full lint format schema clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,6 +13,9 @@ setup:
 
 demo: setup  ## serve the demo's recipes on the CPU and print what each gets right
 	@$(BIN)/python examples/demo/run.py
+
+demo-methods: setup  ## every merge method on the demo through the server; rewrites docs/methods/accuracy.md
+	@$(BIN)/python examples/demo/methods.py
 
 test: setup  ## lint, types, and the tests (a few real vLLM servers on the CPU)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -26,11 +26,23 @@ def _load(name: str, path: Path):
 servers = _load("vllm_merge_demo_server", DEMO / "server.py")
 
 
+SERVER_FIXTURES = {
+    "api_servers",
+    "apis",
+    "demo_server",
+    "live_server",
+    "offline_report",
+    "parallel_server",
+    "small_server",
+    "tight_server",
+}
+
+
 def pytest_collection_modifyitems(items):
     """Everything here that uses a server is marked so, and skipped, saying why, where vLLM is not installed."""
     missing = None if importlib.util.find_spec("vllm") else pytest.mark.skip(reason="vLLM is not installed")
     for item in items:
-        if {"demo_server", "small_server", "live_server", "offline_report"} & set(getattr(item, "fixturenames", ())):
+        if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
             if missing:
                 item.add_marker(missing)

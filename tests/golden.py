@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests import golden_do
+from tests import golden_do, golden_mergekit, golden_peft, golden_sota
 from vllm_merge import Adapter, LoraFactors
 
 FOLDER = Path(__file__).parent / "golden"
@@ -44,8 +44,9 @@ def load_case(entry: Entry, folder: Path = FOLDER) -> tuple[list[Adapter], dict[
 
 def recipe_for(entry: Entry) -> dict[str, Any] | None:
     """Keyword arguments of `merge` for an entry, or None for a method that is not there yet."""
-    rule = next((rule for prefix, rule in _RULES.items() if entry["method"].startswith(prefix)), golden_do.recipe_for)
-    recipe = rule(entry)
+    rule = next((rule for prefix, rule in _RULES.items() if entry["method"].startswith(prefix)), None)
+    rules = _OTHERS if rule is None else (rule,)
+    recipe = next((recipe for rule in rules if (recipe := rule(entry)) is not None), None)
     return None if recipe is None else {"weights": entry["weights"], "rank": "lossless", **recipe}
 
 
@@ -147,9 +148,7 @@ def _truncated_sum(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _peft_svd(entry: Entry) -> dict[str, Any]:
-    return {"merge_method": "task_arithmetic", "rank": entry["params"]["svd_rank"] or max(entry["ranks"])}
-
+_OTHERS = (golden_do.recipe_for, golden_mergekit.recipe_for, golden_peft.recipe_for, golden_sota.recipe_for)
 
 _RULES: dict[str, Callable[[Entry], dict[str, Any] | None]] = {
     "ta_": _task_arithmetic,
@@ -169,5 +168,4 @@ _RULES: dict[str, Callable[[Entry], dict[str, Any] | None]] = {
     "ctm_t": _ctm,
     "mergekit_task_arithmetic": _task_arithmetic,
     "peft_cat": lambda entry: {"merge_method": "task_arithmetic"},
-    "peft_svd": _peft_svd,
 }

@@ -83,7 +83,7 @@ def test_report_of_a_truncated_merge() -> None:
     assert any("keep under 90% of their energy" in warning for warning in merged.report.warnings) == any(
         kept is not None and kept < 0.9 for kept in merged.report.energy_kept.values()
     )
-    assert set(merged.report.seconds) == {"prepare", "merge", "truncate", "factors"}
+    assert set(merged.report.seconds) == {"prepare", "merge", "truncate", "factors", "report"}
     assert merged.report.peak_workspace_bytes > 0
 
 

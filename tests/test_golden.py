@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import golden
+from tests import golden, golden_peft
 from vllm_merge import Adapter, LoraFactors, MergedAdapter, merge
 
 ENTRIES = golden.entries()
 EXACT = [entry for entry in ENTRIES if entry["kind"] == "exact"]
+QUIRKS = [entry for entry in ENTRIES if entry["kind"] == "peer-quirk" and golden_peft.recipe_for(entry)]
 BY_FILE = {entry["file"]: entry for entry in ENTRIES}
 
 
@@ -39,6 +40,18 @@ def test_exact_case(entry: golden.Entry) -> None:
     assert relative_error(merged, expected) <= entry["tolerance"]
     for module, rank in entry["result"]["numerical_rank_1e-6"].items():
         assert merged.report.ranks[module] == rank
+
+
+@pytest.mark.parametrize("entry", QUIRKS, ids=lambda entry: entry["file"].removesuffix(".safetensors"))
+def test_a_peers_quirk(entry: golden.Entry) -> None:
+    """Within the tolerance under `compat`, and far from it without."""
+    recipe = golden.recipe_for(entry)
+    assert recipe is not None
+    adapters, expected = golden.load_case(entry)
+    assert relative_error(merge(adapters, **recipe), expected) <= entry["tolerance"]
+    parameters = {name: value for name, value in recipe.get("parameters", {}).items() if name != "compat"}
+    without = merge(adapters, **{**recipe, "parameters": parameters, "precondition": []})
+    assert relative_error(without, expected) > 0.1
 
 
 def test_a_wrong_parameter_fails_the_case() -> None:
@@ -72,6 +85,7 @@ def test_scaling_is_applied_once() -> None:
     adapters, quirk = golden.load_case(entry)
     recipe = golden.recipe_for(entry)
     assert recipe is not None
+    recipe["precondition"] = []
     assert relative_error(merge(adapters, **recipe), quirk) > 0.1
     squared = [
         Adapter(a.name, {m: LoraFactors(f.A, f.B, f.scaling**2) for m, f in a.factors.items()}) for a in adapters

@@ -16,15 +16,17 @@ from pathlib import Path
 from vllm_merge.methods.registry import MethodSpec, list_methods
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "methods"
+NOT_EXACT = "- **not a merge of ΔW**: A and B are merged apart; every report of such a merge says so"
 BEGIN, END = "<!-- generated: tools/method_pages.py -->", "<!-- end of generated -->"
 
 
 def block(spec: MethodSpec) -> str:
     """The generated part: facts and the table of parameters, between its markers."""
     spaces = [f"`{space}`" + (" (default)" if space == spec.default_space else "") for space in spec.spaces]
-    exact = [f"`{space}`" for space in spec.spaces if spec.low_rank(space)]
+    exact = [f"`{space}`" for space in spec.spaces if spec.low_rank(space) and space != "factors"]
     cut = [f"`{space}`" for space in spec.spaces if not spec.low_rank(space)]
     rank = [f"at most Σ r_i in {', '.join(exact)}"] if exact else []
+    rank += [] if spec.exact else ["that of the adapters (`target_rank` where the method has it)"]
     rank += [f"full in {', '.join(cut)}, cut to the recipe's `rank`"] if cut else []
     lines = [
         BEGIN,
@@ -32,8 +34,9 @@ def block(spec: MethodSpec) -> str:
         "",
         f"- spaces: {', '.join(spaces)}",
         f"- rank of the result: {'; '.join(rank)}",
-        f"- reference: [{spec.reference}](https://arxiv.org/abs/{spec.reference.removeprefix('arXiv:')})",
+        f"- reference: [{spec.reference}]({link(spec.reference)})",
         f"- version {spec.version}",
+        *([] if spec.exact else [NOT_EXACT]),
         "",
         "| parameter | of | default | allowed |",
         "|---|---|---|---|",
@@ -44,6 +47,12 @@ def block(spec: MethodSpec) -> str:
         default = str(parameter.default).lower() if isinstance(parameter.default, bool) else str(parameter.default)
         lines.append(f"| `{parameter.name}` | {owner} | {default} | {parameter.allowed} |")
     return "\n".join([*lines, END])
+
+
+def link(reference: str) -> str:
+    """Where a reference is to be read: of arXiv, of a DOI, or an address."""
+    kind, _, number = reference.partition(":")
+    return {"arXiv": f"https://arxiv.org/abs/{number}", "doi": f"https://doi.org/{number}"}.get(kind, reference)
 
 
 def renewed(page: str, spec: MethodSpec) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors, factors_sha256, natural_key
+from vllm_merge.adapters.sequence_state import REPORT_FILE
 from vllm_merge.errors import UserInputError
 
-REPORT_FILE = "merge_report.json"
 RECIPE_FILE = "recipe.json"
 
 
@@ -23,8 +23,13 @@ class MergeReport:
     """What a merge did. Norms are Frobenius norms; every mapping without another key goes by module.
 
     energy_kept: share of ‖ΔW‖²_F that the rank keeps, None where nothing was cut off. input_norms: by module, then by
-    adapter in order (0 where it lacks the module). sign_conflict: share of entries whose adapters disagree in sign, for
-    methods that elect signs. seconds: by stage; `statistics` and `merge` include what they prepare on the way.
+    adapter in order (0 where it lacks the module). sign_conflict: share of the entries, in the space of the merge, whose
+    adapters disagree in sign; of those that are kept, for methods that elect signs; absent for methods that work on
+    singular vectors and so see no entries. seconds: by stage; `statistics` and `merge` include what they prepare on the
+    way, `factors` includes the first part of `report`.
+    cosines, column_overlaps, row_overlaps: of every two adapters, in the order (0, 1), (0, 2), …, (1, 2), …;
+    result_cosines: of every adapter with the result; effective_rank: of the result. `algebra.overview` defines them; None
+    stands where an adapter lacks the module. overall: the same and norms, energy and seconds of the whole model.
     peak_workspace_bytes: most bytes held at once beside inputs and result, counted from the sizes of the arrays.
     continuation: what a sequential method needs, beside the factors, to go on with one more adapter.
     """
@@ -36,6 +41,11 @@ class MergeReport:
     energy_kept: dict[str, float | None] = field(default_factory=dict)
     input_norms: dict[str, list[float]] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
+    cosines: dict[str, list[float | None]] = field(default_factory=dict)
+    result_cosines: dict[str, list[float | None]] = field(default_factory=dict)
+    column_overlaps: dict[str, list[float | None]] = field(default_factory=dict)
+    row_overlaps: dict[str, list[float | None]] = field(default_factory=dict)
+    effective_rank: dict[str, float | None] = field(default_factory=dict)
     sign_conflict: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_workspace_bytes: int = 0
@@ -43,6 +53,28 @@ class MergeReport:
     dropped_modules: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     continuation: dict[str, Any] = field(default_factory=dict)
+    overall: dict[str, Any] = field(default_factory=dict)
+
+    def describe(
+        self, modules: Sequence[str], by_module: Mapping[str, Sequence[Any]], overall: Mapping[str, Sequence[Any]]
+    ) -> None:
+        """Take over what was found: by name of the field, the values of `modules`, and one of the whole model."""
+        self.overall = {name: values[0] for name, values in overall.items()}
+        for name, values in by_module.items():
+            if name == "sign_conflict" and self.sign_conflict:  # counted by the method itself, of what it keeps
+                self.overall[name] = sum(self.sign_conflict.values()) / len(self.sign_conflict)
+            else:
+                setattr(self, name, {m: v for m, v in zip(modules, values, strict=True) if v is not None})
+        kept = {m: 1.0 if share is None else share for m, share in self.energy_kept.items() if m in self.norms}
+        before = sum(self.norms[m] ** 2 / share for m, share in kept.items())
+        after = sum(norm**2 for norm in self.norms.values())
+        squares = [sum(norms[i] ** 2 for norms in self.input_norms.values()) for i in range(len(self.adapters))]
+        self.overall |= {
+            "norm": after**0.5,
+            "input_norms": [square**0.5 for square in squares],
+            "energy_kept": after / before if before > 0 else 1.0,
+            "least_energy_kept": min(kept.values(), default=1.0),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -120,7 +120,7 @@ def _check_ranks(file: RecipeFile, catalogue: Catalogue) -> Check:
     full = []
     for name in (stage for recipe in file.recipes for stage in file.stage_order(recipe)):
         recipe = file.recipes[name]
-        sources = sum(known[item.adapter] for item in recipe.adapters)
+        sources = sum(known[source] for source in recipe.sources)
         known[name] = recipe.rank if isinstance(recipe.rank, int) else sources
         space = recipe.space or default_registry().get(recipe.merge_method).default_space
         if recipe.rank == "lossless" and space in FULL_RANK_SPACES:

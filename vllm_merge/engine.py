@@ -7,17 +7,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
-from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules, stack_group
-from vllm_merge.algebra.coordinates import Coordinates, Grams, coordinates, task_norm
+from vllm_merge.adapters.stacking import ModuleGroup, Sources, Stack, group_modules, side_by_side, stack_group
+from vllm_merge.algebra.coordinates import Coordinates, Grams, coordinates, core_coordinates, task_norm
 from vllm_merge.algebra.cores import Cores
+from vllm_merge.algebra.factorwise import NOT_EXACT, FactorTasks
+from vllm_merge.algebra.overview import Overview
 from vllm_merge.algebra.ranks import RankPolicy
 from vllm_merge.algebra.tiles import Part, Tile, default_tile_entries, parts
 from vllm_merge.algebra.truncation import Truncated, truncate
@@ -47,6 +49,7 @@ def merge(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     workspace_bytes: int = 2 << 30,
+    report: Literal["full", "brief"] = "full",
     progress: Callable[[str, int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     name: str = "merged",
@@ -61,7 +64,8 @@ def merge(
     rank: `auto` (at most max_rank, or Σ r_i of each module without one), `lossless`, the largest rank, or {energy: x},
     the smallest rank of each module that keeps the share x of ‖ΔW‖²_F. dtype: of the result's factors.
     device: where to work and leave the result; the default is where the first adapter's factors are.
-    workspace_bytes: bound on what is held at once beside inputs and result.
+    workspace_bytes: bound on what is held at once beside inputs and result. report: `brief` leaves out what the merge
+    does not need itself: cosines, overlaps, effective ranks, and the sign conflict of methods that elect no signs.
     progress(stage, modules done, modules), cancelled(): called at every batch of modules and every tile.
 
     Raises UserInputError for arguments that are wrong, MergeError for factors or results that are not finite, and
@@ -118,6 +122,7 @@ def merge(
         notify=progress or (lambda stage, done, total: None),
         cancelled=cancelled or (lambda: False),
         report=MergeReport(merge_method, chosen, adapters=[names[index] for index in used]),
+        overview=Overview(len(used)) if report == "full" else None,
     )
     job.report.dropped_adapters = [adapter.name for i, adapter in enumerate(adapters) if i not in used]
     factors = job.run() if used else {}
@@ -162,14 +167,18 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A batch on the device, with its parameters: per adapter (modules, n) float64, λ (modules,) float64."""
+    """A batch on the device, with its parameters: per adapter (modules, n) float64, λ (modules,) float64.
+
+    product: in space `factors`, the one task that its method has made of all; the coordinates then are of it.
+    """
 
     batch: _Batch
     stack: Stack
-    norms: Tensor
+    grams: Grams
     coordinates: Coordinates
     parameters: Mapping[str, Tensor]
     lam: Tensor
+    product: Stack | None = None
 
     def parameters_of(self, modules: slice, dtype: torch.dtype) -> dict[str, Tensor]:
         """Per-adapter parameters as a method gets them, (modules, n, 1, 1)."""
@@ -192,6 +201,7 @@ class _Job:
     notify: Callable[[str, int, int], None]
     cancelled: Callable[[], bool]
     report: MergeReport
+    overview: Overview | None
 
     def run(self) -> dict[str, LoraFactors]:
         """Statistics over all modules, then batch by batch: merged entries, rank, factors."""
@@ -202,11 +212,24 @@ class _Job:
                 statistics = self.spec.statistics(passes, **self.parameters.per_recipe)
         factors: dict[str, LoraFactors] = {}
         for batch in self.batches:
-            factors.update(self._merge_batch(self.prepared(batch), statistics))
+            if not self._fits_side_by_side(batch):
+                factors.update(self._merge_batch(self.prepared(batch), statistics))
+                continue
+            if self.overview is not None:  # which needs the singular values of the result
+                dropped = list(self.report.dropped_modules)
+                self._merge_batch(self.prepared(batch), statistics)
+                self.report.dropped_modules = dropped
+            factors.update(self._side_by_side(batch))
         conflict = getattr(statistics, "sign_conflict", None)
         if conflict is not None:
             self.report.sign_conflict = dict(zip(self.modules, conflict.tolist(), strict=True))
+        if self.overview is not None:
+            with self._timed("report"):
+                by_module, overall = self.overview.read()
+            self.report.describe(self.modules, by_module.listed(), overall.listed())
         self.report.continuation = getattr(statistics, "continuation", {})
+        if self.space == "factors":
+            self.report.warnings.append(NOT_EXACT)
         low = {module: kept for module, kept in self.report.energy_kept.items() if kept is not None}
         low = {module: kept for module, kept in low.items() if kept < LOW_ENERGY}
         if low:
@@ -221,10 +244,15 @@ class _Job:
     @cached_property
     def batches(self) -> list[_Batch]:
         """All modules, in batches of one shape."""
+        groups = group_modules(self.adapters)
+        if self.spec.coefficients is not None:
+            groups = [piece for group in groups for piece in group.by_ranks()]
+        costs = [ModuleCost.of(g, self.space, self.policy, whole_modules=self.spec.whole_modules) for g in groups]
+        if self.spec.statistics is not None and self.spec.coefficients is None:
+            self.workspace.hold_if_fits(sum(c.held * len(g.modules) for g, c in zip(groups, costs, strict=True)))
         batches: list[_Batch] = []
         start = 0
-        for group in group_modules(self.adapters):
-            cost = ModuleCost.of(group, self.space, self.policy, whole_modules=self.spec.whole_modules)
+        for group, cost in zip(groups, costs, strict=True):
             for piece in group.batches(self.workspace.modules_at_once(cost)):
                 batches.append(_Batch(piece, start, cost))
                 start += len(piece.modules)
@@ -237,12 +265,53 @@ class _Job:
 
     @cached_property
     def _held(self) -> dict[int, _Prepared] | None:
-        """Prepared batches, kept from the first pass where a method needs several and they fit a quarter."""
-        total = sum(batch.cost.stack * len(batch.group.modules) for batch in self.batches)
-        if self.spec.statistics is None or total > self.workspace.limit // 4:
-            return None
-        self.workspace.held = total
-        return {}
+        """Prepared batches, kept from the first pass where a method needs several and they fit."""
+        return {} if self.batches and self.workspace.held else None
+
+    @cached_property
+    def _sources(self) -> Sources | None:
+        return Sources(self.device, self.workspace.limit // 2) if self.device.type == "cuda" else None
+
+    @cached_property
+    def _on_the_fly(self) -> bool:
+        """Whether the method makes the entries itself, in the GPU's kernels."""
+        return self.spec.on_the_fly and self.device.type == "cuda" and self.space in ("delta", "knots")
+
+    def _fits_side_by_side(self, batch: _Batch) -> bool:
+        """Whether the method is a weighted sum whose terms all fit into the rank, so that no smaller one is worked out."""
+        if self.spec.coefficients is None or self.space != "core" or self.policy.energy is not None:
+            return False
+        return self.policy.by_sum or (self.policy.limit or 0) >= batch.group.stacked_rank
+
+    def _side_by_side(self, batch: _Batch) -> dict[str, LoraFactors]:
+        """A = [A_1; …; A_n], B = [c_1 B_1, …, c_n B_n]: exact, without a rounding but that of c_i B_i to the dtype."""
+        assert self.spec.coefficients is not None
+        modules, cpu = batch.group.modules, torch.device("cpu")
+        self.step("merge", batch.start)
+        with self._timed("factors"):
+            shares = self.spec.coefficients(**self.parameters.tensors(modules, cpu), **self.parameters.per_recipe)
+            shares, used = self._like_terms(shares * self.parameters.lambdas(modules, cpu)[:, None])
+            group, adapters = batch.group.only(used), [self.adapters[index] for index in used]
+            if not used:
+                self.report.dropped_modules += modules
+                return {}
+            a, b, finite = side_by_side(group, adapters, shares, self.device, self.dtype, self._sources)
+        if not finite:
+            self._check_inputs(batch, Grams.of(stack_group(batch.group, self.adapters, self.device)).norms)
+            raise MergeError(f"module '{modules[0]}' or one of its shape: the merged factors do not fit {self.dtype}")
+        self.report.ranks.update(dict.fromkeys(modules, group.stacked_rank))
+        self.report.energy_kept.update(dict.fromkeys(modules))
+        return {m: LoraFactors(mine, its) for m, mine, its in zip(modules, a.unbind(), b.unbind(), strict=True)}
+
+    def _like_terms(self, shares: Tensor) -> tuple[Tensor, list[int]]:
+        """Add up the shares (modules, n) of adapters that are the same; and which are left, those that are not all 0."""
+        first: dict[object, int] = {}
+        for index, adapter in enumerate(self.adapters):
+            same = first.setdefault(adapter.known_hash or id(adapter), index)
+            if same != index:
+                shares[:, same] += shares[:, index]
+        used = [index for index in first.values() if bool(shares[:, index].any())]
+        return shares[:, used], used
 
     def step(self, stage: str, done: int) -> None:
         """Report progress; stop if that is wanted."""
@@ -255,7 +324,7 @@ class _Job:
             return self._held[batch.start]
         self.step("prepare", batch.start)
         with self._timed("prepare"):
-            stack = stack_group(batch.group, self.adapters, self.device)
+            stack = stack_group(batch.group, self.adapters, self.device, self._sources)
             grams = Grams.of(stack)
             self._check_inputs(batch, grams.norms)
             space = coordinates(self.space, stack, grams, singular=self.spec.entrywise)
@@ -263,7 +332,7 @@ class _Job:
             prepared = _Prepared(
                 batch,
                 stack,
-                grams.norms,
+                grams,
                 space,
                 self.parameters.tensors(modules, self.device),
                 self.parameters.lambdas(modules, self.device),
@@ -293,7 +362,7 @@ class _Job:
         space, start = prepared.coordinates, prepared.batch.start
         return Tile(
             space=self.space,
-            values=space.values(part.modules, part.rows, part.cols),
+            values=space.values(part.modules, part.rows, part.cols, made=not self._on_the_fly),
             modules=slice(start + part.modules.start, start + part.modules.stop),
             entries=space.entries[part.modules],
             parameters=prepared.parameters_of(part.modules, torch.float32),
@@ -309,7 +378,17 @@ class _Job:
         parameters = prepared.parameters_of(part.modules, torch.float64)
         return Cores.of(prepared.coordinates, part.modules, prepared.batch.start, parameters)
 
+    def _product(self, prepared: _Prepared, statistics: Any) -> _Prepared:
+        """The batch as one task in `core`, the product of the A and the B that a method of space `factors` makes."""
+        parameters = prepared.parameters_of(slice(None), torch.float64)
+        tasks = FactorTasks.of(prepared.stack, self.adapters, prepared.batch.start, parameters)
+        with self._timed("merge"):
+            stack = tasks.product(*self.spec.apply(tasks, statistics, **parameters, **self.parameters.per_recipe))
+        return replace(prepared, product=stack, coordinates=core_coordinates(stack, Grams.of(stack), False))
+
     def _merge_batch(self, prepared: _Prepared, statistics: Any) -> dict[str, LoraFactors]:
+        if self.space == "factors":
+            prepared = self._product(prepared, statistics)
         batch, space = prepared.batch, prepared.coordinates
         modules, _, rows, cols = space.shape
         tall = rows >= cols
@@ -318,9 +397,18 @@ class _Job:
         def merged_parts() -> Iterator[tuple[Part, Tensor]]:
             for part in self.parts(prepared):
                 self.step("merge", batch.start + part.modules.start)
-                tile = self.cores(prepared, part) if self.spec.whole_modules else self.tile(prepared, part)
-                values = self.spec.apply(tile, statistics, **tile.parameters, **self.parameters.per_recipe)
-                values = values * prepared.lam[part.modules, None, None].to(values.dtype)
+                if self.space == "factors":
+                    values = space.values(part.modules, part.rows, part.cols)[:, 0]
+                else:
+                    if self.spec.whole_modules:
+                        tile: Tile | Cores = self.cores(prepared, part)
+                    else:
+                        tile = self.tile(prepared, part)
+                        if self.overview is not None and not self._on_the_fly:
+                            self.overview.count_signs(tile, batch.start, modules)
+                    values = self.spec.apply(tile, statistics, **tile.parameters, **self.parameters.per_recipe)
+                if not self.parameters.unscaled:
+                    values = values * prepared.lam[part.modules, None, None].to(values.dtype)
                 self._check_result(batch, part, values)
                 yield part, values
 
@@ -333,9 +421,13 @@ class _Job:
 
         if self.workspace.holds_merged(batch.cost):
             with self._timed("merge"):
-                whole = torch.empty(modules, rows, cols, dtype=space.left.dtype, device=self.device)
-                for part, values in merged_parts():
-                    whole[part.modules, part.rows, part.cols] = values
+                pieces = merged_parts()
+                part, whole = next(pieces)
+                if whole.shape != (modules, rows, cols):
+                    first, whole = whole, torch.empty(modules, rows, cols, dtype=whole.dtype, device=self.device)
+                    whole[part.modules, part.rows, part.cols] = first
+                    for part, values in pieces:
+                        whole[part.modules, part.rows, part.cols] = values
             strips: Callable[[], Iterator[Tensor]] = lambda: strips_of(whole)
         else:
             strips = lambda: (v if tall else v.mT for _, v in merged_parts())
@@ -353,12 +445,16 @@ class _Job:
 
     def _factors(self, prepared: _Prepared, cut: Truncated, tall: bool) -> dict[str, LoraFactors]:
         space, stack, modules = prepared.coordinates, prepared.stack, prepared.batch.group.modules
+        of = prepared.product or stack
         left, right = (cut.long, cut.short) if tall else (cut.short, cut.long)
         if space.left_transform is not None:
-            left = stack.B.double() @ (space.left_transform @ left.double())
+            left = of.B.double() @ (space.left_transform @ left.double())
         if space.right_transform is not None:
-            right = stack.A.mT.double() @ (space.right_transform @ right.double())
+            right = of.A.mT.double() @ (space.right_transform @ right.double())
         # Singular vectors are unique up to sign: the largest entry of each column of B is made positive.
+        if self.overview is not None:
+            with self._timed("report"):
+                self.overview.add(stack, prepared.grams, left, right)
         largest = left.gather(1, left.abs().argmax(1, keepdim=True))
         sign = torch.where(largest < 0, -1.0, 1.0)
         b, a = (left * sign).to(self.dtype), (right * sign).to(self.dtype)
@@ -381,7 +477,7 @@ class _Job:
 
     def _noise(self, prepared: _Prepared) -> Tensor:
         """Norm under which a result is what rounding leaves of tasks that cancel, (modules,) float64."""
-        scale = prepared.norms * prepared.lam.abs()[:, None]
+        scale = prepared.grams.norms * prepared.lam.abs()[:, None]
         if "weight" in prepared.parameters:
             scale = scale * prepared.parameters["weight"].abs()
         return scale.amax(1) * CANCELLED
@@ -430,6 +526,11 @@ class _JobPasses:
     def seed(self) -> int:
         """The seed of the merge."""
         return self._job.seed
+
+    @property
+    def on_the_fly(self) -> bool:
+        """Whether tiles come without their values, for the method to make."""
+        return self._job._on_the_fly
 
     def tiles(self) -> Iterator[Tile]:
         """Start a new pass."""

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,11 +34,13 @@ def run_plan(
     progress: Callable[[str, int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    report: Literal["full", "brief"] = "full",
 ) -> MergedAdapter:
     """Run `plan` and return its result in the plan's dtype, on `device` (default: the CPU).
 
     dtype: where given, it must be the plan's, because the digest stands for it. load_adapter: where the adapters
-    come from. progress, cancelled and workspace_bytes are those of `vllm_merge.engine.merge`, for every stage.
+    come from. progress, cancelled and workspace_bytes are those of `vllm_merge.engine.merge`, for every stage; report is
+    that of the last.
     Stages before the last are merged in float32. A plan without stages gives the adapter itself, its scaling folded.
     """
     target = torch.device(device) if device is not None else torch.device("cpu")
@@ -61,9 +63,14 @@ def run_plan(
             progress=progress,
             cancelled=cancelled,
             workspace_bytes=workspace_bytes,
+            report=report if last else "brief",
         )
         results[stage.name] = Adapter(
-            stage.name, merged.factors, content_hash=identities[stage.name], base_model=merged.base_model
+            stage.name,
+            merged.factors,
+            content_hash=identities[stage.name],
+            base_model=merged.base_model,
+            metadata={"continuation": merged.report.continuation},
         )
     merged.provenance = _provenance(plan)
     return merged

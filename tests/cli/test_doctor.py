@@ -193,3 +193,10 @@ def test_base_models(recipe: Path, base: Path, tmp_path: Path, monkeypatch: pyte
     assert "model.layers.1.q_proj maps 6 to 5 features" in misfit.advice
     (base / "config.json").unlink()
     assert by_name(check_base(str(base)))["base model"].found == f"{base} is not complete"
+
+
+@pytest.mark.parametrize(("value", "state"), [("8", "ok"), ("0", "problem"), ("many", "problem")])
+def test_numbers_of_the_environment(value: str, state: str) -> None:
+    check = by_name(check_environment({"VLLM_MERGE_QUEUE": value}))["VLLM_MERGE_QUEUE"]
+    assert check.state == state
+    assert state == "ok" or check.advice == "export VLLM_MERGE_QUEUE=16 (a whole number), or unset it"

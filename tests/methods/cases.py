@@ -24,6 +24,13 @@ SPECTRAL: dict[str, tuple[str, dict[str, Any]]] = {
     "ctm-mean": ("ctm", {"rule": "mean", "target_rank": 4, "beta": 0.0}),
     "ctm-sum": ("ctm", {"rule": "sum", "target_rank": 64, "beta": 1.0}),
     "ctm-dare_ties": ("ctm", {"rule": "dare_ties", "density": 0.5}),
+    "dc_merge": ("dc_merge", {"keep": 0.3}),
+    "dc_merge-linear": ("dc_merge", {"smoothing": "linear", "keep": 1.0}),
+    "wudi": ("wudi", {}),
+    "wudi-steps": ("wudi", {"steps": 2}),
+    "svc": ("svc", {}),
+    "svc-sum": ("svc", {"base": "sum"}),
+    "svc-tsv_m": ("svc", {"base": "tsv_m"}),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DARE: statistics against the official code, and what holds for every draw."""
+"""DARE: statistics against the official code (of DELLA as well), and what holds for every draw."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests import golden, golden_do
+from tests import golden, golden_do, golden_mergekit
 from tests.adapters_in_memory import (
     SHAPES,
     deltas,
@@ -28,7 +28,10 @@ from vllm_merge.algebra.masks import keep_mask, mask_keys
 
 STOCHASTIC = json.loads((golden.FOLDER / "stochastic.json").read_text(encoding="utf-8"))
 ENTRYWISE = {case["id"]: case for case in STOCHASTIC["entrywise"]["statistics"]}
-MERGED = [case for case in STOCHASTIC["merged"] if golden_do.recipe_for(case) is not None]
+RECIPES = {
+    case["id"]: golden_do.recipe_for(case) or golden_mergekit.recipe_for(case) or {} for case in STOCHASTIC["merged"]
+}
+MERGED = [case for case in STOCHASTIC["merged"] if RECIPES[case["id"]]]
 CELLS = [(method, space) for method in ("dare_linear", "dare_ties") for space in ("delta", "knots", "core")]
 each_cell = pytest.mark.parametrize(("method", "space"), CELLS)
 
@@ -39,8 +42,7 @@ def run(adapters: list[Adapter], method: str, space: str, *, rank: Any = "lossle
 
 @pytest.mark.parametrize("case", MERGED, ids=lambda case: case["id"])
 def test_merges_have_the_statistics_of_the_official_code(case: golden.Entry) -> None:
-    recipe = golden_do.recipe_for(case)
-    assert recipe is not None
+    recipe = RECIPES[case["id"]]
     tensors = load_file(golden.FOLDER / case["file"])
     inputs = load_file(golden.FOLDER / STOCHASTIC["entrywise"]["inputs"])
     scalings = [alpha / rank for alpha, rank in zip(case["alphas"], case["ranks"], strict=True)]
@@ -153,6 +155,25 @@ def test_rescale_can_be_left_out() -> None:
     with_it = run(three(), "dare_linear", "knots", parameters={"density": 0.25})
     without = run(three(), "dare_linear", "knots", parameters={"density": 0.25, "rescale": False, "lambda": 4.0})
     assert distance(without, with_it) < 1e-6
+
+
+def test_no_official_case_is_left_out() -> None:
+    assert len(MERGED) == len(STOCHASTIC["merged"]) >= 6
+
+
+@each_cell
+def test_l1_keeps_the_norm_of_every_draw(method: str, space: str) -> None:
+    """As mergekit: Σ |x| of each task at each module, whatever was dropped. One adapter shows it; in `delta` it can be seen."""
+    x = random_adapter("x", 4, 1, scaling=2.0)
+    drawn = [run([x], method, space, parameters={"density": 0.4, "rescale": "l1"}, seed=seed) for seed in range(3)]
+    assert distance(drawn[0], drawn[1]) > 0.1
+    if space == "delta":
+        for merged in drawn:
+            for module, value in deltas(x).items():
+                assert float(deltas(merged)[module].abs().sum()) == pytest.approx(float(value.abs().sum()), rel=1e-4)
+    for module, plain in deltas(run([x], method, space, parameters={"density": 0.4})).items():
+        own = deltas(drawn[0])[module]
+        assert torch.allclose(own / own.norm(), plain / plain.norm(), atol=1e-5)  # the same mask, another factor
 
 
 @each_cell

@@ -55,7 +55,7 @@ def sized(*norms: float) -> list[Adapter]:
 
 
 def test_the_names() -> None:
-    assert precondition_names() == ["dare", "do_orthogonalize", "norm_cap", "pico"]
+    assert precondition_names() == ["dare", "do_orthogonalize", "norm_cap", "peft_double_scaling", "pico"]
     with pytest.raises(ValueError, match="registered twice"):
         precondition("pico")(lambda adapters, context: [])
 
@@ -237,3 +237,9 @@ def test_they_run_in_the_order_of_the_list() -> None:
     assert distance(one, weighted_sum(expected, [1.0] * 5)) < 1e-6
     assert distance(two, one) > 1e-2
     assert one.provenance["precondition"] == ["norm_cap", "pico"]
+
+
+def test_peft_double_scaling_is_a_second_scaling() -> None:
+    scales = [adapter.factors["layers.0.q_proj"].scaling for adapter in three()]
+    merged = merge(three(), merge_method="task_arithmetic", precondition=["peft_double_scaling"])
+    assert distance(merged, weighted_sum(three(), scales)) < 3e-6

@@ -19,7 +19,7 @@ def test_names_and_nearest() -> None:
 def test_every_method_describes_itself() -> None:
     for spec in list_methods():
         assert spec.summary
-        assert spec.reference.startswith("arXiv:")
+        assert spec.reference.startswith(("arXiv:", "doi:", "https://"))
         assert spec.default_space in spec.spaces
         assert {p.name for p in spec.parameters} >= {"weight", "lambda"}
 

@@ -31,7 +31,9 @@ def run(case: str, adapters: list[Adapter], **more: Any) -> MergedAdapter:
     return merge(adapters, **{"merge_method": method, "parameters": parameters, "rank": "lossless", **more})
 
 
-@pytest.mark.parametrize("case", ["tsv_m", "opcm", "opcm-shuffle", "ctm-ties-1", "ctm-mean"])
+@pytest.mark.parametrize(
+    "case", ["tsv_m", "opcm", "opcm-shuffle", "ctm-ties-1", "ctm-mean", "wudi", "svc", "svc-sum", "svc-tsv_m"]
+)
 def test_copies_give_the_adapter(case: str) -> None:
     """OPCM too: what a copy adds is diagonal in the singular vectors of what is merged, and so removed whole."""
     x = random_adapter("x", 4, 1, scaling=2.0)
@@ -40,7 +42,20 @@ def test_copies_give_the_adapter(case: str) -> None:
     assert merged.rank == 4
 
 
-@pytest.mark.parametrize("case", ["tsv_m-isotropize", "iso_c", "iso_cts", "ctm-ties", "ctm-sum", "ctm-dare_ties"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "tsv_m-isotropize",
+        "iso_c",
+        "iso_cts",
+        "ctm-ties",
+        "ctm-sum",
+        "ctm-dare_ties",
+        "dc_merge",
+        "dc_merge-linear",
+        "wudi-steps",
+    ],
+)
 def test_copies_do_not_give_the_adapter(case: str) -> None:
     x = random_adapter("x", 4, 1)
     few = {"weights": None} if case != "ctm-ties" else {"parameters": {"density": 0.1}}

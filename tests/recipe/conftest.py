@@ -10,7 +10,7 @@ import pytest
 
 from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.file import RecipeFile
-from vllm_merge.recipe.loading import parse_recipes
+from vllm_merge.recipe.loading import knows_none, parse_recipes
 from vllm_merge.recipe.plan import Plan, make_plan
 
 
@@ -35,6 +35,7 @@ class FakeMethod:
     version: int = 1
     summary: str = "A method."
     reference: str = "none"
+    most_adapters: int | None = None
 
     @property
     def default_space(self) -> str:
@@ -58,9 +59,21 @@ class FakeMethod:
         return {p.name: p.default for p in self.parameters if p.per_adapter == per_adapter}
 
 
+@dataclass(frozen=True)
+class FakePrecondition:
+    version: int = 1
+
+    def complete(self, given: Mapping[str, object]) -> dict[str, Any]:
+        return {"mads": 3.0, **given}
+
+
 @dataclass
 class FakeRegistry:
     methods: dict[str, FakeMethod] = field(default_factory=dict)
+    preconditions: dict[str, FakePrecondition] = field(default_factory=lambda: {"cap": FakePrecondition()})
+
+    def precondition(self, name: str) -> FakePrecondition:
+        return self.preconditions[name]
 
     def names(self) -> list[str]:
         return sorted(self.methods)
@@ -90,7 +103,12 @@ def registry() -> FakeRegistry:
 @pytest.fixture
 def load(registry: FakeRegistry) -> Callable[[str], RecipeFile]:
     """Parse the text of a recipe file called /files/r.yaml."""
-    return lambda text: parse_recipes(text, Path("/files/r.yaml"), registry)
+
+    def check(entry: Mapping[str, Mapping[str, Any]]) -> None:
+        if not entry.keys() <= registry.preconditions.keys():
+            knows_none(entry)
+
+    return lambda text: parse_recipes(text, Path("/files/r.yaml"), registry, check_precondition=check)
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ def test_content(plan: MakePlan) -> None:
                 ],
                 "parameters": {"normalize": True, "lambda": 0.6},
                 "precondition": [],
+                "precondition_versions": [],
                 "rank": 16,
                 "seed": 3,
             }
@@ -100,6 +101,7 @@ SAME = {
     "recipe renamed": TEXT.replace("  r:", "  other:"),
     "keys in another order": TEXT.replace("    merge_method: ties\n", "") + "    merge_method: ties\n",
     "defaults written out": TEXT + "    space: knots\n    load: lazy\n    precondition: []\n",
+    "how it is served": TEXT + "    on_error: stop\n    on_miss: fallback\n    fallback: a\n",
     "density written out": TEXT.replace("{lambda: 0.6}", "{normalize: true, density: 0.2, lambda: 0.6}"),
     "integer for a float": TEXT.replace("{adapter: b}", "{adapter: b, parameters: {weight: 1}}"),
     "flat gradient": TEXT.replace("weight: 0.5", "weight: [0.5, 0.5]"),
@@ -166,6 +168,19 @@ def test_digest_reaches_through_stages(plan: MakePlan) -> None:
     assert (
         plan(text).digest != plan(text.replace("[{adapter: a}, {adapter: b}]", "[{adapter: a}, {adapter: a}]")).digest
     )
+
+
+def test_digest_depends_on_preconditions_with_their_defaults_and_versions(plan: MakePlan, registry: Any) -> None:
+    def digest(entries: str) -> str:
+        return plan(TEXT + f"    precondition: [{entries}]\n").digest
+
+    default = digest("cap")
+    assert plan(TEXT + "    precondition: [cap]\n").stages[0].precondition == ({"cap": {"mads": 3.0}},)
+    assert default == digest("{cap: {mads: 3}}")
+    assert len({plan(TEXT).digest, default, digest("{cap: {mads: 2}}"), digest("cap, cap")}) == 4
+    registry.preconditions["cap"] = replace(registry.preconditions["cap"], version=2)
+    assert digest("cap") != default
+    assert digest("") == plan(TEXT).digest
 
 
 def test_adapter_plan(load: Callable[[str], RecipeFile], registry: Any) -> None:

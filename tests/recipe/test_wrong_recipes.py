@@ -286,6 +286,35 @@ WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
         ["9: recipes.r.rank: keeps energy 1.5; allowed is a share above 0 and at most 1"],
     ),
     "load": (linear("load: later"), ["9: recipes.r.load: is 'later'; allowed is 'eager' or 'lazy'"]),
+    "on_miss": (
+        linear("on_miss: later"),
+        ["9: recipes.r.on_miss: is 'later'; allowed is 'wait', 'reject' or 'fallback'"],
+    ),
+    "on_error": (linear("on_error: ignore"), ["9: recipes.r.on_error: is 'ignore'; allowed is 'stop' or 'degraded'"]),
+    "on_error of a lazy recipe": (
+        linear("load: lazy\non_error: stop"),
+        ["10: recipes.r.on_error: stop has no effect with `load: lazy`, which merges nothing at the start"],
+    ),
+    "no fallback": (
+        linear("on_miss: fallback"),
+        ["6: recipes.r.fallback: is missing; name a recipe, an adapter or 'base' (known: sql, code)"],
+    ),
+    "fallback that is not used": (
+        linear("fallback: sql"),
+        ["9: recipes.r.fallback: has no effect with `on_miss: wait`; write `on_miss: fallback` or leave it out"],
+    ),
+    "fallback to itself": (
+        linear("on_miss: fallback\nfallback: r"),
+        ["10: recipes.r.fallback: is the recipe itself; name another recipe, an adapter or the base model"],
+    ),
+    "unknown fallback": (
+        linear("on_miss: fallback\nfallback: sqk"),
+        ["10: recipes.r.fallback: no recipe or adapter 'sqk', did you mean 'sql'? (known: sql, code, base)"],
+    ),
+    "alias as fallback": (
+        linear("on_miss: fallback\nfallback: prod") + "\naliases: {prod: sql}",
+        ["10: recipes.r.fallback: 'prod' is an alias, which may move; name what it points to, 'sql'"],
+    ),
     "negative seed": (linear("seed: -1"), ["9: recipes.r.seed: is -1; allowed is at least 0"]),
     "seed is text": (linear("seed: '7'"), ["9: recipes.r.seed: is '7'; expected a whole number"]),
     "seed is true": (linear("seed: true"), ["9: recipes.r.seed: is true; expected a whole number"]),
@@ -298,7 +327,7 @@ WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
             "{energy: SHARE}",
             "10: recipes.r.seed: is 'x'; expected a whole number",
             "11: recipes.r.lod: unknown key, did you mean 'load'? (allowed: merge_method, space, "
-            "adapters, precondition, parameters, rank, load, seed)",
+            "adapters, precondition, parameters, continue, rank, load, seed, on_miss, fallback, on_error)",
         ],
     ),
 }

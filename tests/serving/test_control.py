@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from vllm_merge.serving.control import ControlError, ControlServer, WorkerLink, connect_all
+from vllm_merge.serving.control import ControlError, ControlServer, WorkerLink
 
 
 class Echo:
@@ -106,17 +106,3 @@ def test_a_worker_that_is_gone_is_said_and_not_waited_for(served):
 def test_the_socket_is_the_users_alone(served):
     server, _ = served
     assert stat.S_IMODE(server.path.stat().st_mode) == 0o600
-
-
-def test_dead_sockets_are_passed_over_and_missing_workers_named(served, tmp_path):
-    server, _ = served
-    (tmp_path / "worker-0.sock").touch()
-
-    async def talk():
-        links = await connect_all(tmp_path, 1, lambda event: None, timeout=2)
-        assert [link.path for link in links] == [server.path]
-        await links[0].close()
-        with pytest.raises(ControlError, match=r"1 of 2 vLLM workers.*--enable-lora"):
-            await connect_all(tmp_path, 2, lambda event: None, timeout=0.3)
-
-    asyncio.run(talk())

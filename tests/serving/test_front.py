@@ -4,11 +4,13 @@
 import asyncio
 import contextlib
 import hashlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from vllm_merge.serving import front as front_module
+from vllm_merge.serving import links as links_module
 from vllm_merge.serving.control import ControlError
 from vllm_merge.serving.front import Artifact, ArtifactUnavailable, FrontDoor
 from vllm_merge.serving.identity import lora_id, lora_path
@@ -21,6 +23,11 @@ class PlayedWorker:
 
     def __init__(self, taken=()):
         self.connected = True
+        self.alarms = 0
+        self.broken = None
+        self.near = False
+        self.fails = None
+        self.released = 0
         self.taken = set(taken)
         self.leases = 0
         self.prepared = []
@@ -28,17 +35,24 @@ class PlayedWorker:
         self.hold.set()
 
     async def call(self, op, **fields):
+        if op == "broken":
+            return {"reason": self.broken}
+        if op == "near":
+            return {"near": self.near, "retry_after": 7}
         assert op == "prepare"
         self.prepared.append(fields["lora_id"])
         await self.hold.wait()
         if fields["lora_id"] in self.taken:
             raise ControlError("conflict", "taken")
+        if self.fails is not None:
+            raise self.fails
         self.leases = 1 if fields["lease"] else self.leases
         return {"rank": 4, "bytes": 8, "seconds": 0.1, "tensors_sha256": "s"}
 
     def post(self, op, **fields):
         assert op == "release"
         self.leases = 0
+        self.released += 1
 
 
 @pytest.fixture(autouse=True)
@@ -118,9 +132,9 @@ def test_a_broken_promise_fails_the_request_and_changes_id_and_path():
 
         async def request():
             async with front.lease(artifact.lora_request("x@1")) as holder:
-                holder.check()
+                await holder.check()
                 front.on_event(event)
-                holder.check()
+                await holder.check()
 
         with pytest.raises(ArtifactUnavailable, match="gone"):
             await request()
@@ -156,3 +170,145 @@ def test_requests_that_are_not_ours_are_left_alone():
     assert front.lease(SimpleNamespace(lora_name="sql", lora_path="/adapters/sql")) is None
     with pytest.raises(ArtifactUnavailable):
         front.lease(SimpleNamespace(lora_name="y", lora_path=lora_path("0" * 64)))
+
+
+def test_an_alarm_that_no_message_told_of_yet_stops_the_very_output_it_is_about():
+    async def scenario():
+        worker = PlayedWorker()
+        front, artifact = door(worker)
+
+        async def request():
+            async with front.lease(artifact.lora_request("x@1")) as holder:
+                worker.alarms, worker.broken = 1, "it was gone"
+                await holder.check()
+                raise AssertionError("the output was passed on")
+
+        with pytest.raises(ArtifactUnavailable, match="gone") as error:
+            await request()
+        assert error.value.retry
+        assert worker.leases == 0
+        async with front.lease(artifact.lora_request("x@1")) as holder:
+            assert holder.lora_request.lora_path == lora_path(DIGEST, 1)
+
+    asyncio.run(scenario())
+
+
+def test_an_alarm_for_another_artifact_costs_one_question():
+    async def scenario():
+        worker = PlayedWorker()
+        front, artifact = door(worker)
+        asked = []
+        call = worker.call
+
+        async def counted(op, **fields):
+            asked.append(op)
+            return await call(op, **fields)
+
+        worker.call = counted
+        async with front.lease(artifact.lora_request("x@1")) as holder:
+            for _ in range(3):
+                await holder.check()
+            worker.alarms = 1
+            for _ in range(3):
+                await holder.check()
+        assert asked == ["prepare", "broken"]
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_worker_is_reached_again_and_its_leases_are_taken_again(monkeypatch):
+    async def scenario():
+        monkeypatch.setattr(links_module, "RECONNECT_SECONDS", 0.01)
+        worker = PlayedWorker()
+        worker.path = Path("worker-1.sock")
+        front, artifact = door(worker)
+        attempts = []
+
+        async def connect():
+            attempts.append(1)
+            if len(attempts) < 3:
+                raise ConnectionRefusedError
+            worker.connected = True
+
+        worker.connect = connect
+        async with front.lease(artifact.lora_request("x@1")):
+            worker.connected, worker.leases = False, 0
+            worker.on_lost()
+            await asyncio.sleep(0.2)
+            assert len(attempts) == 3
+            assert worker.leases == 1, "the request that runs has its lease again"
+            assert artifact.leased
+        prepared = len(worker.prepared)
+        worker.on_lost()  # lost and made again before anybody looked: the old lease counts no more
+        async with front.lease(artifact.lora_request("x@1")):
+            assert len(worker.prepared) == prepared + 1
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_does_not_wait_is_told_when_to_come_back_while_the_merge_goes_on():
+    async def scenario():
+        worker = PlayedWorker()
+        front, artifact = door(worker)
+        worker.hold.clear()
+        for _ in range(3):
+            with pytest.raises(ArtifactUnavailable, match="is being merged") as error:
+                async with front.hold(artifact, "x@1", wait=False):
+                    pass
+            assert (error.value.retry, error.value.retry_after) == (True, 7)
+            await asyncio.sleep(0.01)
+        assert len(worker.prepared) == 1, "one merge in the background"
+        worker.hold.set()
+        worker.near = True
+        await asyncio.sleep(0.01)
+        async with front.hold(artifact, "x@1", wait=False):
+            assert worker.leases == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_that_stays_is_said_at_once_even_to_those_who_do_not_wait():
+    async def scenario():
+        worker = PlayedWorker()
+        front, artifact = door(worker)
+        worker.fails = ControlError("failed", "an adapter is gone")
+        for wait in (True, False):
+            with pytest.raises(ArtifactUnavailable, match="an adapter is gone") as error:
+                async with front.hold(artifact, "x@1", wait=wait):
+                    pass
+            assert not error.value.retry
+
+    asyncio.run(scenario())
+
+
+def test_the_queues_time_reaches_the_request():
+    async def scenario():
+        worker = PlayedWorker()
+        front, artifact = door(worker)
+        worker.fails = ControlError("busy", "16 merges are waiting already", 40)
+        with pytest.raises(ArtifactUnavailable, match="waiting already") as error:
+            await front.ready(artifact)
+        assert (error.value.retry, error.value.retry_after) == (True, 40)
+
+    asyncio.run(scenario())
+
+
+def test_no_request_waits_longer_than_it_may_not_even_for_another_that_waits(monkeypatch):
+    async def scenario():
+        monkeypatch.setattr(front_module, "PREPARE_SECONDS", 0.1)
+        worker = PlayedWorker()
+        front, artifact = door(worker)
+        worker.hold.clear()
+        started = asyncio.get_running_loop().time()
+
+        async def request():
+            async with front.lease(artifact.lora_request("x@1")):
+                raise AssertionError("never ready")
+
+        results = await asyncio.gather(*(request() for _ in range(5)), return_exceptions=True)
+        assert all(isinstance(result, ArtifactUnavailable) and result.retry for result in results)
+        assert "not ready within" in str(results[-1])
+        assert asyncio.get_running_loop().time() - started < 1
+        assert worker.released >= 1, "what comes too late is not wanted any more"
+
+    asyncio.run(scenario())

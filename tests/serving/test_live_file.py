@@ -4,6 +4,7 @@
 import json
 import sys
 import time
+import urllib.request
 
 import openai
 import pytest
@@ -115,6 +116,40 @@ def test_new_recipes_come_and_old_ones_go(live_server, client):
     with pytest.raises(openai.NotFoundError):
         answered_by(client, "b")
     assert {"a", "c", "assistant", "given", "reverse"} <= {model.id for model in client.models.list().data}
+
+
+def test_a_recipe_that_changes_under_its_alias_answers_anew_although_its_prefix_is_cached(live_server, client):
+    prompt = " ".join(f"upper: stone{i} -> STONE{i}" for i in range(30))[:230]  # longer than a block of the cache
+
+    def ask(**extra) -> tuple[str, list[float]]:
+        """The model that answers, and the log-probabilities of its greedy answer."""
+        options = {"temperature": 0, "max_tokens": 8, "logprobs": 0, "extra_body": {"ignore_eos": True, **extra}}
+        completion = client.completions.create(model="assistant", prompt=prompt, **options)
+        assert completion.usage.prompt_tokens > 150
+        return completion.model, completion.choices[0].logprobs.token_logprobs
+
+    def same(one: tuple[str, list[float]], other: tuple[str, list[float]]) -> bool:
+        return one[0] == other[0] and one[1] == pytest.approx(other[1], abs=1e-4)
+
+    def hits() -> float:
+        text = urllib.request.urlopen(f"{live_server.url}/metrics").read().decode()
+        lines = [line for line in text.splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    first, before = ask(), hits()
+    assert same(ask(), first)
+    assert hits() > before, "prefixes are cached"
+    changed = yaml.safe_load(live_server.config.read_text())
+    changed["recipes"]["a"]["adapters"][1]["parameters"]["weight"] = 0.9
+    original = live_server.config.read_text()
+    assert rewrite(live_server, client, changed)["error"] is None
+    second = ask()
+    assert second[0] != first[0]
+    assert second[1] != pytest.approx(first[1], abs=1e-2), "the new artifact says something else"
+    assert same(ask(), second), "from its own cached prefix"
+    assert same(ask(cache_salt="nobody has used this"), second), "as without any cache"
+    assert rewrite(live_server, client, original)["error"] is None
+    assert same(ask(), first)
 
 
 def test_an_adapter_that_vllm_unloads_is_gone_but_what_was_merged_from_it_stays(live_server, client):

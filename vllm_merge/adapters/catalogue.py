@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vllm_merge.adapters.hub import adapter_folder
 from vllm_merge.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, hash_adapter, read_shapes
+from vllm_merge.adapters.sequence_state import REPORT_FILE
 from vllm_merge.errors import UserInputError
 
 # What tells that a file was replaced or written to: path, inode, size and time of the last change.
@@ -38,12 +39,14 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class RegisteredAdapter:
-    """An adapter of the catalogue; `shapes` is {module: (d_out, d_in, rank)}."""
+    """An adapter of the catalogue; `shapes` is {module: (d_out, d_in, rank)}. continues: the sequential method that can
+    go on from it, if one made it."""
 
     name: str
     path: Path
     summary: AdapterSummary
     shapes: Mapping[str, tuple[int, int, int]]
+    continues: str | None = None
 
 
 class Catalogue:
@@ -76,7 +79,7 @@ class Catalogue:
             dtypes=found.dtypes,
             warnings=found.warnings,
         )
-        adapter = RegisteredAdapter(name, folder, summary, found.modules)
+        adapter = RegisteredAdapter(name, folder, summary, found.modules, found.continues)
         with self._lock:
             self._adapters[name] = adapter
         return adapter
@@ -117,10 +120,12 @@ class Catalogue:
 
 def _stamp(folder: Path) -> _Stamp:
     parts = []
-    for file in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+    for file in (folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / REPORT_FILE):
         try:
             status = file.stat()
         except OSError as error:
+            if file.name == REPORT_FILE:
+                continue
             raise UserInputError(f"{file}: cannot be read: {error.strerror}") from None
         parts.append((str(file), status.st_ino, status.st_size, status.st_mtime_ns))
     return tuple(parts)

@@ -79,6 +79,11 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def tensor_header(tensor: Tensor) -> bytes:
+    """What is hashed of a tensor before its bytes."""
+    return f"{tuple(tensor.shape)}\0{tensor.dtype}\0".encode()
+
+
 def factors_sha256(factors: Mapping[str, LoraFactors]) -> str:
     """SHA-256 (hex) of names, shapes, dtypes, scalings and bytes, in natural module order."""
     digest = hashlib.sha256()
@@ -86,7 +91,7 @@ def factors_sha256(factors: Mapping[str, LoraFactors]) -> str:
         module = factors[name]
         digest.update(f"{name}\0{module.scaling!r}\0".encode())
         for tensor in (module.A, module.B):
-            digest.update(f"{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+            digest.update(tensor_header(tensor))
             digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
@@ -141,6 +146,12 @@ class Adapter:
         from vllm_merge.adapters.peft import read_adapter
 
         return read_adapter(Path(path), name)
+
+    def named(self, name: str) -> Adapter:
+        """The same adapter under another name."""
+        return Adapter(
+            name, self.factors, content_hash=self.known_hash, base_model=self.base_model, metadata=self.metadata
+        )
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, {len(self.factors)} modules, rank {self.rank})"

@@ -3,7 +3,8 @@
 
 An adapter's content hash is SHA-256 over the fields of the configuration that decide ΔW (r, lora_alpha, rank_pattern,
 alpha_pattern, use_rslora, as canonical JSON) and over every byte of the safetensors file. Names, target modules,
-dropout and the like do not enter it. `read_adapter` hashes the very bytes that it parses.
+dropout and the like do not enter it. Of a report beside, the state of a sequential merge does (`sequence_state`).
+`read_adapter` hashes the very bytes that it parses.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.folders import new_folder
 from vllm_merge.adapters.peft_config import MAX_CONFIG_BYTES, LoraConfig, parse_config
+from vllm_merge.adapters.sequence_state import canonical_state, read_state
 from vllm_merge.adapters.tensor_file import MAX_FILE_BYTES, TensorEntry, parse_header, read_header, tensor_view
 from vllm_merge.adapters.words import shown
 from vllm_merge.errors import MergeError, UserInputError
@@ -46,13 +48,15 @@ _UNSUPPORTED_PARTS = {
 
 @dataclass(frozen=True)
 class AdapterShapes:
-    """A PEFT folder without its values. modules: name -> (d_out, d_in, rank); size_bytes: of the safetensors file."""
+    """A PEFT folder without its values. modules: name -> (d_out, d_in, rank); size_bytes: of the safetensors file;
+    continues: the sequential method that can go on from it, if one wrote it."""
 
     config: LoraConfig
     modules: Mapping[str, tuple[int, int, int]]
     dtypes: tuple[str, ...]
     size_bytes: int
     warnings: tuple[str, ...]
+    continues: str | None = None
 
 
 # module -> {"A" or "B": (tensor name, entry)}
@@ -66,26 +70,70 @@ def read_adapter(path: str | Path, name: str | None = None, *, expected_hash: st
     rsLoRA, per module. Raises UserInputError for anything that is not a plain LoRA, and where the content does not have
     the `expected_hash`.
     """
+    return parse_adapter(read_bytes(path, name, expected_hash=expected_hash))
+
+
+@dataclass(frozen=True)
+class ReadAdapter:
+    """A PEFT folder's content as it was read and hashed. data: (bytes of the safetensors file,) uint8."""
+
+    folder: Path
+    name: str
+    config: LoraConfig
+    data: torch.Tensor
+    state: Mapping[str, object]
+    content_hash: str
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of the safetensors file of the PEFT folder `path`; 0 if there is none, of which `read_bytes` says more."""
+    try:
+        return (Path(path) / WEIGHTS_FILE).stat().st_size
+    except OSError:
+        return 0
+
+
+def read_bytes(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    expected_hash: str | None = None,
+    memory: Callable[[int], torch.Tensor] = lambda size: torch.empty(size, dtype=torch.uint8),
+) -> ReadAdapter:
+    """The first half of `read_adapter`, nearly all of it outside of the interpreter. memory(bytes): where to read it to."""
     folder = Path(path)
     name = name if name is not None else folder.resolve().name
     with _naming(name):
         config = _read_config(folder)
-        weights = _read_weights(folder / WEIGHTS_FILE)
-    content_hash = _content_hash(config, lambda digest: digest.update(weights))
+        data = _read_weights(folder / WEIGHTS_FILE, memory)
+        state = read_state(folder)
+    content_hash = _content_hash(config, lambda digest: digest.update(data.numpy()), state)
     if expected_hash is not None and content_hash != expected_hash:
         raise UserInputError(
             f"adapter {name!r} ({folder}): the content changed since it was registered: expected hash "
             f"{expected_hash[:12]}, found {content_hash[:12]}; register it again or restore the files"
         )
-    with _naming(name):
-        pairs, warnings = _checked_pairs(parse_header(weights, folder / WEIGHTS_FILE), config, folder)
+    return ReadAdapter(folder, name, config, data, state, content_hash)
+
+
+def parse_adapter(read: ReadAdapter, *, check_values: bool = True) -> Adapter:
+    """The second half of `read_adapter`: an adapter of views of the bytes. check_values: look for NaN and infinity."""
+    folder, config = read.folder, read.config
+    with _naming(read.name):
+        header = parse_header(memoryview(read.data.numpy()), folder / WEIGHTS_FILE)
+        pairs, warnings = _checked_pairs(header, config, folder)
         scalings = config.scalings({module: pair["A"][1].shape[0] for module, pair in pairs.items()})
         factors = {
-            module: LoraFactors(*_tensors(weights, pair, module, folder), scalings[module])
+            module: LoraFactors(*_tensors(read.data, pair, module, folder, check_values), scalings[module])
             for module, pair in pairs.items()
         }
-    metadata = {"path": str(folder.resolve()), "revision": config.revision, "warnings": tuple(warnings)}
-    return Adapter(name, factors, content_hash=content_hash, base_model=config.base_model, metadata=metadata)
+    metadata = {
+        "path": str(folder.resolve()),
+        "revision": config.revision,
+        "warnings": tuple(warnings),
+        "continuation": read.state,
+    }
+    return Adapter(read.name, factors, content_hash=read.content_hash, base_model=config.base_model, metadata=metadata)
 
 
 def hash_adapter(path: str | Path) -> str:
@@ -99,7 +147,7 @@ def hash_adapter(path: str | Path) -> str:
                 digest.update(memoryview(chunk)[:count])
 
     with _naming(folder.resolve().name):
-        return _content_hash(_read_config(folder), feed)
+        return _content_hash(_read_config(folder), feed, read_state(folder))
 
 
 def read_shapes(path: str | Path, name: str | None = None) -> AdapterShapes:
@@ -109,10 +157,11 @@ def read_shapes(path: str | Path, name: str | None = None) -> AdapterShapes:
     with _naming(name):
         config = _read_config(folder)
         pairs, warnings = _checked_pairs(read_header(folder / WEIGHTS_FILE), config, folder)
+        state = read_state(folder)
         size = (folder / WEIGHTS_FILE).stat().st_size
     shapes = {m: (pair["B"][1].shape[0], pair["A"][1].shape[1], pair["A"][1].shape[0]) for m, pair in pairs.items()}
     dtypes = sorted({entry.dtype for pair in pairs.values() for _, entry in pair.values()})
-    return AdapterShapes(config, shapes, tuple(dtypes), size, tuple(warnings))
+    return AdapterShapes(config, shapes, tuple(dtypes), size, tuple(warnings), state.get("method"))
 
 
 def write_adapter(folder: str | Path, factors: Mapping[str, LoraFactors], *, base_model: str | None) -> None:
@@ -192,7 +241,7 @@ def _read_config(folder: Path) -> LoraConfig:
         return parse_config(file.read(MAX_CONFIG_BYTES + 1), config)
 
 
-def _read_weights(path: Path) -> bytearray:
+def _read_weights(path: Path, memory: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """The whole file in one buffer, which the tensors will be views of."""
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -200,18 +249,19 @@ def _read_weights(path: Path) -> bytearray:
             raise UserInputError(
                 f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; this is no LoRA adapter"
             )
-        data = bytearray(size)
-        view, filled = memoryview(data), 0
-        while filled < len(data) and (count := file.readinto(view[filled:])):
+        data = memory(size)
+        view, filled = memoryview(data.numpy()), 0
+        while filled < size and (count := file.readinto(view[filled:])):
             filled += count
-    if filled != len(data):
-        raise UserInputError(f"{path}: ended after {filled:,} of {len(data):,} bytes; it changed while it was read")
+    if filled != size:
+        raise UserInputError(f"{path}: ended after {filled:,} of {size:,} bytes; it changed while it was read")
     return data
 
 
-def _content_hash(config: LoraConfig, feed: "Callable[[hashlib._Hash], None]") -> str:
+def _content_hash(config: LoraConfig, feed: "Callable[[hashlib._Hash], None]", state: Mapping[str, object]) -> str:
     digest = hashlib.sha256(_HASH_DOMAIN + config.canonical() + b"\n")
     feed(digest)
+    digest.update(canonical_state(state))
     return digest.hexdigest()
 
 
@@ -303,12 +353,12 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _tensors(
-    weights: bytearray, pair: Mapping[str, tuple[str, TensorEntry]], module: str, folder: Path
+    data: torch.Tensor, pair: Mapping[str, tuple[str, TensorEntry]], module: str, folder: Path, check_values: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of a module, as views of the file's bytes."""
-    tensors = {part: tensor_view(weights, entry) for part, (_, entry) in pair.items()}
+    tensors = {part: tensor_view(data, entry) for part, (_, entry) in pair.items()}
     for part, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if check_values and not _is_finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
             raise UserInputError(
                 f"{folder / WEIGHTS_FILE}: module {module!r}: lora_{part} has {count} NaN or infinite values; "

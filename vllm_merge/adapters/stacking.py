@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_merge.adapters.factors import Adapter, natural_key
+from vllm_merge.adapters.factors import Adapter, LoraFactors, natural_key
 from vllm_merge.errors import UserInputError
 
 
@@ -31,6 +32,19 @@ class ModuleGroup:
     def stacked_rank(self) -> int:
         """K, the number of stacked rank-one terms."""
         return sum(slot.stop - slot.start for slot in self.slots)
+
+    def by_ranks(self) -> Iterator[ModuleGroup]:
+        """The group in pieces of modules whose adapters have the same ranks, so that no term is padding."""
+        same: dict[tuple[int, ...], list[str]] = {}
+        for module, ranks in zip(self.modules, self.ranks, strict=True):
+            same.setdefault(ranks, []).append(module)
+        for ranks, modules in same.items():
+            yield ModuleGroup(self.shape, tuple(modules), (ranks,) * len(modules), _slots(ranks))
+
+    def only(self, adapters: Sequence[int]) -> ModuleGroup:
+        """The group with some of its adapters, by position; its modules have the same ranks (`by_ranks`)."""
+        ranks = tuple(self.ranks[0][index] for index in adapters)
+        return ModuleGroup(self.shape, self.modules, (ranks,) * len(self.modules), _slots(ranks))
 
     def batches(self, modules: int) -> Iterator[ModuleGroup]:
         """The group in pieces of at most this many modules, all with the group's slots."""
@@ -74,17 +88,25 @@ def _group(shape: tuple[int, int], modules: Sequence[str], adapters: Sequence[Ad
         return adapter.factors[module].rank if module in adapter.factors else 0
 
     ranks = tuple(tuple(rank(adapter, module) for adapter in adapters) for module in modules)
-    slots, start = [], 0
-    for width in (max(column) for column in zip(*ranks, strict=True)):
-        slots.append(slice(start, start + width))
-        start += width
-    return ModuleGroup(shape, tuple(modules), ranks, tuple(slots))
+    return ModuleGroup(shape, tuple(modules), ranks, _slots([max(column) for column in zip(*ranks, strict=True)]))
 
 
-def stack_group(group: ModuleGroup, adapters: Sequence[Adapter], device: torch.device) -> Stack:
-    """Copy the group's factors to the device, as float32."""
+def _slots(widths: Sequence[int]) -> tuple[slice, ...]:
+    ends = list(accumulate(widths))
+    return tuple(slice(end - width, end) for end, width in zip(ends, widths, strict=True))
+
+
+def stack_group(
+    group: ModuleGroup, adapters: Sequence[Adapter], device: torch.device, sources: Sources | None = None
+) -> Stack:
+    """Copy the group's factors to the device, as float32. sources: of the whole merge, where there are several passes."""
     d_out, d_in = group.shape
     count, stacked = len(group.modules), group.stacked_rank
+    if device.type == "cuda":
+        a = torch.empty(count, stacked, d_in, device=device)
+        b = torch.empty(count, d_out, stacked, device=device)
+        fill_on_gpu(group, adapters, sources or Sources(device, 0), a, b)
+        return Stack(group, a, b)
     a = torch.zeros(count, stacked, d_in, device=device)
     b = torch.zeros(count, d_out, stacked, device=device)
     scale = torch.zeros(count, stacked)
@@ -107,3 +129,128 @@ def _place(target: Tensor, present: Sequence[int], matrices: Sequence[Tensor]) -
         target.copy_(values)
     else:
         target[torch.tensor(present, device=target.device)] = values.to(target.device, target.dtype)
+
+
+class Sources:
+    """Where the factors of adapters lie on a GPU; those in host memory are copied there.
+
+    An adapter that is a view of few large storages (a file that was read whole, into pinned memory at best) is copied
+    by storage and kept as long as `keep_bytes` allow, so that passes over a merge's modules copy it once. The rest is
+    copied factor by factor, for the batch at hand.
+    """
+
+    def __init__(self, device: torch.device, keep_bytes: int) -> None:
+        self._device = device
+        self._room = keep_bytes
+        self._storages: dict[int, Tensor] = {}  # by address on the host
+        self._passing: list[Tensor] = []
+
+    def begin_batch(self) -> None:
+        """Forget what was copied for the batch before."""
+        self._passing = []
+
+    def address(self, factor: Tensor) -> tuple[int, int]:
+        """Address on the device, and elements from row to row; elements of a row are adjacent."""
+        if factor.stride(1) != 1:
+            factor = factor.contiguous()
+        if factor.is_cuda:
+            self._passing.append(factor)
+            return factor.data_ptr(), factor.stride(0)
+        storage = factor.untyped_storage()
+        host, nbytes = storage.data_ptr(), storage.nbytes()
+        there = self._storages.get(host)
+        if there is None and nbytes <= self._room and nbytes > 4 * factor.nbytes:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            there = self._storages[host] = whole.to(self._device, non_blocking=True)
+            self._room -= nbytes
+        if there is None:
+            there = factor.to(self._device, non_blocking=True)
+            self._passing.append(there)
+            return there.data_ptr(), there.stride(0)
+        return there.data_ptr() + factor.data_ptr() - host, factor.stride(0)
+
+
+def side_by_side(
+    group: ModuleGroup,
+    adapters: Sequence[Adapter],
+    shares: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    sources: Sources | None,
+) -> tuple[Tensor, Tensor, bool]:
+    """A = [A_1; …; A_n] (modules, K, d_in) and B = [c_1 B_1, …, c_n B_n] (modules, d_out, K), and whether they are finite.
+
+    shares: c, (modules, n) float64, on the CPU; the scaling is folded into B.
+    """
+    (d_out, d_in), count = group.shape, len(group.modules)
+    if device.type != "cuda":
+        stack = stack_group(group, adapters, device)
+        columns = [shares[:, index, None].expand(-1, slot.stop - slot.start) for index, slot in enumerate(group.slots)]
+        a, b = stack.A.to(dtype), (stack.B * torch.cat(columns, dim=1)[:, None, :].to(device, torch.float32)).to(dtype)
+        return a, b, bool(a.isfinite().all() & b.isfinite().all())
+    a = torch.empty(count, group.stacked_rank, d_in, dtype=dtype, device=device)
+    b = torch.empty(count, d_out, group.stacked_rank, dtype=dtype, device=device)
+    overflow = fill_on_gpu(group, adapters, sources or Sources(device, 0), a, b, shares.tolist())
+    return a, b, not bool(overflow)
+
+
+def fill_on_gpu(
+    group: ModuleGroup,
+    adapters: Sequence[Adapter],
+    sources: Sources,
+    a: Tensor,
+    b: Tensor,
+    weights: Sequence[Sequence[float]] | None = None,
+) -> Tensor:
+    """Write the stacked A (modules, K, d_in) and B (modules, d_out, K), of any dtype, B times scaling and weights[m][i].
+
+    Returns one int32, not 0 where a value is not finite in the dtype of the stack.
+    """
+    from vllm_merge.kernels.gather import gather
+
+    sources.begin_batch()
+    d_out, d_in = group.shape
+    stacked = group.stacked_rank
+    rows_a: dict[torch.dtype, list[tuple[int, ...]]] = {}
+    rows_b: dict[torch.dtype, list[tuple[int, ...]]] = {}
+    scales: dict[torch.dtype, list[float]] = {}
+    for index, (adapter, slot) in enumerate(zip(adapters, group.slots, strict=True)):
+        width, start = slot.stop - slot.start, slot.start
+        for m, module in enumerate(group.modules):
+            at_a, at_b = (m * stacked + start) * d_in, m * d_out * stacked + start
+            pair = adapter.factors.get(module)
+            if not width:
+                continue
+            if pair is None:
+                rows_a.setdefault(torch.float32, []).append((0, 0, 0, 0, width, d_in, at_a))
+                rows_b.setdefault(torch.float32, []).append((0, 0, 0, 0, d_out, width, at_b))
+                scales.setdefault(torch.float32, []).append(0.0)
+                continue
+            dtype, rank = pair.A.dtype, pair.A.shape[0]
+            if pair.B.dtype != dtype:
+                pair = LoraFactors(pair.A.float(), pair.B.float(), pair.scaling)
+                dtype = torch.float32
+            where_a, stride_a = sources.address(pair.A)
+            where_b, stride_b = sources.address(pair.B)
+            rows_a.setdefault(dtype, []).append((where_a, rank, d_in, stride_a, width, d_in, at_a))
+            rows_b.setdefault(dtype, []).append((where_b, d_out, rank, stride_b, d_out, width, at_b))
+            scales.setdefault(dtype, []).append(pair.scaling if weights is None else pair.scaling * weights[m][index])
+    overflow = torch.zeros(1, dtype=torch.int32, device=a.device)
+    widest = max(slot.stop - slot.start for slot in group.slots)
+    for dtype, mine in scales.items():
+        ones = [1.0] * len(mine)
+        for table, factor, stride, out, size in (
+            (rows_a[dtype], ones, d_in, a, widest * d_in),
+            (rows_b[dtype], mine, stacked, b, widest * d_out),
+        ):
+            flat = [number for row in table for number in row]
+            flat.append(stride)
+            gather(
+                torch.tensor(flat, dtype=torch.int64).to(a.device, non_blocking=True),
+                torch.tensor(factor, dtype=torch.float32).to(a.device, non_blocking=True),
+                out,
+                overflow,
+                size,
+                dtype,
+            )
+    return overflow

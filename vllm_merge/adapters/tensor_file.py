@@ -59,21 +59,19 @@ def read_matrices(path: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def parse_header(data: bytes | bytearray, where: Path) -> dict[str, TensorEntry]:
+def parse_header(data: bytes | bytearray | memoryview, where: Path) -> dict[str, TensorEntry]:
     """The tensors that the file content `data` declares; `where` names the file in messages."""
     length = _header_length(bytes(data[:LENGTH_BYTES]), len(data), where)
     return _parse_header(bytes(data[LENGTH_BYTES : LENGTH_BYTES + length]), len(data), where)
 
 
-def tensor_view(data: bytearray, entry: TensorEntry) -> torch.Tensor:
-    """The tensor of `entry` as a view of `data` (a copy only where its bytes are not aligned to its dtype)."""
+def tensor_view(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """The tensor of `entry` as a view of `data`, (bytes,) uint8 (a copy only where it is not aligned to its dtype)."""
     dtype = DTYPES[entry.dtype]
-    count = (entry.end - entry.start) // dtype.itemsize
-    if count == 0:
-        return torch.empty(entry.shape, dtype=dtype)
-    if entry.start % dtype.itemsize:
-        return torch.frombuffer(bytearray(data[entry.start : entry.end]), dtype=dtype).reshape(entry.shape)
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=entry.start).reshape(entry.shape)
+    mine = data[entry.start : entry.end]
+    if mine.storage_offset() % dtype.itemsize:
+        mine = mine.clone()
+    return mine.view(dtype).view(entry.shape)
 
 
 def _header_length(prefix: bytes, size: int, path: Path, most: int = MAX_FILE_BYTES) -> int:

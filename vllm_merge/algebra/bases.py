@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.symmetric import descending_eigh
+from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky
 
 TOLERANCE = 1e-6  # of singular values, relative to the largest
 
@@ -45,7 +45,13 @@ def orthonormal_basis(gram_matrix: Tensor, width: int, *, singular: bool = False
     """
     norms = gram_matrix.diagonal(dim1=-2, dim2=-1).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    values, vectors = descending_eigh(inverse[:, :, None] * gram_matrix * inverse[:, None, :])
+    equilibrated = inverse[:, :, None] * gram_matrix * inverse[:, None, :]
+    if gram_matrix.is_cuda and not singular and width == gram_matrix.shape[-1]:
+        lower = inverse_cholesky(equilibrated)
+        if lower is not None:  # of full rank: Q = X D⁻¹ L⁻ᵀ, R = Lᵀ D = L⁻¹ (D⁻¹ G D⁻¹) D
+            ranks = torch.full(gram_matrix.shape[:1], width, device=gram_matrix.device)
+            return Basis(inverse[:, :, None] * lower.mT, (lower @ equilibrated) * norms[:, None, :], ranks)
+    values, vectors = descending_eigh(equilibrated)
     values, vectors = values[:, :width], vectors[:, :, :width]
     support = values > TOLERANCE**2 * values[:, :1]
     roots = torch.where(support, values, 0.0).sqrt()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vllm_merge.adapters.stacking import ModuleGroup, Stack
 from vllm_merge.algebra.bases import TOLERANCE, gram, orthonormal_basis
-from vllm_merge.algebra.symmetric import descending_eigh
+from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,13 @@ class Coordinates:
         """(modules, n, rows, cols) of all entries."""
         return self.left.shape[0], len(self.group.slots), self.left.shape[1], self.right.shape[2]
 
-    def values(self, modules: slice, rows: slice, cols: slice) -> Tensor:
-        """Entries (modules, n, rows, cols) of a part of the batch, the same bytes at every call."""
+    def values(self, modules: slice, rows: slice, cols: slice, *, made: bool = True) -> Tensor:
+        """Entries (modules, n, rows, cols) of a part of the batch, the same bytes at every call; on the meta device unless
+        they are to be made."""
         left, right = self.left[modules, rows], self.right[modules, :, cols]
         shape = (left.shape[0], len(self.group.slots), left.shape[1], right.shape[2])
+        if not made:
+            return torch.empty(shape, dtype=left.dtype, device="meta")
         values = torch.empty(shape, dtype=left.dtype, device=left.device)
         for task, slot in enumerate(self.group.slots):
             torch.matmul(left[:, :, slot], right[:, slot], out=values[:, task])
@@ -98,9 +101,14 @@ def knots_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates
     for index, slot in enumerate(group.slots):
         norm = grams.norms[:, index, None]
         weight[:, slot] = torch.where(norm > 0, 1 / norm**2, 0.0)
-    values, support_basis = descending_eigh(basis.R @ (blocks * weight[:, None, :]) @ basis.R.mT)
-    support = values > TOLERANCE**2 * values[:, :1]
-    support_basis = support_basis * support[:, None, :]
+    equal = basis.R @ (blocks * weight[:, None, :]) @ basis.R.mT
+    if equal.is_cuda and inverse_cholesky(equal) is not None:  # the support is everything, in any basis
+        support = torch.ones_like(equal[:, 0], dtype=torch.bool)
+        support_basis = torch.eye(equal.shape[-1], dtype=equal.dtype, device=equal.device).expand_as(equal)
+    else:
+        values, support_basis = descending_eigh(equal)
+        support = values > TOLERANCE**2 * values[:, :1]
+        support_basis = support_basis * support[:, None, :]
     inside = support_basis.mT @ basis.R
     square = inside @ blocks @ inside.mT
     # A negative diagonal where the support ends keeps its padding apart from small singular values, and last.
@@ -131,7 +139,12 @@ def _block_diagonal(gram_a: Tensor, group: ModuleGroup) -> Tensor:
     return blocks
 
 
-_BUILDERS: dict[str, Build] = {"delta": delta_coordinates, "knots": knots_coordinates, "core": core_coordinates}
+_BUILDERS: dict[str, Build] = {
+    "delta": delta_coordinates,
+    "knots": knots_coordinates,
+    "core": core_coordinates,
+    "factors": delta_coordinates,  # until its method has made one task of all
+}
 
 
 def coordinates(space: str, stack: Stack, grams: Grams, *, singular: bool) -> Coordinates:

@@ -69,6 +69,20 @@ class Cores:
         pairs = [self.task(index) for index in range(len(self.slots))]
         return torch.stack([task_norm(right @ right.mT, left.mT @ left) for left, right in pairs], dim=1)
 
+    def gram(self) -> Tensor:
+        """⟨M_i, M_j⟩ = ⟨ΔW_i, ΔW_j⟩, (modules, n, n) float64; exactly 0 where a task is within rounding of 0."""
+        products = (self.left.mT @ self.left) * (self.right @ self.right.mT)
+        owners = self._owners()
+        present = (self.norms() > 0).to(self.left)
+        return (owners.mT @ products @ owners) * present[:, :, None] * present[:, None, :]
+
+    def _owners(self) -> Tensor:
+        """(K, n) float64: 1 where a column of left is of the task."""
+        owners = self.left.new_zeros(self.left.shape[2], len(self.slots))
+        for index, slot in enumerate(self.slots):
+            owners[slot, index] = 1
+        return owners
+
     def scaled(self, factors: Tensor) -> Cores:
         """The tasks multiplied by factors, (modules, n) or (modules, n, 1, 1)."""
         widths = torch.tensor([slot.stop - slot.start for slot in self.slots], device=self.left.device)

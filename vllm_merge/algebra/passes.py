@@ -51,6 +51,11 @@ class MappedPasses:
         """As in `passes`."""
         return self.passes.entries
 
+    @property
+    def on_the_fly(self) -> bool:
+        """Never: what changes a tile changes its values."""
+        return False
+
     def tiles(self) -> Iterator[Tile]:
         """Start a new pass over changed tiles."""
         return (self.change(tile) for tile in self.passes.tiles())

@@ -7,8 +7,8 @@ A tile holds whole modules where they are small, and a strip along the longer si
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from vllm_merge.adapters.factors import Adapter
 from vllm_merge.algebra.coordinates import Coordinates
 from vllm_merge.algebra.cores import Cores
+
+if TYPE_CHECKING:
+    from vllm_merge.kernels.products import Products
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class Part:
 class Tile:
     """What a merge method is given: entries of all tasks at a part of some modules.
 
-    space: the space the entries are of. values: (modules, n, rows, cols), float32, in `core` float64.
+    space: the space the entries are of. values: (modules, n, rows, cols), float32, in `core` float64; on the meta device
+    where the method makes them itself, on the fly (`MethodSpec.on_the_fly`).
     modules: their positions among all modules of the merge. rows, cols: which rows and columns of them these are.
     left, right, slots: values[:, i] = left[:, rows, slots[i]] @ right[:, slots[i], cols]; left (modules, all rows, K)
     and right (modules, K, all columns) are of the whole modules.
@@ -50,6 +54,19 @@ class Tile:
     right: Tensor
     slots: tuple[slice, ...]
 
+    def products(self) -> Products:
+        """The tile's entries as what the GPU's kernels make them from."""
+        from vllm_merge.kernels.products import Products
+
+        return Products(self.left[:, self.rows], self.right[:, :, self.cols], self.slots, self.modules)
+
+    def made(self) -> Tile:
+        """The same with its values, if they were to be made on the fly."""
+        if not self.values.is_meta:
+            return self
+        left, right = self.left[:, self.rows], self.right[:, :, self.cols]
+        return replace(self, values=torch.stack([left[:, :, slot] @ right[:, slot] for slot in self.slots], dim=1))
+
 
 class TilePasses(Protocol):
     """All tiles of all modules, as often as a method's statistics need them. They are the same bytes at every pass."""
@@ -62,6 +79,11 @@ class TilePasses(Protocol):
     @property
     def entries(self) -> Tensor:
         """How many entries a task has at each module, (all modules,) int64."""
+        ...
+
+    @property
+    def on_the_fly(self) -> bool:
+        """Whether tiles come without their values, for the method to make."""
         ...
 
     def tiles(self) -> Iterator[Tile]:

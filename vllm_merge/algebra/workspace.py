@@ -10,6 +10,8 @@ from vllm_merge.algebra.ranks import RankPolicy
 from vllm_merge.algebra.tiles import BYTES_PER_ENTRY
 from vllm_merge.algebra.truncation import EXACT_LIMIT, GRAM_LIMIT, OVERSAMPLING
 
+FACTOR_COPIES = 8  # of all factors, that a method of space `factors` holds
+_HELD_MATRICES = 4  # of them that stay: transforms and coordinates
 _SMALL_MATRICES = 16  # K × K float64 arrays alive at once when bases are made, and in methods of whole modules
 
 
@@ -17,10 +19,11 @@ _SMALL_MATRICES = 16  # K × K float64 arrays alive at once when bases are made,
 class ModuleCost:
     """Bytes that one module of a group needs: its stack and bases, its merged entries, and its truncation.
 
-    merged: where a method takes whole modules, with its small matrices.
+    held: what of the first stays between passes, the stack and what the space adds to it. merged: where a method takes whole modules, with its small matrices.
     """
 
     stack: int
+    held: int
     merged: int
     truncation: int
 
@@ -29,7 +32,7 @@ class ModuleCost:
         """Upper bounds, from the shapes alone."""
         (d_out, d_in), k = group.shape, group.stacked_rank
         rows = d_out if space == "delta" else min(k, d_out)
-        cols = min(k, d_in) if space == "core" else d_in
+        cols = min(k, d_in) if space in ("core", "factors") else d_in
         short = min(rows, cols)
         rank = short if policy.limit is None and not policy.by_sum else min(short, policy.limit or k)
         width = min(short, rank + OVERSAMPLING)
@@ -41,14 +44,17 @@ class ModuleCost:
             spectrum = 32 * width * short
         stack = 4 * k * (d_out + d_in) + 8 * k * max(d_out, d_in) + 8 * _SMALL_MATRICES * k * k
         truncation = spectrum + 24 * rank * (d_out + d_in)
-        merged = (8 if space == "core" else 4) * rows * cols
+        merged = (8 if space in ("core", "factors") else 4) * rows * cols
+        if space == "factors":
+            merged += FACTOR_COPIES * 4 * k * (d_out + d_in)
         if whole_modules:
             merged += 8 * _SMALL_MATRICES * k * k
-        return cls(stack, merged, truncation)
+        held = (8 if space == "core" else 4) * k * (d_out + d_in) + 8 * _HELD_MATRICES * k * k
+        return cls(stack, min(held, stack), merged, truncation)
 
     @property
     def total(self) -> int:
-        """All three."""
+        """What is needed at once; what is held is a part of the stack."""
         return self.stack + self.merged + self.truncation
 
 
@@ -61,13 +67,18 @@ class Workspace:
     held: int = 0
     peak: int = 0
 
+    def hold_if_fits(self, nbytes: int) -> None:
+        """Set bytes aside that stay from the first pass to the last, if they leave a quarter for all else."""
+        if nbytes <= self.limit * 3 // 4:
+            self.held = nbytes
+
     def modules_at_once(self, cost: ModuleCost) -> int:
-        """How many modules a batch may have; tiles and whatever is held for later passes have the other half."""
-        return max(1, self.limit // 2 // cost.total)
+        """How many modules a batch may have; tiles have the other half of what is not held."""
+        return max(1, (self.limit - self.held) // 2 // cost.total)
 
     def holds_merged(self, cost: ModuleCost) -> bool:
         """Whether a module's merged entries may be held; otherwise they are made anew at every pass over them."""
-        return cost.total <= self.limit // 2
+        return cost.total <= (self.limit - self.held) // 2
 
     def count(self, nbytes: int) -> None:
         """Note this many bytes as held at once beside what is held for later passes and one tile."""

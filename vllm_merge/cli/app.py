@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_merge.cli.convert import convert
 from vllm_merge.cli.doctor import doctor
 from vllm_merge.cli.eval import eval_
 from vllm_merge.cli.inspect import inspect
@@ -40,6 +41,7 @@ app.command(short_help="Show what a merge would make and cost.")(plan)
 app.command(short_help="Check a recipe file.")(validate)
 app.command(short_help="List the merge methods and their parameters.")(methods)
 app.command(short_help="Print the JSON Schema of recipe files.")(schema)
+app.command(short_help="Make a recipe of a mergekit, PEFT or LoRAX merge.")(convert)
 app.command(short_help="Show what is in an adapter.")(inspect)
 app.command(short_help="Check everything that serving needs.")(doctor)
 app.command("eval", short_help="Count what recipes get right on tasks.")(eval_)

@@ -150,7 +150,7 @@ def _offline(
     for name in names:
         plan = planned(file.path, name, "float32", max_rank, bar).plan
         bar.update(f"Merging {name}")
-        factors = run_plan(plan, device=target).factors
+        factors = run_plan(plan, device=target, report="brief").factors
         kind = "recipe" if plan.stages else "adapter"
         yield score(name, kind, examples, model.answers(factors, prompts, _progress(bar, name, len(prompts))))
 

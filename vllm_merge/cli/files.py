@@ -11,6 +11,7 @@ from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.cli.output import ProgressBar
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.methods.registry import default_registry
+from vllm_merge.recipe.continuation import check_states
 from vllm_merge.recipe.dtypes import Dtype
 from vllm_merge.recipe.file import RecipeFile, is_local
 from vllm_merge.recipe.plan import AdapterSource, Plan, make_plan
@@ -77,6 +78,8 @@ def planned(path: Path, name: str | None, dtype: Dtype, max_rank: int | None, ba
         bar.update(f"Hashing {adapter}", index, len(used))
         hashes[adapter] = catalogue.content_hash(adapter)
     file = file.with_paths(catalogue.paths())
+    if chosen in file.recipes:
+        check_states(file, file.stage_order(chosen), lambda adapter: catalogue.get(adapter).continues)
     plan = make_plan(
         file,
         chosen,
@@ -93,7 +96,7 @@ def adapters_of(file: RecipeFile, name: str) -> list[str]:
     """The registered adapters that `name` is made from: itself, or those of its recipe and the recipes that it uses."""
     if name not in file.recipes:
         return [name]
-    inputs = [item.adapter for stage in file.stage_order(name) for item in file.recipes[stage].adapters]
+    inputs = [source for stage in file.stage_order(name) for source in file.recipes[stage].sources]
     return [adapter for adapter in dict.fromkeys(inputs) if adapter not in file.recipes]
 
 

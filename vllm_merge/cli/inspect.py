@@ -8,6 +8,7 @@ import typer
 
 from vllm_merge.cli.output import (
     add_row,
+    duration,
     print_json,
     print_table,
     print_text,
@@ -16,9 +17,11 @@ from vllm_merge.cli.output import (
     size,
     table,
 )
+from vllm_merge.errors import UserInputError
 
 if TYPE_CHECKING:
     from vllm_merge.adapters.factors import Adapter, LoraFactors
+    from vllm_merge.artifact import MergeReport
 
 
 def inspect(
@@ -26,16 +29,25 @@ def inspect(
         Path, typer.Argument(help="A PEFT folder, or one that `merge` wrote.", metavar="FOLDER", show_default=False)
     ],
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    plots: Annotated[
+        Path | None, typer.Option(help="Write the plots to this folder, as PNG and SVG.", metavar="DIR")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one page with everything, which needs no other file.", metavar="FILE")
+    ] = None,
 ) -> None:
-    """Show what an adapter holds: modules, ranks, scalings, norms of the weight changes, bytes; and a merge's report.
+    """Show what an adapter holds: modules, ranks, scalings, norms of the weight changes, bytes; and a merge's report:
+    how the adapters lie to each other and to the result, effective ranks, sign conflict, energy kept.
 
     \b
     Examples:
       vllm-merge inspect adapters/sql
       vllm-merge inspect merged --json
+      vllm-merge inspect merged --plots plots --html merged.html
     """
     from vllm_merge.adapters.peft import read_adapter
     from vllm_merge.artifact import RECIPE_FILE, MergedAdapter
+    from vllm_merge.report.page import module_rows
 
     with progress_bar(f"Reading {folder}") as bar:
         adapter = read_adapter(folder)
@@ -47,6 +59,7 @@ def inspect(
     facts = _facts(adapter, modules)
     if merged is not None:
         facts |= {"report": merged.report.to_dict(), "provenance": merged.provenance}
+    written = [*_write_plots(facts, plots), *_write_page(facts, html)]
     if json:
         print_json(facts)
         return
@@ -55,17 +68,68 @@ def inspect(
     print_text(f"content hash {facts['content_hash']}")
     print_text(f"base model {facts['base_model'] or 'not named'}")
     print_text(f"{len(modules)} modules, rank {facts['rank']}, {size(facts['bytes'])}, norm {facts['norm']:.4g}")
-    rows = table("module", "d_out", "d_in", "rank", "scaling", "norm", *(["energy kept"] if merged else []))
-    for module, row in modules.items():
-        cells = [row["d_out"], row["d_in"], row["rank"], f"{row['scaling']:g}", f"{row['norm']:.4g}"]
-        if merged is not None:
-            share = merged.report.energy_kept.get(module)
-            cells.append("all" if share is None else f"{share:.2%}")
-        add_row(rows, module, *cells)
-    print_table(rows)
+    _print_rows(*module_rows(facts))
     if merged is not None:
         print_text(f"merged as {merged.provenance.get('artifact', merged.name)}, method {merged.report.method}")
+        if merged.report.overall:
+            _print_overall(merged.report)
         print_warnings(merged.report.warnings)
+    for path in written:
+        print_text(f"wrote {path}")
+
+
+def _print_rows(head: list[str], rows: list[list[str]]) -> None:
+    made = table(*head)
+    for row in rows:
+        add_row(made, *row)
+    print_table(made)
+
+
+def _print_overall(report: "MergeReport") -> None:
+    from vllm_merge.report.page import adapter_rows
+
+    _print_rows(*adapter_rows(report.to_dict()))
+    found = report.overall
+    parts = [f"energy kept {found['energy_kept']:.2%}"]
+    if found["effective_rank"] is not None:
+        parts.append(f"effective rank {found['effective_rank']:.1f}")
+    if found["sign_conflict"] is not None:
+        parts.append(f"sign conflict {found['sign_conflict']:.1%}")
+    parts.append(f"{duration(sum(report.seconds.values()))}, at most {size(report.peak_workspace_bytes)} at once")
+    print_text("; ".join(parts))
+
+
+def _write_plots(facts: dict[str, Any], folder: Path | None) -> list[Path]:
+    """Every figure as PNG and SVG, in a folder that is made where it is missing."""
+    if folder is None:
+        return []
+    from vllm_merge.report.plots import LIGHT, figures, rendered
+
+    if folder.exists() and not folder.is_dir():
+        raise UserInputError(f"--plots {folder}: is not a folder; choose another")
+    written = []
+    for name, figure in figures(facts, LIGHT):
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in ("png", "svg"):
+            path = folder / f"{name}.{kind}"
+            path.write_bytes(rendered(figure, kind))
+            written.append(path)
+    return written
+
+
+def _write_page(facts: dict[str, Any], path: Path | None) -> list[Path]:
+    """The page, whole or not at all."""
+    if path is None:
+        return []
+    from vllm_merge.report.page import page
+
+    if path.is_dir():
+        raise UserInputError(f"--html {path}: is a folder; give the name of a file")
+    text = page(facts)
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+    return [path]
 
 
 def _module(factors: "LoraFactors") -> dict[str, Any]:

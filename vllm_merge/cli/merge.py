@@ -90,7 +90,8 @@ def merge(
 def _check_output(output: Path) -> None:
     """Refuse a folder that something else is in, before any work is done."""
     from vllm_merge.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
-    from vllm_merge.artifact import RECIPE_FILE, REPORT_FILE
+    from vllm_merge.adapters.sequence_state import REPORT_FILE
+    from vllm_merge.artifact import RECIPE_FILE
 
     if not output.exists():
         return

@@ -40,6 +40,7 @@ def methods(
     for spec in specs:
         add_row(rows, spec.name, ", ".join(_spaces(spec)), spec.summary)
     print_table(rows)
+    print_text("space factors: A and B are merged apart, which is not a merge of the weight changes")
     print_text(f"preconditions: {', '.join(precondition_names()) or 'none'}")
 
 
@@ -51,6 +52,8 @@ def _show(spec: "MethodSpec", json: bool) -> None:
     print_text(spec.summary)
     print_text(f"reference: {spec.reference}")
     print_text(f"spaces: {', '.join(_spaces(spec))}")
+    if not spec.exact:
+        print_text("not a merge of the weight changes: A and B are merged apart")
     rows = table("parameter", "of", "default", "allowed")
     for parameter in spec.parameters:
         owner = "adapter or recipe" if parameter.per_adapter else "recipe"
@@ -70,6 +73,7 @@ def _facts(spec: "MethodSpec") -> dict[str, Any]:
         "reference": spec.reference,
         "spaces": _spaces(spec),
         "default_space": spec.default_space,
+        "exact": spec.exact,
         "parameters": [
             {"name": p.name, "per_adapter": p.per_adapter, "default": p.default, "schema": p.json_schema}
             for p in spec.parameters

@@ -10,10 +10,12 @@ from itertools import combinations
 from typing import Literal, TypeAlias
 
 from vllm_merge.cli.files import Planned
-from vllm_merge.cli.output import ProgressBar
+from vllm_merge.cli.output import ProgressBar, duration
 from vllm_merge.forecast.cautions import cautions
+from vllm_merge.forecast.cost import cost_on
 from vllm_merge.forecast.energy import Kept, kept_by_rank
 from vllm_merge.forecast.overlap import Overlap
+from vllm_merge.forecast.plan_cost import plan_cost
 from vllm_merge.forecast.sample import Sample, measure
 from vllm_merge.plan_runner import read_planned
 from vllm_merge.recipe.bounds import stage_bounds
@@ -50,13 +52,25 @@ class Energy:
 
 @dataclass(frozen=True)
 class Seconds:
-    """merge: at least that, where not `complete`."""
+    """merge: at least that, where not `complete`. device: where it would be merged.
+
+    forecast_from: the device whose figures the seconds come from; None where modules were merged to measure.
+    """
 
     read: float
     merge: float
     complete: bool
     measured_modules: int
     device: str
+    forecast_from: str | None = None
+
+    def in_words(self) -> str:
+        least = "" if self.complete else "more than "
+        if self.forecast_from is not None:
+            how = f"on {self.device}, forecast from merges measured on {self.forecast_from}"
+        else:
+            how = f"measured on {self.measured_modules} modules on {self.device}"
+        return f"{least}{duration(self.merge)} to merge ({how})"
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,10 @@ class Slots:
 
 @dataclass(frozen=True)
 class Outlook:
-    """rank and bytes: of the result, where they are known before; else None, and the bounds count."""
+    """rank and bytes: of the result, where they are known before; else None, and the bounds count.
+
+    peak_bytes: of the adapters, the result and what the merge holds beside; None where that cannot be forecast.
+    """
 
     rank_bound: int
     bytes_bound: int
@@ -86,6 +103,7 @@ class Outlook:
     stage_rank_bounds: dict[str, int]
     rank: int | None
     bytes: int | None
+    peak_bytes: int | None
     energy: Energy
     seconds: Seconds
     slots: Slots
@@ -104,12 +122,21 @@ def outlook(prepared: Planned, device: str, bar: ProgressBar) -> Outlook:
     adapters = {name: read_planned(planned) for name, planned in plan.adapters.items()}
     read = time.perf_counter() - started
     overlap = Overlap(list(adapters.values()), lambda done, total: bar.update("Comparing the adapters", done, total))
-    bar.update("Merging a sample")
     ranks = {name: {module: rank for module, (*_, rank) in mine.items()} for name, mine in shapes.items()}
     kept = kept_by_rank(plan, overlap, ranks) if plan.stages else None
     sampled = kept is None and _may_cut(plan, shapes)
-    sample = measure(plan, adapters, device, energy=sampled) if plan.stages else Sample()
+    on = cost_on(device) if plan.stages else None
+    cost = plan_cost(plan, shapes, on) if on is not None else None
+    sample = Sample()
+    if plan.stages and (cost is None or sampled):
+        bar.update("Merging a sample")
+        sample = measure(plan, adapters, device, energy=sampled)
+    seconds = Seconds(read, sample.seconds, sample.complete, sample.modules, device)
+    if cost is not None:
+        seconds = Seconds(read, cost.seconds, True, sample.modules, device, cost.device)
     rank, size, energy = _result(plan, shapes, kept, sample)
+    inputs = sum(adapter.nbytes for adapter in adapters.values())
+    result = size if size is not None else last.bytes
     names = len(prepared.file.recipes) + len(prepared.file.adapters)
     needed = rank if rank is not None else last.rank
     products = overlap.products()
@@ -122,8 +149,9 @@ def outlook(prepared: Planned, device: str, bar: ProgressBar) -> Outlook:
         stage_rank_bounds={stage: bound.rank for stage, bound in bounds.items()} if plan.stages else {},
         rank=rank if plan.stages else last.rank,
         bytes=size if plan.stages else last.bytes,
+        peak_bytes=None if cost is None else inputs + result + cost.workspace,
         energy=energy,
-        seconds=Seconds(read, sample.seconds, sample.complete, sample.modules, device),
+        seconds=seconds,
         slots=Slots(1, names, accepted_rank(needed)),
         norms=dict(zip(overlap.names, norms.tolist(), strict=True)),
         cosines={

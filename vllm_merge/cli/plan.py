@@ -47,8 +47,8 @@ def plan(
 ) -> None:
     """Show what a recipe would make and cost: rank, energy kept, bytes, seconds, slots, and what to be careful about.
 
-    Nothing is written. The adapters are read; their overlap gives the exact energy of weighted sums, and a few of their
-    modules are merged to see how long it takes.
+    Nothing is written. The adapters are read; their overlap gives the exact energy of weighted sums. Seconds and memory are
+    forecast from measured merges, or a few modules are merged to see how long it takes.
 
     \b
     Examples:
@@ -90,6 +90,7 @@ def _facts(plan: Plan, found: Outlook, summaries: dict[str, dict[str, object]]) 
         "stage_rank_bounds": found.stage_rank_bounds,
         "rank": found.rank,
         "bytes": found.bytes,
+        "peak_bytes": found.peak_bytes,
         "energy": asdict(found.energy),
         "seconds": asdict(found.seconds),
         "slots": asdict(found.slots),
@@ -110,11 +111,11 @@ def _print_outlook(plan: Plan, found: Outlook) -> None:
         add_row(rows, "rank", f"{found.rank}, {found.modules} modules")
         add_row(rows, "size", f"{size(found.bytes or 0)} in {plan.dtype}")
     add_row(rows, "energy", found.energy.in_words())
-    least = "" if found.seconds.complete else "more than "
-    measured = f"measured on {found.seconds.measured_modules} modules on {found.seconds.device}"
     if plan.stages:
-        add_row(rows, "seconds", f"{least}{duration(found.seconds.merge)} to merge ({measured})")
+        add_row(rows, "seconds", found.seconds.in_words())
         add_row(rows, "", f"{duration(found.seconds.read)} to read the adapters, as just now")
+    if found.peak_bytes is not None:
+        add_row(rows, "memory", f"about {size(found.peak_bytes)} while merging, adapters and result included")
     add_row(rows, "slots", found.slots.in_words())
     print_table(rows)
 

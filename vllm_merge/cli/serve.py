@@ -74,5 +74,5 @@ def recipe_rank(recipes: RecipeFile, name: str, ranks: dict[str, int]) -> int:
     known = dict(ranks)
     for stage in recipes.stage_order(name):
         recipe = recipes.recipes[stage]
-        known[stage] = recipe.rank if isinstance(recipe.rank, int) else sum(known[i.adapter] for i in recipe.adapters)
+        known[stage] = recipe.rank if isinstance(recipe.rank, int) else sum(known[source] for source in recipe.sources)
     return known[name]

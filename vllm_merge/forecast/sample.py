@@ -82,6 +82,7 @@ def _run(
                 device=device,
                 load_adapter=lambda planned: parts[planned.name],
                 cancelled=lambda: time.perf_counter() > deadline,
+                report="brief",
             )
     except MergeCancelled:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Gt, Le
@@ -22,22 +22,30 @@ from vllm_merge.algebra.tiles import Passes, Tile
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.preconditions import Context, change_stacks, precondition
 from vllm_merge.methods.registry import merge_method
+from vllm_merge.methods.rescaling import l1_factors
 from vllm_merge.methods.ties import TiesStatistics, ties
+
+Rescale = bool | Literal["l1"]
 
 
 class DareMasks:
     """The keys of the masks, (all modules, n) int64: of the seed, the adapter's content and the module's name."""
 
-    def __init__(self, passes: Passes, *, rescale: bool, **others: object) -> None:
+    def __init__(self, passes: Passes, *, rescale: Rescale, **others: object) -> None:
         identities = [mask_identity(adapter) for adapter in passes.adapters]
         self._keys = mask_keys(passes.seed, identities, passes.modules).to(passes.entries.device)
         self._rescale = rescale
+        self._factor = l1_factors(passes, self._masked) if rescale == "l1" else None
 
     def dropped(self, tile: Tile) -> Tile:
-        """x ⊙ Bernoulli(density) / density; without rescale x ⊙ Bernoulli(density)."""
-        density = tile.parameters["density"]
-        values = tile.values * keep_mask(self._keys[tile.modules], density, tile.rows, tile.cols)
-        return replace(tile, values=values.div_(density) if self._rescale else values)
+        """x ⊙ Bernoulli(density) / density; without rescale x ⊙ Bernoulli(density); l1: that with the L1 norm of x."""
+        values = self._masked(tile)
+        if self._factor is not None:
+            return replace(tile, values=values.mul_(self._factor[tile.modules][:, :, None, None]))
+        return replace(tile, values=values.div_(tile.parameters["density"]) if self._rescale else values)
+
+    def _masked(self, tile: Tile) -> Tensor:
+        return tile.values * keep_mask(self._keys[tile.modules], tile.parameters["density"], tile.rows, tile.cols)
 
 
 @merge_method(
@@ -53,12 +61,12 @@ def dare_linear(
     *,
     weight: Annotated[Tensor, PerAdapter(1.0)],
     density: Annotated[Tensor, PerAdapter(0.5), Gt(0), Le(1)],
-    rescale: bool = True,
+    rescale: Rescale = True,
 ) -> Tensor:
     """Keep a random share of each task's entries, rescale it by its inverse, and sum: task arithmetic plus noise.
 
     density: probability that an entry is kept, 1 − p of the paper. rescale: divide what is kept by it, so that the
-    expectation is task arithmetic.
+    expectation is task arithmetic; l1: give what is kept the L1 norm that the task had at the module, as mergekit does.
     """
     return (weight * masks.dropped(tile).values).sum(1)
 
@@ -66,7 +74,7 @@ def dare_linear(
 class DareTiesStatistics(DareMasks):
     """TIES on the entries that were not dropped; nothing is trimmed."""
 
-    def __init__(self, passes: Passes, *, rescale: bool, **others: object) -> None:
+    def __init__(self, passes: Passes, *, rescale: Rescale, **others: object) -> None:
         super().__init__(passes, rescale=rescale)
         untrimmed = {"density": torch.ones_like(passes.parameters["density"])}
         self.of_ties = TiesStatistics(MappedPasses(passes, self.untrimmed, untrimmed), trim="global", normalize=True)
@@ -96,12 +104,12 @@ def dare_ties(
     *,
     weight: Annotated[Tensor, PerAdapter(1.0)],
     density: Annotated[Tensor, PerAdapter(0.5), Gt(0), Le(1)],
-    rescale: bool = True,
+    rescale: Rescale = True,
     normalize: bool = True,
 ) -> Tensor:
     """Keep a random share of each task's entries, rescale it, elect a sign per entry, average those that agree.
 
-    density: probability that an entry is kept. rescale: divide what is kept by it. normalize: the mean of the tasks
+    density: probability that an entry is kept. rescale: see dare_linear. normalize: the mean of the tasks
     that agree, weighted by |w_i|; otherwise their weighted sum.
     """
     whole = statistics.untrimmed(tile)

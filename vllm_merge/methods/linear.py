@@ -23,7 +23,19 @@ def check_weights(passes: Passes, *, normalize: bool) -> None:
         )
 
 
-@merge_method("linear", spaces=("core", "delta", "knots"), reference="arXiv:2203.05482", statistics=check_weights)
+def shares(*, weight: Tensor, normalize: bool) -> Tensor:
+    """c_i = w_i / Σ w_j."""
+    return weight / weight.sum(1, keepdim=True) if normalize else weight
+
+
+@merge_method(
+    "linear",
+    spaces=("core", "delta", "knots"),
+    reference="arXiv:2203.05482",
+    version=2,
+    statistics=check_weights,
+    coefficients=shares,
+)
 def linear(
     tile: Tile, statistics: None, *, weight: Annotated[Tensor, PerAdapter(1.0)], normalize: bool = True
 ) -> Tensor:

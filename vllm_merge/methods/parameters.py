@@ -53,7 +53,7 @@ class ParameterSpec:
 
     def _scalar(self, owner: str, value: object) -> Any:
         try:
-            if isinstance(value, bool) and self.annotation is not bool:
+            if isinstance(value, bool) and self.annotation is not bool and bool not in get_args(self.annotation):
                 raise ValueError("a boolean is not a number")
             return self.adapter.validate_python(value)
         except (ValidationError, ValueError):

@@ -17,7 +17,7 @@ from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules, stac
 from vllm_merge.algebra.masks import mask_identity
 from vllm_merge.errors import UserInputError
 from vllm_merge.methods.parameters import ParameterSpec, parameter_specs, suggestion
-from vllm_merge.methods.registry import default_registry
+from vllm_merge.methods.registry import default_registry, registered_preconditions
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,10 @@ class PreconditionSpec:
     name: str
     change: Change
     parameters: tuple[ParameterSpec, ...]
+    version: int = 1
 
-    def validate(self, given: Mapping[str, object]) -> dict[str, Any]:
-        """The given parameters as typed values. Raises UserInputError."""
+    def complete(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """All parameters: the given ones as typed values, and defaults. Raises UserInputError."""
         known = {spec.name: spec for spec in self.parameters}
         owner = f"precondition '{self.name}'"
         for name in given:
@@ -52,7 +53,8 @@ class PreconditionSpec:
                     f"{owner} has no parameter '{name}'{suggestion(name, list(known))} "
                     f"(its parameters: {', '.join(known) or 'none'})"
                 )
-        return {name: known[name].validate(owner, value) for name, value in given.items()}
+        typed = {name: known[name].validate(owner, value) for name, value in given.items()}
+        return {name: typed.get(name, spec.default) for name, spec in known.items()}
 
     def __call__(
         self, adapters: Sequence[Adapter], context: Context, parameters: Mapping[str, object]
@@ -75,16 +77,16 @@ class PreconditionSpec:
         ]
 
 
-_registered: dict[str, PreconditionSpec] = {}
+def precondition(name: str, *, version: int = 1) -> Callable[[F], F]:
+    """Register a function `f(adapters, context, *, parameters…)`, which gives the factors of every adapter.
 
-
-def precondition(name: str) -> Callable[[F], F]:
-    """Register a function `f(adapters, context, *, parameters…)`, which gives the factors of every adapter."""
+    version goes into the identity of results: raise it when the numbers change.
+    """
 
     def register(function: F) -> F:
-        if name in _registered:
+        if name in registered_preconditions:
             raise ValueError(f"precondition '{name}' is registered twice")
-        _registered[name] = PreconditionSpec(name, function, parameter_specs(function))
+        registered_preconditions[name] = PreconditionSpec(name, function, parameter_specs(function), version)
         return function
 
     return register
@@ -92,8 +94,7 @@ def precondition(name: str) -> Callable[[F], F]:
 
 def precondition_names() -> list[str]:
     """The names a recipe may list, sorted."""
-    default_registry()  # imports the modules that register them
-    return sorted(_registered)
+    return default_registry().precondition_names()
 
 
 def resolve_preconditions(requested: Sequence[str | Mapping[str, object]]) -> list[Precondition]:
@@ -102,20 +103,17 @@ def resolve_preconditions(requested: Sequence[str | Mapping[str, object]]) -> li
     Raises UserInputError for a name or parameter that is not known, a value that is not allowed, or an entry of another
     form.
     """
-    known = precondition_names()
+    registry = default_registry()
     functions: list[Precondition] = []
     for entry in requested:
         named: Mapping[str, object] = {entry: {}} if isinstance(entry, str) else entry
         if len(named) != 1:
             raise UserInputError(f"a precondition is a name or {{name: parameters}}; found {entry!r}")
         ((name, parameters),) = named.items()
-        if name not in _registered:
-            raise UserInputError(
-                f"unknown precondition '{name}'{suggestion(name, known)} (known: {', '.join(known) or 'none'})"
-            )
+        spec = registry.precondition(name)
         if not isinstance(parameters, Mapping):
             raise UserInputError(f"precondition '{name}': its parameters must be a mapping; found {parameters!r}")
-        functions.append(_bound(_registered[name], _registered[name].validate(parameters)))
+        functions.append(_bound(spec, spec.complete(parameters)))
     return functions
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
 from pkgutil import iter_modules
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -18,9 +18,13 @@ from vllm_merge.adapters.factors import Adapter
 from vllm_merge.errors import UserInputError
 from vllm_merge.methods.parameters import ParameterSpec, parameter_specs, suggestion
 
-Apply = Callable[..., Tensor]
+if TYPE_CHECKING:
+    from vllm_merge.methods.preconditions import PreconditionSpec
+
+Apply = Callable[..., Any]  # Tensor, or in `factors` two of them
 Statistics = Callable[..., Any]
 Prepare = Callable[..., Sequence[Adapter]]
+Coefficients = Callable[..., Tensor]
 F = TypeVar("F", bound=Apply)
 
 ENTRY_POINTS = "vllm_merge.methods"
@@ -31,12 +35,17 @@ FULL_RANK_SPACES = frozenset({"delta"})
 class MethodSpec:
     """What a method is: its function, the spaces it is defined in, and the schema of its parameters.
 
-    apply(tile, statistics, **parameters) → (modules, rows, cols), the merged entries of a tile.
+    apply(tile, statistics, **parameters) → (modules, rows, cols), the merged entries of a tile; in space `factors`
+    apply(tasks: FactorTasks, statistics, **parameters) → the merged A (modules, r, d_in) and Bᵀ (modules, r, d_out).
     statistics(passes, **parameters) → anything, from all tiles of all modules; None when the method needs none.
+    coefficients(**per-adapter parameters, each (modules, n) float64, **per-recipe ones) → (modules, n): the method is
+    ΔW = Σ c_i ΔW_i in space `core`, so the factors can be put side by side; None for another method.
     prepare(adapters, context, space, parameters: ResolvedParameters) → adapters, what the method does to the factors
     before they are seen in its space; None when nothing.
     entrywise: the method touches single entries, so its result depends on the basis; `core` then uses the SVD bases.
+    on_the_fly: in spaces of float32 on a GPU the method takes tiles without values and makes them in its kernels.
     whole_modules: the method works in `core` on singular vectors: it is given Cores of whole modules in place of tiles.
+    most_adapters: how many adapters it takes at most (its statistics refuse more); None for any number.
     """
 
     name: str
@@ -51,6 +60,9 @@ class MethodSpec:
     entrywise: bool = False
     whole_modules: bool = False
     prepare: Prepare | None = None
+    on_the_fly: bool = False
+    coefficients: Coefficients | None = None
+    most_adapters: int | None = None
 
     def parameter(self, name: str) -> ParameterSpec:
         """The parameter of this name, or a UserInputError that lists the names there are."""
@@ -68,8 +80,10 @@ class MethodSpec:
         if space is None:
             return self.default_space
         if space not in self.spaces:
+            own = f"factor_{self.name}"
+            hint = f"; A and B apart are merged by '{own}'" if space == "factors" and own in _registered.names() else ""
             raise UserInputError(
-                f"merge method '{self.name}' is not defined in space '{space}'; allowed: {', '.join(self.spaces)}"
+                f"merge method '{self.name}' is not defined in space '{space}'; allowed: {', '.join(self.spaces)}{hint}"
             )
         return space
 
@@ -94,13 +108,22 @@ class MethodSpec:
         """Default values of the per-adapter, or of the per-recipe parameters."""
         return {spec.name: spec.default for spec in self.parameters if spec.per_adapter == per_adapter}
 
+    @property
+    def exact(self) -> bool:
+        """Whether the result depends on the weight changes alone; not so in `factors`, where A and B are merged apart."""
+        return "factors" not in self.spaces
+
     def low_rank(self, space: str) -> bool:
         """Whether the result's rank is at most Σ r_i in this space, so that it needs no truncation to be a LoRA."""
         return space not in FULL_RANK_SPACES
 
 
+registered_preconditions: dict[str, PreconditionSpec] = {}
+"""What `precondition` has registered, by name."""
+
+
 class MethodRegistry:
-    """Merge methods by name."""
+    """Merge methods by name, and with them the preconditions that are registered."""
 
     def __init__(self, specs: Iterable[MethodSpec] = ()) -> None:
         self._specs = {spec.name: spec for spec in specs}
@@ -117,6 +140,19 @@ class MethodRegistry:
             raise UserInputError(
                 f"unknown merge method '{name}'{suggestion(name, self.names())} (known: {', '.join(self.names())})"
             ) from None
+
+    def precondition_names(self) -> list[str]:
+        """The names of all preconditions, sorted."""
+        return sorted(registered_preconditions)
+
+    def precondition(self, name: str) -> PreconditionSpec:
+        """The precondition of this name, or a UserInputError that lists the names and the nearest one."""
+        known = self.precondition_names()
+        if name not in registered_preconditions:
+            raise UserInputError(
+                f"unknown precondition '{name}'{suggestion(name, known)} (known: {', '.join(known) or 'none'})"
+            )
+        return registered_preconditions[name]
 
     def add(self, spec: MethodSpec) -> None:
         """Register a method; a name that is taken is a ValueError."""
@@ -140,6 +176,9 @@ def merge_method(
     whole_modules: bool = False,
     prepare: Prepare | None = None,
     default_lambda: float = 1.0,
+    on_the_fly: bool = False,
+    coefficients: Coefficients | None = None,
+    most_adapters: int | None = None,
 ) -> Callable[[F], F]:
     """Register a function `f(tile, statistics, *, parameters…) → Tensor` as a merge method. See MethodSpec.
 
@@ -167,6 +206,9 @@ def merge_method(
                 entrywise=entrywise,
                 whole_modules=whole_modules,
                 prepare=prepare,
+                on_the_fly=on_the_fly,
+                coefficients=coefficients,
+                most_adapters=most_adapters,
             )
         )
         return function

@@ -23,20 +23,25 @@ class ResolvedParameters:
     per_recipe: Mapping[str, Any]
     lam: Sequence[Any]
 
+    @property
+    def unscaled(self) -> bool:
+        """Whether λ is 1 everywhere."""
+        return not isinstance(self.lam[0], Mapping) and float(self.lam[0]) == 1.0
+
     def tensors(self, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """The per-adapter parameters at these modules, each (modules, n) float64."""
-        return {
-            name: _table([[_first(chain, module) for chain in chains] for module in modules]).to(device)
-            for name, chains in self.per_adapter.items()
-        }
+        return {name: _table(chains, modules).to(device) for name, chains in self.per_adapter.items()}
 
     def lambdas(self, modules: Sequence[str], device: torch.device) -> Tensor:
         """λ at these modules, (modules,) float64."""
-        return _table([_first(self.lam, module) for module in modules]).to(device)
+        return _table([self.lam], modules)[:, 0].to(device)
 
 
-def _table(values: Sequence[object]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def _table(chains: Sequence[Sequence[Any]], modules: Sequence[str]) -> Tensor:
+    """The first candidate of every chain at every module, (modules, chains) float64."""
+    if any(isinstance(chain[0], Mapping) for chain in chains):
+        return torch.tensor([[_first(chain, module) for chain in chains] for module in modules], dtype=torch.float64)
+    return torch.tensor([float(chain[0]) for chain in chains], dtype=torch.float64).repeat(len(modules), 1)
 
 
 def _first(candidates: Sequence[Any], module: str) -> float:

@@ -12,7 +12,18 @@ from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
 
-@merge_method("task_arithmetic", spaces=("core", "delta", "knots"), reference="arXiv:2212.04089")
+def own_weights(*, weight: Tensor) -> Tensor:
+    """c_i = w_i."""
+    return weight
+
+
+@merge_method(
+    "task_arithmetic",
+    spaces=("core", "delta", "knots"),
+    reference="arXiv:2212.04089",
+    version=2,
+    coefficients=own_weights,
+)
 def task_arithmetic(tile: Tile, statistics: None, *, weight: Annotated[Tensor, PerAdapter(1.0)]) -> Tensor:
     """Weighted sum, ΔW = λ Σ w_i ΔW_i. Exact, rank ≤ Σ r_i."""
     return (weight * tile.values).sum(1)

@@ -6,7 +6,7 @@ In space `knots` it is KnOTS-TIES (arXiv:2410.19735, §4), in `core` Core-TIES (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -33,15 +33,18 @@ class TiesStatistics:
             thresholds = torch.zeros_like(density, dtype=torch.float32)
         else:
             # As the original keeps |x| ≥ the (d − ⌊d·density⌋)-th smallest, it keeps ⌊d·density⌋ + 1 of d entries.
-            thresholds = kth_largest(self._entries, (entries * density).long() + 1)
+            thresholds = self._kth_largest((entries * density).long() + 1)
         modules, n = passes.parameters["density"].shape
         self.threshold = thresholds.expand(modules, n)
         """Smallest magnitude that is kept, (all modules, n) float32."""
-        self._kept, self._conflicts = entries.new_zeros(modules), entries.new_zeros(modules)
+        self._counts = entries.new_zeros(modules, 2)
 
-    def _entries(self) -> Iterator[tuple[Tensor, slice]]:
-        for tile in self._passes.tiles():
-            yield tile.values, tile.modules
+    def _kth_largest(self, counts: Tensor) -> Tensor:
+        if self._passes.on_the_fly:
+            from vllm_merge.kernels import products
+
+            return products.kth_largest(lambda: (tile.products() for tile in self._passes.tiles()), counts)
+        return kth_largest(lambda: ((tile.values, tile.modules) for tile in self._passes.tiles()), counts)
 
     @cached_property
     def majority(self) -> Tensor:
@@ -51,18 +54,30 @@ class TiesStatistics:
         """
         votes = self.threshold.new_zeros(self.threshold.shape[0], dtype=torch.float64)
         for tile in self._passes.tiles():
-            votes[tile.modules] += _trimmed(tile, self).sum(1).sign().sum((-1, -2), dtype=torch.float64)
+            votes[tile.modules] += _trimmed(tile.made(), self).sum(1).sign().sum((-1, -2), dtype=torch.float64)
         return (votes.sum().expand_as(votes) if self._whole_model else votes).sign().float()
 
     def count_conflicts(self, modules: slice, total: Tensor, magnitude: Tensor) -> None:
         """Note entries whose kept values differ in sign: there |Σ x| < Σ |x|."""
-        self._kept[modules] += (magnitude > 0).sum((-1, -2))
-        self._conflicts[modules] += (total.abs() < magnitude).sum((-1, -2))
+        counts = [(magnitude > 0).sum((-1, -2)), (total.abs() < magnitude).sum((-1, -2))]
+        self._counts[modules] += torch.stack(counts, dim=1)
+
+    def elected(self, tile: Tile, *, normalize: bool) -> Tensor | None:
+        """The rule by the kernel that makes the entries on the fly; None where a sum is exactly 0, which it leaves open."""
+        from vllm_merge.kernels import products
+
+        threshold = self.threshold[tile.modules]
+        found = products.elect(tile.products(), threshold, tile.parameters["weight"][:, :, 0, 0], mean=normalize)
+        if bool(found.undecided):
+            return None
+        self._counts[tile.modules] += found.counts
+        return found.merged
 
     @property
     def sign_conflict(self) -> Tensor:
         """Share of the kept entries whose adapters differ in sign, (all modules,)."""
-        return self._conflicts / self._kept.clamp_min(1)
+        kept, conflicts = self._counts.unbind(1)
+        return conflicts / kept.clamp_min(1)
 
 
 def _trimmed(tile: Tile, statistics: TiesStatistics) -> Tensor:
@@ -79,6 +94,7 @@ def _trimmed(tile: Tile, statistics: TiesStatistics) -> Tensor:
     reference="arXiv:2306.01708",
     statistics=TiesStatistics,
     entrywise=True,
+    on_the_fly=True,
 )
 def ties(
     tile: Tile,
@@ -95,7 +111,11 @@ def ties(
     that differs by module trims by module. normalize: the mean of the tasks that agree, weighted by |w_i|; otherwise
     their weighted sum.
     """
-    kept = _trimmed(tile, statistics)
+    if tile.values.is_meta:
+        merged = statistics.elected(tile, normalize=normalize)
+        if merged is not None:
+            return merged
+    kept = _trimmed(tile.made(), statistics)
     total, magnitude = kept.sum(1), kept.abs().sum(1)
     statistics.count_conflicts(tile.modules, total, magnitude)
     return disjoint_merge(kept, total, magnitude, weight, normalize, lambda: statistics.majority[tile.modules])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large a plan's result can be, from the shapes of its adapters alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vllm_merge.recipe.dtypes import BYTES
@@ -27,6 +27,15 @@ def stage_bounds(plan: Plan, adapters: Mapping[str, Shapes]) -> dict[str, Bound]
     """The bound of each stage of `plan` by name, or of the adapter itself in a plan without stages."""
     if not plan.stages:
         return {plan.name: _bound(adapters[plan.name], plan.dtype)}
+    last = plan.stages[-1].name
+    return {
+        stage.name: _bound(shapes, plan.dtype if stage.name == last else "float32")
+        for stage, _, shapes in input_shapes(plan, adapters)
+    }
+
+
+def input_shapes(plan: Plan, adapters: Mapping[str, Shapes]) -> Iterator[tuple[Stage, list[Shapes], Shapes]]:
+    """Each stage of `plan` with the shapes of its inputs, and those that its result has at most."""
     shapes: dict[str, Shapes] = {}
     for stage in plan.stages:
         inputs = [
@@ -34,15 +43,17 @@ def stage_bounds(plan: Plan, adapters: Mapping[str, Shapes]) -> dict[str, Bound]
             for item in stage.inputs
         ]
         shapes[stage.name] = _merged(stage, inputs, plan.max_rank if stage is plan.stages[-1] else None)
-    last = plan.stages[-1].name
-    return {name: _bound(shape, plan.dtype if name == last else "float32") for name, shape in shapes.items()}
+        yield stage, inputs, shapes[stage.name]
 
 
 def _merged(stage: Stage, inputs: list[Shapes], max_rank: int | None) -> Shapes:
+    # Rules that merge A and B apart add the factors up, and the rank stays.
+    stacked = stage.space != "factors" or stage.parameters.get("target_rank", "largest") != "largest"
     sums: dict[str, tuple[int, int, int]] = {}
     for shapes in inputs:
         for module, (d_out, d_in, rank) in shapes.items():
-            sums[module] = (d_out, d_in, sums.get(module, (0, 0, 0))[2] + rank)
+            before = sums.get(module, (0, 0, 0))[2]
+            sums[module] = (d_out, d_in, before + rank if stacked else max(before, rank))
     return {
         module: (d_out, d_in, _rank(stage, min(d_out, d_in), total, max_rank))
         for module, (d_out, d_in, total) in sums.items()

@@ -5,14 +5,13 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from vllm_merge.errors import UserInputError
+from vllm_merge.recipe.continuation import continuations
 from vllm_merge.recipe.file import absolute_path, is_local
-from vllm_merge.recipe.problems import KeyPath, listed, nearest
+from vllm_merge.recipe.problems import Finding, KeyPath, listed, nearest
 from vllm_merge.recipe.protocols import CheckPrecondition, MethodSpec, Registry
 from vllm_merge.recipe.resolve import scalars, varies
-from vllm_merge.recipe.schema import Recipe, RecipeDocument
+from vllm_merge.recipe.schema import BASE, Recipe, RecipeDocument
 from vllm_merge.recipe.values import NAME, NAME_RULE, shown
-
-Finding = tuple[KeyPath, str]
 
 
 def check_document(
@@ -31,6 +30,8 @@ def check_document(
     for name, recipe in document.recipes.items():
         yield from _method(("recipes", name), recipe, registry)
         yield from _references(document, name, recipe, known)
+        yield from continuations(document, name, registry, known)
+        yield from _serving(document, name, recipe, known)
         for index, precondition in enumerate(recipe.precondition):
             try:
                 check_precondition(precondition)
@@ -86,6 +87,31 @@ def _references(document: RecipeDocument, name: str, recipe: Recipe, known: Mapp
             yield path, f"no registered adapter or recipe {item.adapter!r}{hint} (known: {listed(others)})"
 
 
+def _serving(document: RecipeDocument, name: str, recipe: Recipe, known: Mapping[str, None]) -> Iterator[Finding]:
+    """What is said about serving: the stand-in, and a start that fails."""
+    path: KeyPath = ("recipes", name)
+    others = [other for other in known if other != name]
+    wanted = recipe.fallback
+    if wanted is None:
+        if recipe.on_miss == "fallback":
+            yield (*path, "fallback"), f"is missing; name a recipe, an adapter or {BASE!r} (known: {listed(others)})"
+    elif recipe.on_miss != "fallback":
+        yield (
+            (*path, "fallback"),
+            f"has no effect with `on_miss: {recipe.on_miss}`; write `on_miss: fallback` or leave it out",
+        )
+    elif wanted == name:
+        yield (*path, "fallback"), "is the recipe itself; name another recipe, an adapter or the base model"
+    elif wanted in document.aliases:
+        target = document.aliases[wanted]
+        yield (*path, "fallback"), f"{wanted!r} is an alias, which may move; name what it points to, {target!r}"
+    elif wanted not in known and wanted != BASE:
+        hint = nearest(wanted, [*others, BASE])
+        yield (*path, "fallback"), f"no recipe or adapter {wanted!r}{hint} (known: {listed([*others, BASE])})"
+    if recipe.on_error == "stop" and recipe.load == "lazy":
+        yield (*path, "on_error"), "stop has no effect with `load: lazy`, which merges nothing at the start"
+
+
 def _method(path: KeyPath, recipe: Recipe, registry: Registry) -> Iterator[Finding]:
     try:
         spec = registry.get(recipe.merge_method)
@@ -98,6 +124,9 @@ def _method(path: KeyPath, recipe: Recipe, registry: Registry) -> Iterator[Findi
             f"{spec.name!r} is not defined in space {recipe.space!r}; allowed: {listed(spec.spaces)}",
         )
         return
+    if spec.most_adapters is not None and len(recipe.adapters) > spec.most_adapters:
+        found = f"are {len(recipe.adapters)}; {spec.name!r} takes {spec.most_adapters} at most"
+        yield (*path, "adapters"), f"{found}: merge them in steps, by recipes of recipes, or take another method"
     yield from _parameters((*path, "parameters"), recipe.parameters, spec, recipe.space, per_adapter=False)
     for index, item in enumerate(recipe.adapters):
         here = (*path, "adapters", index, "parameters")
@@ -129,18 +158,18 @@ def _cycles(recipes: Mapping[str, Recipe]) -> Iterator[Finding]:
     """Each circle of recipes once, at its first recipe in the file."""
     done: set[str] = set()
     for start in recipes:
-        stack = [(start, iter(recipes[start].adapters))] if start not in done else []
+        stack = [(start, iter(recipes[start].sources))] if start not in done else []
         trail = dict.fromkeys(name for name, _ in stack)
         while stack:
             name, items = stack[-1]
-            for item in items:
-                if item.adapter in trail:
+            for source in items:
+                if source in trail:
                     names = list(trail)
-                    circle = [*names[names.index(item.adapter) :], item.adapter]
-                    yield ("recipes", item.adapter), f"recipes use each other in a circle: {' -> '.join(circle)}"
-                elif item.adapter in recipes and item.adapter not in done:
-                    stack.append((item.adapter, iter(recipes[item.adapter].adapters)))
-                    trail[item.adapter] = None
+                    circle = [*names[names.index(source) :], source]
+                    yield ("recipes", source), f"recipes use each other in a circle: {' -> '.join(circle)}"
+                elif source in recipes and source not in done:
+                    stack.append((source, iter(recipes[source].sources)))
+                    trail[source] = None
                     break
             else:
                 done.add(name)

@@ -4,7 +4,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vllm_merge.errors import UserInputError
@@ -23,6 +23,8 @@ class RecipeFile:
     adapters: Mapping[str, AdapterEntry]
     recipes: Mapping[str, Recipe]
     aliases: Mapping[str, str]
+    continue_lines: Mapping[str, int] = field(default_factory=dict)
+    """The line of `continue` of every recipe that has it, for what is found when its source is looked at."""
 
     def with_adapters(self, adapters: Mapping[str, AdapterEntry]) -> "RecipeFile":
         """The file with further registered adapters. Raises UserInputError where a name is taken."""
@@ -48,12 +50,12 @@ class RecipeFile:
     def stage_order(self, recipe: str) -> list[str]:
         """The recipes that `recipe` uses, directly or not, each after those it uses; `recipe` itself is the last."""
         order: dict[str, None] = {}
-        stack = [(recipe, iter(self.recipes[recipe].adapters))]  # not recursion: a chain may be of any length
+        stack = [(recipe, iter(self.recipes[recipe].sources))]  # not recursion: a chain may be of any length
         while stack:
             name, items = stack[-1]
-            for item in items:
-                if item.adapter in self.recipes and item.adapter not in order:
-                    stack.append((item.adapter, iter(self.recipes[item.adapter].adapters)))
+            for source in items:
+                if source in self.recipes and source not in order:
+                    stack.append((source, iter(self.recipes[source].sources)))
                     break
             else:
                 order[name] = None

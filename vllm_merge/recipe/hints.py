@@ -82,7 +82,7 @@ def _quote_hint(kind: str, found: object) -> str:
 def _place(path: KeyPath) -> tuple[str, tuple[str, ...]]:
     match path[:-1]:
         case ("recipes", _):
-            return "recipe", tuple(Recipe.model_fields)
+            return "recipe", tuple(field.alias or name for name, field in Recipe.model_fields.items())
         case ("recipes", _, "adapters", _):
             return "input", tuple(RecipeInput.model_fields)
         case ("adapters", _):

@@ -76,4 +76,5 @@ def _checked(
         for name, entry in document.adapters.items()
     }
     base_model = base_model_path(document.base_model, file.parent) if document.base_model else None
-    return RecipeFile(file, base_model, adapters, document.recipes, document.aliases)
+    lines = {name: tree.line(("recipes", name, "continue")) for name, r in document.recipes.items() if r.continues}
+    return RecipeFile(file, base_model, adapters, document.recipes, document.aliases, lines)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_merge.errors import MergeError, UserInputError
+from vllm_merge.recipe.continuation import RESUME, check_digits
 from vllm_merge.recipe.digest import digest_of
 from vllm_merge.recipe.dtypes import Dtype
 from vllm_merge.recipe.file import RecipeFile
@@ -20,6 +21,7 @@ from vllm_merge.recipe.resolve import adapter_parameters, recipe_parameters
 
 FORMAT = 1
 DIGITS_IN_NAMES = 12
+UNUSED = {"name", "inputs", "precondition_versions"}  # of a stage without preconditions
 
 
 class _Model(BaseModel):
@@ -60,7 +62,7 @@ class PlannedInput(_Model):
 
 
 class Stage(_Model):
-    """One merge. rank is "auto" only where there is no max_rank: a module then keeps at most the sum of its ranks."""
+    """One merge. Parameters of method and preconditions are complete, defaults filled in. rank is "auto" only where there is no max_rank: a module then keeps at most the sum of its ranks."""
 
     name: str
     merge_method: str
@@ -69,6 +71,7 @@ class Stage(_Model):
     inputs: tuple[PlannedInput, ...]
     parameters: dict[str, Any]
     precondition: tuple[dict[str, dict[str, Any]], ...]
+    precondition_versions: tuple[int, ...] = ()
     rank: Literal["auto", "lossless"] | int | EnergyRank
     seed: int
 
@@ -139,7 +142,7 @@ class Plan(_Model):
             return {"stage": identities[source.stage]}
 
         return {
-            **stage.model_dump(exclude={"name", "inputs"}),
+            **stage.model_dump(exclude={"name", "inputs"} if stage.precondition else UNUSED),
             "inputs": [{"source": identity(item.source), "parameters": item.parameters} for item in stage.inputs],
         }
 
@@ -165,27 +168,40 @@ def make_plan(
         return make_adapter_plan(
             file, name, adapter_hashes=adapter_hashes, base_model_hash=base_model_hash, max_rank=max_rank, dtype=dtype
         )
-    stages = tuple(_stage(file, stage, registry, max_rank) for stage in file.stage_order(name))
-    rank = stages[-1].rank
+
+    def planned(recipe: str) -> Plan:
+        stages = tuple(_stage(file, stage, registry, max_rank) for stage in file.stage_order(recipe))
+        sources = [item.source for stage in stages for item in stage.inputs]
+        used = sorted({source.adapter for source in sources if isinstance(source, AdapterSource)})
+        return _with_digest(
+            Plan(
+                kind="recipe",
+                name=recipe,
+                digest="",
+                adapters={adapter: _planned(file, adapter, adapter_hashes) for adapter in used},
+                stages=stages,
+                dtype=dtype,
+                base_model_hash=base_model_hash,
+                max_rank=max_rank,
+            )
+        )
+
+    def digest(earlier: str) -> str:
+        if earlier in file.recipes:
+            return planned(earlier).digest
+        return make_adapter_plan(
+            file, earlier, adapter_hashes=adapter_hashes, base_model_hash=base_model_hash, max_rank=max_rank, dtype=dtype
+        ).digest
+
+    plan = planned(name)
+    rank = plan.stages[-1].rank
     if isinstance(rank, int) and max_rank is not None and rank > max_rank:
         raise UserInputError(
             f"{file.path}: recipes.{name}.rank: {rank} is above the maximum LoRA rank {max_rank}; "
             "lower it, use auto, or raise the maximum"
         )
-    sources = [item.source for stage in stages for item in stage.inputs]
-    used = [source.adapter for source in sources if isinstance(source, AdapterSource)]
-    return _with_digest(
-        Plan(
-            kind="recipe",
-            name=name,
-            digest="",
-            adapters={adapter: _planned(file, adapter, adapter_hashes) for adapter in sorted(set(used))},
-            stages=stages,
-            dtype=dtype,
-            base_model_hash=base_model_hash,
-            max_rank=max_rank,
-        )
-    )
+    check_digits(file, [stage.name for stage in plan.stages], digest)
+    return plan
 
 
 def make_adapter_plan(
@@ -219,23 +235,35 @@ def _with_digest(plan: Plan) -> Plan:
 def _stage(file: RecipeFile, name: str, registry: Registry, max_rank: int | None) -> Stage:
     recipe = file.recipes[name]
     spec = registry.get(recipe.merge_method)
-    inputs = tuple(
+
+    def source(of: str) -> AdapterSource | StageSource:
+        return StageSource(stage=of) if of in file.recipes else AdapterSource(adapter=of)
+
+    inputs = [
         PlannedInput(
-            source=(
-                StageSource(stage=item.adapter) if item.adapter in file.recipes else AdapterSource(adapter=item.adapter)
-            ),
-            parameters=adapter_parameters(spec, item.parameters, recipe.parameters),
+            source=source(item.adapter), parameters=adapter_parameters(spec, item.parameters, recipe.parameters)
         )
         for item in recipe.adapters
-    )
+    ]
+    resume = {}
+    if recipe.continued is not None:
+        # The recipe's weights are of the tasks that it adds; what they are added to stays as it is.
+        earlier = PlannedInput(source=source(recipe.continued), parameters=adapter_parameters(spec, {}, {}))
+        inputs.insert(0, earlier)
+        resume = {RESUME: True}
     return Stage(
         name=name,
         merge_method=spec.name,
         method_version=spec.version,
         space=recipe.space or spec.default_space,
-        inputs=inputs,
-        parameters=recipe_parameters(spec, recipe.parameters),
-        precondition=tuple(recipe.precondition),
+        inputs=tuple(inputs),
+        parameters=recipe_parameters(spec, recipe.parameters | resume),
+        precondition=tuple(
+            {step: registry.precondition(step).complete(given)}
+            for entry in recipe.precondition
+            for step, given in entry.items()
+        ),
+        precondition_versions=tuple(registry.precondition(step).version for e in recipe.precondition for step in e),
         rank=_rank(recipe.rank, max_rank),
         seed=recipe.seed,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from vllm_merge.errors import UserInputError
 
 KeyPath = tuple[str | int, ...]
+Finding = tuple[KeyPath, str]
 MAX_SHOWN = 20
 MAX_KEY, MAX_MESSAGE = 200, 1000  # characters
 MAX_HINTED_NAMES = 1000  # beyond this many names, looking for a near one takes too long

@@ -51,6 +51,11 @@ class MethodSpec(Protocol):
     @property
     def parameters(self) -> Sequence[ParameterSpec]: ...
 
+    @property
+    def most_adapters(self) -> int | None:
+        """How many adapters the method takes at most; None for any number."""
+        ...
+
     def validate(self, space: str | None, parameters: Mapping[str, object], per_adapter: bool) -> dict[str, Any]:
         """The given parameters as typed values, only those given. Raises UserInputError."""
         ...
@@ -64,11 +69,28 @@ CheckPrecondition: TypeAlias = Callable[[Mapping[str, Mapping[str, Any]]], None]
 """Raises UserInputError where {name: parameters} is not a precondition with right parameters."""
 
 
+class PreconditionSpec(Protocol):
+    """What is done to adapters before they are merged, as plans see it."""
+
+    @property
+    def version(self) -> int:
+        """Part of the digest: it is raised when the numbers change."""
+        ...
+
+    def complete(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """All parameters: the given ones as typed values, and defaults. Raises UserInputError."""
+        ...
+
+
 class Registry(Protocol):
-    """Merge methods by name."""
+    """Merge methods and preconditions by name."""
 
     def names(self) -> Sequence[str]: ...
 
     def get(self, name: str) -> MethodSpec:
+        """Raises UserInputError, listing the names, for one that is not there."""
+        ...
+
+    def precondition(self, name: str) -> PreconditionSpec:
         """Raises UserInputError, listing the names, for one that is not there."""
         ...

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_merge.recipe.values import MAX_SEED, ParameterValue, Precondition, Rank
+from vllm_merge.recipe.values import MAX_SEED, Continued, ParameterValue, Precondition, Rank
 
 
 class _Strict(BaseModel):
@@ -13,6 +13,7 @@ class _Strict(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1)]
+BASE = "base"  # as a fallback: the base model, unless a recipe or adapter has that name
 
 
 class AdapterEntry(_Strict):
@@ -39,11 +40,40 @@ class Recipe(_Strict):
         [], description="What is done to the adapters first, in order: names, or {name: {parameter: value}}."
     )
     parameters: dict[str, ParameterValue] = Field({}, description="The method's parameters.")
+    continues: Continued | None = Field(
+        None,
+        alias="continue",
+        description="An earlier result of the same sequential method that goes on: a recipe or registered adapter, or "
+        "NAME@DIGITS for that one artifact of it.",
+    )
     rank: Rank = "auto"
     load: Literal["eager", "lazy"] = Field(
         "eager", description="eager: merged before the server is ready. lazy: at the first request."
     )
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(0, description="Seed of everything random in the merge.")
+    on_miss: Literal["wait", "reject", "fallback"] = Field(
+        "wait",
+        description="A request while the result is not in memory: waits for it, is rejected (503), or is answered by the "
+        "fallback; the merge goes on in the background.",
+    )
+    fallback: Text | None = Field(
+        None, description="With on_miss: fallback, who answers: a recipe, an adapter, or `base` for the base model."
+    )
+    on_error: Literal["stop", "degraded"] = Field(
+        "degraded",
+        description="When an eager merge fails at the start. stop: the server does not start. degraded: the rest is served.",
+    )
+
+    @property
+    def continued(self) -> str | None:
+        """The name of what is continued, without the digits of its digest."""
+        return None if self.continues is None else self.continues.partition("@")[0]
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of everything that goes in, in order; what is continued comes first."""
+        first = [] if self.continued is None else [self.continued]
+        return [*first, *(item.adapter for item in self.adapters)]
 
 
 class RecipeDocument(_Strict):

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CONTINUED = re.compile(NAME.pattern + "(@[0-9a-f]{6,64})?")
 NAME_RULE = "1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit"
 MAX_SEED = 2**63 - 1
 MAX_GRADIENT = 1024
@@ -86,6 +87,15 @@ def _precondition(value: object) -> object:
     refuse(f"is {shown(value)}; a precondition is a name, or {{name: {{parameter: value}}}}")
 
 
+def _continued(value: object) -> object:
+    if not isinstance(value, str) or _CONTINUED.fullmatch(value) is None:
+        refuse(
+            f"is {shown(value)}; give the name of a recipe or registered adapter, or NAME@DIGITS with at least "
+            "6 digits of its digest"
+        )
+    return value
+
+
 def shown(value: object) -> str:
     """`value` for a message, as it would stand in the file, cut where it is long."""
     if value is None:
@@ -137,4 +147,7 @@ PRECONDITION_SCHEMA: dict[str, Any] = {
 
 ParameterValue: TypeAlias = Annotated[Any, BeforeValidator(_parameter), WithJsonSchema(PARAMETER_SCHEMA)]
 Rank: TypeAlias = Annotated[Any, BeforeValidator(_rank), WithJsonSchema(RANK_SCHEMA)]
+Continued: TypeAlias = Annotated[
+    str, BeforeValidator(_continued), WithJsonSchema({"type": "string", "pattern": f"^{_CONTINUED.pattern}$"})
+]
 Precondition: TypeAlias = Annotated[Any, BeforeValidator(_precondition), WithJsonSchema(PRECONDITION_SCHEMA)]

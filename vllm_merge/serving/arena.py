@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -17,32 +19,88 @@ from torch import Tensor
 
 # Python hands the interpreter to another thread this often while a merge runs, so that vLLM's thread never waits long.
 SWITCH_SECONDS = 0.0005
+REST = 3.0  # how many times as long as a piece of a merge has taken vLLM has the GPU and the interpreter to itself after it
+LONGEST_REST = 0.05  # seconds
+IDLE_SECONDS = 0.1  # without work on vLLM's stream, after which nobody is disturbed
+
+
+class _QuickSwitches:
+    """`with quick_switches: …`, in any number of threads at once: the last one that leaves sets back what the first found."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = sys.getswitchinterval()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(SWITCH_SECONDS)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                sys.setswitchinterval(self._before)
+
+
+quick_switches = _QuickSwitches()
 
 
 class Arena:
-    """`with arena.use(): …` in the merging thread."""
+    """`with arena.use(): …` in the threads that merge and that bring artifacts back."""
 
     def __init__(self, device: torch.device, reserve_bytes: int) -> None:
         self.device = device
+        self._bytes = reserve_bytes
         self._reserve: Tensor | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._served = torch.cuda.default_stream(device)
+            self._last_served = 0.0
+            self._piece_began = 0.0
+        self.take(0)
+
+    def take(self, used: int) -> None:
+        """Take the memory: at first, and when it was given back. used: bytes of it that were kept."""
+        if self.device.type == "cuda":
             with torch.cuda.stream(self._stream):
-                self._reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
+                self._reserve = torch.empty(self._bytes - used, dtype=torch.uint8, device=self.device)
+
+    def give_back(self) -> None:
+        """Give what is not used back to the driver."""
+        self._reserve = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         """Run on the arena's stream and memory; what was launched has been done when the block ends."""
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_SECONDS)
-        try:
+        with quick_switches:
             if self.device.type != "cuda":
                 yield
                 return
             self._reserve = None
             torch.cuda.set_device(self.device)
             with torch.cuda.stream(self._stream):
+                self._piece_began = time.perf_counter()
                 yield
                 self._stream.synchronize()
-        finally:
-            sys.setswitchinterval(before)
+
+    def rest(self) -> None:
+        """Between two pieces of a merge: wait until the GPU has done the last one, then leave it to the requests that run.
+
+        A piece delays a step by no more than it takes itself, so short pieces with rests between are what keeps the
+        time between two tokens as it is.
+        """
+        if self.device.type != "cuda":
+            return
+        self._stream.synchronize()
+        now = time.perf_counter()
+        if not self._served.query():
+            self._last_served = now
+        if now - self._last_served < IDLE_SECONDS:
+            time.sleep(min(LONGEST_REST, REST * (now - self._piece_began)))
+        self._piece_began = time.perf_counter()

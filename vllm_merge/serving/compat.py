@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every touch of vLLM that its documentation does not promise.
 
-docs/architecture/contracts.md is the register: each name, why it is touched, how, and when the touch can go.
-Signatures are probed, versions never compared. `check_ground` says what has moved.
+ground.py is the register: each name, why it is touched, how, and when the touch can go.
 """
 
 from __future__ import annotations
@@ -10,51 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_merge.errors import MergeError
 from vllm_merge.serving.slots import SlotBuffer
 
 Loader = Callable[[Any, Any], Any]
-
-
-class GroundMoved(MergeError):
-    """This vLLM lacks something the plugin relies on."""
-
-
-def check_ground() -> None:
-    """Raise GroundMoved naming each vLLM name we rely on that is missing or has another signature."""
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.model_manager import LoRAModelManager
-    from vllm.lora.peft_helper import PEFTHelper
-    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
-
-    wanted: list[tuple[object, str, tuple[str, ...]]] = [
-        (WorkerLoRAManager, "_load_adapter", ("lora_request",)),
-        (WorkerLoRAManager, "create_lora_manager", ("model", "vllm_config")),
-        (LRUCacheWorkerLoRAManager, "create_lora_manager", ("model", "vllm_config")),
-        (LoRAModel, "from_lora_tensors", ("lora_model_id", "tensors", "peft_helper", "device", "dtype")),
-        (LoRAModelManager, "create_dummy_lora", ("lora_id", "rank", "embedding_modules")),
-        (LoRAModelManager, "activate_adapter", ("lora_id",)),
-        (PEFTHelper, "__init__", ("r", "lora_alpha", "target_modules")),
-    ]
-    moved = []
-    for owner, name, parameters in wanted:
-        label = f"{getattr(owner, '__name__', owner)}.{name}"
-        function = getattr(owner, name, None)
-        if function is None:
-            moved.append(f"{label} is gone")
-        elif missing := set(parameters) - set(inspect.signature(function).parameters):
-            moved.append(f"{label} no longer takes {', '.join(sorted(missing))}")
-    if moved:
-        raise GroundMoved(
-            "this vLLM is not one that vllm-merge knows: " + "; ".join(moved) + ". Supported: vLLM 0.26 and newer; "
-            "see docs/architecture/contracts.md."
-        )
 
 
 # -- in the worker ------------------------------------------------------------------------------------------------------
@@ -146,6 +109,20 @@ def _weights_mapper(manager: Any) -> Any:
     return mapper
 
 
+def place(vllm_config: Any) -> dict[str, int]:
+    """Where a worker stands: its engine (data parallel), its rank there, and how many ranks (workers) that engine has."""
+    parallel = vllm_config.parallel_config
+    return {
+        "engine": int(parallel.data_parallel_index),
+        "rank": int(parallel.rank),
+        "workers": int(parallel.world_size),
+    }
+
+
+def device(worker_manager: Any) -> torch.device:
+    return torch.device(worker_manager.device)
+
+
 def slot_dtype(worker_manager: Any) -> torch.dtype:
     dtype: torch.dtype = worker_manager.lora_config.lora_dtype
     return dtype
@@ -182,6 +159,52 @@ def lora_model(worker_manager: Any, lora_id: int, factors: Mapping[str, tuple[Te
         weights_mapper=_weights_mapper(manager),
         skip_prefixes=getattr(manager.model, "lora_skip_prefixes", None),
     )
+
+
+def packed_lora_model(worker_manager: Any, lora_id: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+    """A LoRAModel over these tensors as vLLM has them when it fills a slot by its own copies: slices of a layer together."""
+    model = lora_model(worker_manager, lora_id, factors)
+    worker_manager._adapter_manager._create_merged_loras_inplace(model)
+    return model
+
+
+def registered_bytes(worker_manager: Any) -> int:
+    """Bytes on the worker's device of every tensor of every adapter that vLLM has registered."""
+    while True:
+        try:
+            models = list(worker_manager._adapter_manager.list_adapters().values())
+            break
+        except RuntimeError:  # vLLM's thread has changed it meanwhile
+            continue
+    return sum(_bytes_of(model, torch.device(worker_manager.device).type) for model in models)
+
+
+def _bytes_of(model: Any, device: str) -> int:
+    """Counted once: a registered adapter does not change."""
+    known: int | None = getattr(model, "vllm_merge_bytes", None)
+    if known is None:
+        tensors = [t for weights in model.loras.values() for t in _tensors_in((weights.lora_a, weights.lora_b))]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == device}
+        known = model.vllm_merge_bytes = sum(storage.nbytes() for storage in storages.values())
+    return known
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+
+
+def is_registered(worker_manager: Any, lora_id: int) -> bool:
+    """Whether vLLM keeps an adapter of this id, in a slot or not."""
+    return lora_id in worker_manager._adapter_manager._registered_adapters
+
+
+def slot_ids(worker_manager: Any) -> list[int | None]:
+    """The id in each slot."""
+    return list(worker_manager._adapter_manager.lora_index_to_id)
 
 
 def zero_lora_model(worker_manager: Any, lora_id: int) -> Any:
@@ -267,10 +290,11 @@ def _sliced(
     return [layer.slice_lora_a(a[0])], [layer.slice_lora_b(b[0])]
 
 
-def wrap_activation(fill: Callable[[Any, int], bool]) -> None:
-    """Give our artifacts' slots to `fill(lora_model, slot)`, once per process; False from it leaves the slot to vLLM.
+def wrap_activation(fill: Callable[[Any, int], Any | None]) -> None:
+    """Give our artifacts' slots to `fill(lora_model, slot)`, once per process.
 
-    The slot becomes visible by one assignment after it was filled, on the stream that the next step runs on.
+    True from it: the slot is filled, and becomes visible by one assignment after that, on the stream that the next step
+    runs on. A LoRAModel: vLLM copies from it, and only for that moment it is registered. None: the slot is left to vLLM.
     """
     from vllm.lora.model_manager import LoRAModelManager
 
@@ -282,14 +306,53 @@ def wrap_activation(fill: Callable[[Any, int], bool]) -> None:
     def activate_adapter(self: Any, lora_id: int) -> bool:
         if lora_id not in self._active_adapters and None in self.lora_index_to_id:
             slot = self.lora_index_to_id.index(None)
-            if fill(self._registered_adapters[lora_id], slot):
+            standing = self._registered_adapters[lora_id]
+            filled = fill(standing, slot)
+            if filled is True:
                 self._active_adapters[lora_id] = None
                 self.lora_index_to_id[slot] = lora_id
                 return True
+            if filled is not None:
+                self._registered_adapters[lora_id] = filled
+                try:
+                    return bool(original(self, lora_id))
+                finally:
+                    self._registered_adapters[lora_id] = standing
         return bool(original(self, lora_id))
 
     activate_adapter._vllm_merge = True  # type: ignore[attr-defined]
     LoRAModelManager.activate_adapter = activate_adapter
+
+
+def wrap_sleep(before: Callable[[], None], after: Callable[[Sequence[str] | None], None]) -> None:
+    """Call before() when this process's worker falls asleep and after(tags) when it has woken up, once per process."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    sleep, wake_up = Worker.sleep, Worker.wake_up
+    if getattr(sleep, "_vllm_merge", False):
+        return
+
+    @functools.wraps(sleep)
+    def fall_asleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before()
+        return sleep(self, *args, **kwargs)
+
+    @functools.wraps(wake_up)
+    def wake(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = wake_up(self, *args, **kwargs)
+        after(inspect.signature(wake_up).bind(self, *args, **kwargs).arguments.get("tags"))
+        return done
+
+    fall_asleep._vllm_merge = True  # type: ignore[attr-defined]
+    Worker.sleep, Worker.wake_up = fall_asleep, wake
+
+
+def remove_adapters(worker_manager: Any, first_id: int) -> None:
+    """Take every adapter with an id from `first_id` on out of its slot and forget it; vLLM loads it anew for its next step."""
+    manager = worker_manager._adapter_manager
+    for lora_id in manager.list_adapters():
+        if lora_id >= first_id:
+            manager.remove_adapter(lora_id)
 
 
 def _inside_name(worker_manager: Any, module: str) -> str:
@@ -413,7 +476,7 @@ def _leased(
             # Closed here and now, so that a client that left aborts its request before the lease ends.
             async with contextlib.aclosing(original(*bound.args, **bound.kwargs)) as outputs:
                 async for output in outputs:
-                    holder.check()
+                    await holder.check()
                     yield output
 
     call._vllm_merge = True  # type: ignore[attr-defined]
@@ -447,7 +510,6 @@ def lora_config(engine_client: Any) -> Any | None:
     return engine_client.vllm_config.lora_config
 
 
-def worker_count(engine_client: Any) -> int:
-    """Workers of every engine this front end talks to: tensor × pipeline × data parallel."""
-    parallel = engine_client.vllm_config.parallel_config
-    return int(parallel.world_size) * int(parallel.data_parallel_size)
+def parallel_config(engine_client: Any) -> Any:
+    """How many engines and ranks this front end talks to: see workers.wanted_places."""
+    return engine_client.vllm_config.parallel_config

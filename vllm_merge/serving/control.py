@@ -17,11 +17,12 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_merge.errors import MergeError
+from vllm_merge.serving.alarm import Watch, alarm_path
 
 logger = logging.getLogger("vllm_merge.control")
 
@@ -32,11 +33,14 @@ Message = dict[str, Any]
 
 
 class ControlError(MergeError):
-    """An error that travels over the line. `kind` is one of: failed, busy, conflict, disconnected."""
+    """An error that travels over the line. `kind` is one of: failed, busy, conflict, disconnected.
 
-    def __init__(self, kind: str, message: str) -> None:
+    retry_after: seconds after which asking again may help, where that is known.
+    """
+
+    def __init__(self, kind: str, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.retry_after = kind, retry_after
 
 
 class Session:
@@ -152,7 +156,7 @@ class ControlServer:
             answer["result"] = await self._handler.handle(session, str(message.get("op")), message)
             encode(answer)  # what cannot be sent is an error, not silence
         except ControlError as error:
-            answer["error"] = {"kind": error.kind, "message": str(error)}
+            answer["error"] = {"kind": error.kind, "message": str(error), "retry_after": error.retry_after}
         except Exception as error:
             logger.exception("control request failed: %s", message.get("op"))
             answer.pop("result", None)
@@ -165,23 +169,56 @@ class WorkerLink:
 
     def __init__(self, path: Path, on_event: Callable[[Message], None]) -> None:
         self.path = path
+        self.facts: Message = {}  # the worker's answer to `hello`
+        self.on_connect: Callable[[], Awaitable[None]] | None = None  # the line serves nothing else before it is done
+        self.on_lost: Callable[[], None] = lambda: None  # called when the worker's side has closed the connection
         self._on_event = on_event
+        self._watch: Watch | None = None
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._introduced = False
 
     async def connect(self) -> None:
+        if self._writer is not None:
+            self._writer.close()  # of a connection that was lost
         reader, self._writer = await asyncio.open_unix_connection(str(self.path), limit=MAX_LINE)
+        if self._watch is None:
+            with contextlib.suppress(FileNotFoundError):  # whoever serves this socket promises nothing
+                self._watch = Watch(alarm_path(self.path))
+        self._introduced = False
         self._reading = asyncio.create_task(self._read(reader))
+        if self.on_connect is not None:
+            try:
+                await self.on_connect()
+            except ControlError as error:
+                await self.close()
+                raise ConnectionError(str(error)) from error
+        self._introduced = True
 
     @property
     def connected(self) -> bool:
+        return self._introduced and self._open
+
+    @property
+    def _open(self) -> bool:
         return self._reading is not None and not self._reading.done()
+
+    @property
+    def alarms(self) -> int:
+        """How many promises the worker has broken so far."""
+        return self._watch.count if self._watch is not None else 0
 
     async def call(self, op: str, **fields: Any) -> Message:
         """Send a request and wait for its answer. Raises ControlError, of kind `disconnected` if the worker is gone."""
-        if self._writer is None or not self.connected:
+        if not self.connected:
+            raise ControlError("disconnected", f"the worker at {self.path.name} is gone")
+        return await self.introduce(op, **fields)
+
+    async def introduce(self, op: str, **fields: Any) -> Message:
+        """`call`, also from `on_connect`."""
+        if self._writer is None or not self._open:
             raise ControlError("disconnected", f"the worker at {self.path.name} is gone")
         number = next(self._ids)
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
@@ -197,7 +234,7 @@ class WorkerLink:
 
     def post(self, op: str, **fields: Any) -> None:
         """Send a request whose answer nobody waits for."""
-        if self._writer is not None and self.connected:
+        if self._writer is not None and self._open:
             self._writer.write(encode({"id": next(self._ids), "op": op, **fields}))
 
     async def close(self) -> None:
@@ -219,7 +256,7 @@ class WorkerLink:
                         logger.exception("an event of the worker at %s was lost", self.path.name)
                 elif (future := self._waiting.get(message.get("id"))) is not None and not future.done():
                     if error := message.get("error"):
-                        future.set_exception(ControlError(error["kind"], error["message"]))
+                        future.set_exception(ControlError(error["kind"], error["message"], error.get("retry_after")))
                     else:
                         future.set_result(message["result"])
         except (ConnectionError, ValueError) as error:
@@ -228,28 +265,5 @@ class WorkerLink:
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(ControlError("disconnected", f"the worker at {self.path.name} is gone"))
-
-
-async def connect_all(
-    folder: Path, count: int, on_event: Callable[[Message], None], *, timeout: float = 60.0
-) -> list[WorkerLink]:
-    """Connect to at least `count` workers whose sockets are in `folder`; sockets of dead workers are passed over."""
-    deadline = asyncio.get_running_loop().time() + timeout
-    links: dict[Path, WorkerLink] = {}
-    while True:
-        for path in sorted(folder.glob("worker-*.sock")):
-            if path in links:
-                continue
-            link = WorkerLink(path, on_event)
-            with contextlib.suppress(ConnectionError, FileNotFoundError):
-                await link.connect()
-                links[path] = link
-        if len(links) >= count:
-            return list(links.values())
-        if asyncio.get_running_loop().time() > deadline:
-            raise ControlError(
-                "disconnected",
-                f"found {len(links)} of {count} vLLM workers in {folder} after {timeout:.0f} s. Is the plugin loaded in the "
-                "workers (VLLM_PLUGINS must name vllm_merge or be unset) and LoRA enabled (--enable-lora)?",
-            )
-        await asyncio.sleep(0.1)
+        if self._introduced:  # else whoever connects learns it
+            self.on_lost()

@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from vllm_merge.diagnosis import Check
-from vllm_merge.errors import MergeError
+from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, PLUGIN, PLUGINS_VARIABLE, extended_plugins
-from vllm_merge.serving.worker import CACHE_BYTES_VARIABLE
+from vllm_merge.serving.settings import CACHE_BYTES_VARIABLE, NUMBERS, number
 
 ENTRY_POINT_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 RUNTIME_UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -28,9 +28,9 @@ def check_vllm() -> Check:
     found = _version()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # what vLLM's import says is not for this report
-            from vllm_merge.serving import compat
+            from vllm_merge.serving import ground
 
-            compat.check_ground()
+            ground.check_ground()
     except MergeError as error:
         return Check("vLLM", "problem", found, str(error))
     except Exception as error:  # its import runs much that may fail, from missing libraries to a broken torch
@@ -75,6 +75,9 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> Iterator[C
         advice = f"unset {RUNTIME_UPDATES}: recipes do not need it, and it lets clients load adapters from any path"
         yield Check(RUNTIME_UPDATES, "warning", f"set to {environment[RUNTIME_UPDATES]!r}", advice)
     yield _check_cache(environment.get(CACHE_BYTES_VARIABLE))
+    for variable, (default, _) in NUMBERS.items():
+        if variable != CACHE_BYTES_VARIABLE and variable in environment:
+            yield _check_number(environment, variable, default)
 
 
 def _check_plugins(environment: Mapping[str, str]) -> Check:
@@ -90,6 +93,14 @@ def _check_plugins(environment: Mapping[str, str]) -> Check:
         "" if by_hand else "; `vllm-merge serve` adds it, `vllm serve` does not"
     )
     return Check(PLUGINS_VARIABLE, "problem" if by_hand else "warning", found, advice)
+
+
+def _check_number(environment: Mapping[str, str], variable: str, default: int) -> Check:
+    try:
+        return Check(variable, "ok", f"{number(environment, variable):,}")
+    except UserInputError:
+        advice = f"export {variable}={default} (a whole number), or unset it"
+        return Check(variable, "problem", f"{environment[variable]!r} is not a number that it takes", advice)
 
 
 def _check_cache(value: str | None) -> Check:

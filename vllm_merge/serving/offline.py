@@ -15,9 +15,10 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from vllm_merge.errors import UserInputError
-from vllm_merge.serving.control import connect_all, runtime_dir
+from vllm_merge.serving.control import runtime_dir
 from vllm_merge.serving.front import FrontDoor
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, config_path
+from vllm_merge.serving.workers import Place, any_worker, connect_workers
 
 T = TypeVar("T")
 
@@ -63,12 +64,9 @@ class OfflineMerges:
             )
         self._held.clear()
         front: FrontDoor
-        links = await connect_all(folder, 1, lambda event: front.on_event(event))
-        workers = int((await links[0].call("hello"))["workers"])
-        if len(links) < workers:
-            for link in links:
-                await link.close()
-            links = await connect_all(folder, workers, lambda event: front.on_event(event))
+        facts = await any_worker(folder)
+        wanted = [Place(facts["engine"], rank) for rank in range(facts["workers"])]
+        links = await connect_workers(folder, wanted, lambda event: front.on_event(event))
         front = FrontDoor(links)
         await front.load(config)
         self._front = front

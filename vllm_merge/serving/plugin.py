@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_merge.errors import MergeError, UserInputError
-from vllm_merge.serving.control import RUNTIME_DIR_VARIABLE, connect_all, runtime_dir
+from vllm_merge.serving.control import RUNTIME_DIR_VARIABLE, Message, runtime_dir
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -66,19 +66,24 @@ def register() -> None:
         folder, owner = runtime_dir(create=True), os.getpid()
         atexit.register(lambda: shutil.rmtree(str(folder), ignore_errors=True) if os.getpid() == owner else None)
 
-    from vllm_merge.serving import compat
+    from vllm_merge.serving import compat, ground
 
     # Before vLLM binds the worker's threads to cores, which a merge need not share.
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     services: dict[int, Any] = {}
 
     def on_manager(worker_manager: Any, vllm_config: Any) -> None:
+        from vllm_merge.serving.sleep import outside_memory_pools
         from vllm_merge.serving.worker import WorkerService
 
         folder = runtime_dir(create=True)
         assert folder is not None
         path = folder / f"worker-{os.getpid()}-{secrets.token_hex(3)}.sock"
-        service = WorkerService(worker_manager, vllm_config, path, affinity)
+        ground.check_ground("worker")
+        service = outside_memory_pools(
+            compat.device(worker_manager), lambda: WorkerService(worker_manager, vllm_config, path, affinity)
+        )
+        compat.wrap_sleep(service.fall_asleep, service.wake_up)
         service.start()
         services[id(worker_manager)] = service
         atexit.register(service.stop)
@@ -87,11 +92,11 @@ def register() -> None:
         service = services.get(id(worker_manager))
         return service.load(lora_request) if service is not None else None
 
-    def fill(lora_model: Any, slot: int) -> bool:
+    def fill(lora_model: Any, slot: int) -> Any | None:
         service = getattr(lora_model, "vllm_merge_service", None)
-        return service is not None and service.fill(lora_model, slot)
+        return service.fill(lora_model, slot) if service is not None else None
 
-    compat.check_ground()
+    ground.check_ground("load")
     compat.wrap_worker(on_manager, load)
     compat.wrap_activation(fill)
 
@@ -113,32 +118,46 @@ class MergeEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         if config_path() is None:
             return
+        from vllm_merge.serving.aliases import router as aliases
+        from vllm_merge.serving.artifact_routes import router as artifacts
         from vllm_merge.serving.middleware import MergeMiddleware
         from vllm_merge.serving.routes import router
+        from vllm_merge.serving.settings import admin_token
 
         app.add_middleware(MergeMiddleware)  # added before vLLM's own, so inside its API-key check
         app.include_router(router)
+        app.include_router(aliases)
+        if admin_token() is not None:
+            app.include_router(artifacts)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Runs before the server listens: when /health answers, every eager recipe is ready."""
         config = config_path()
         if config is None or engine_client is None:
             return
-        from vllm_merge.serving import compat
+        from vllm_merge.serving import compat, ground
         from vllm_merge.serving.front import FrontDoor
         from vllm_merge.serving.published import Published
+        from vllm_merge.serving.workers import connect_workers, wanted_places
 
+        ground.check_ground("api")
         if compat.lora_config(engine_client) is None:
             raise UserInputError("vllm-merge serves LoRA adapters, but LoRA is off: start vLLM with --enable-lora.")
         folder = runtime_dir()
         assert folder is not None
         front: FrontDoor
-        links = await connect_all(folder, compat.worker_count(engine_client), lambda event: front.on_event(event))
-        front = FrontDoor(links)
-        published = Published(front, state.openai_serving_models, config)
-        compat.wrap_engine(engine_client, front.lease)
-        state.vllm_merge, state.vllm_merge_published = front, published
+        published: Published
+
+        def on_event(event: Message) -> None:
+            front.on_event(event)
+            published.on_event(event)
+
         try:
+            links = await connect_workers(folder, wanted_places(compat.parallel_config(engine_client)), on_event)
+            front = FrontDoor(links)
+            published = Published(front, state.openai_serving_models, config, links[0])
+            compat.wrap_engine(engine_client, front.lease)
+            state.vllm_merge, state.vllm_merge_published = front, published
             await published.start()
         except MergeError as error:
             print(f"vllm-merge: {error}", file=sys.stderr)

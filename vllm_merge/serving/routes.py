@@ -7,6 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from vllm_merge.serving.overview import current, describe_names
+
 router = APIRouter(prefix="/v1/merge", tags=["merge"])
 
 
@@ -14,13 +16,13 @@ router = APIRouter(prefix="/v1/merge", tags=["merge"])
 async def recipes(request: Request) -> dict[str, Any]:
     """Every name of the recipe file, the artifact it stands for, and that artifact's state (or why it has none).
 
-    `file` says which generation of the file is served, and what is wrong with a newer one that is not.
+    `file` says which generation is served, by every API process, and what is wrong with a newer file that is not.
     """
-    state = request.app.state
+    now = await current(request.app.state)
     return {
         "object": "list",
-        "data": state.vllm_merge.describe_names(),
-        "file": state.vllm_merge_published.describe(),
+        "data": describe_names(request.app.state.vllm_merge, now),
+        "file": {"generation": now.state.generation, "error": now.state.error},
     }
 
 

@@ -1,59 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker's half of the plugin: merges plans in the background and hands vLLM's loader what is ready.
 
-One thread merges (on the worker's own device, one merge at a time), one serves the control socket, and vLLM's own thread
-comes by in `load` and `fill`. For requests of ours these read no file, allocate nothing of an adapter's size and never
-raise: one whose artifact is not here (its lease was broken) gets an adapter that changes nothing, and every API process is
-told, so that the request fails.
+One thread merges (on the worker's own device, one merge at a time), one brings artifacts back from the tiers below the cache,
+one serves the control socket, and vLLM's own thread comes by in `load` and `fill`. For requests of ours these read no file,
+allocate nothing of an adapter's size and never raise: one whose artifact is not here (its lease was broken) gets an adapter
+that changes nothing, and every API process learns of it before the request's next token, so that the request fails.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vllm_merge.adapters.base_model import base_model_hash
 from vllm_merge.artifact import MergedAdapter
 from vllm_merge.errors import MergeCancelled, MergeError
-from vllm_merge.plan_runner import WORKSPACE_BYTES, run_plan
+from vllm_merge.plan_runner import run_plan
 from vllm_merge.recipe.plan import Plan
 from vllm_merge.serving import compat
+from vllm_merge.serving.alarm import Alarm, alarm_path
 from vllm_merge.serving.arena import Arena
+from vllm_merge.serving.claims import Claims
 from vllm_merge.serving.control import ControlError, ControlServer, Message, Session
+from vllm_merge.serving.hasher import Hasher
 from vllm_merge.serving.identity import FIRST_ID, parse_path
+from vllm_merge.serving.jobs import Job, Line, TooManyMerges
+from vllm_merge.serving.owner import StateOwner
 from vllm_merge.serving.residency import ArtifactStore, OutOfBudget, ResidentArtifact
+from vllm_merge.serving.settings import WorkerSettings
+from vllm_merge.serving.sleep import Wakefulness
 from vllm_merge.serving.slots import SlotLayout, flat_copy
+from vllm_merge.serving.sources import SourceCache
+from vllm_merge.serving.tiers import Tiers
 
 logger = logging.getLogger("vllm_merge.worker")
 
-CACHE_BYTES_VARIABLE = "VLLM_MERGE_CACHE_BYTES"
-DEFAULT_CACHE_BYTES = 4 << 30
-BROKEN = "broken"  # who owns a LoRA id under which vLLM once loaded something wrong
-GPU_WORKSPACE_BYTES = 512 << 20  # small pieces: a merge beside running requests must let them have the GPU in between
+FAILURES_KEPT = 100  # reasons that the status tells
 
 
 @dataclass
-class Job:
-    """One merge, wanted by any number of requests."""
+class Held:
+    """What a session has: leases, and the digests that it asked for and did not give back since."""
 
-    plan: Plan
-    future: asyncio.Future[ResidentArtifact]
-    status: str = "queued"  # queued | merging
-    done: int = 0
-    total: int = 0
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    waiters: int = 0
+    leases: set[str] = field(default_factory=set)
+    wanted: set[str] = field(default_factory=set)
 
 
 class WorkerService:
@@ -70,16 +74,25 @@ class WorkerService:
             if compat.mend_rows_without_lora():
                 logger.info("mended vLLM's CPU LoRA kernels, which give base-model rows the last slot's adapter")
         self._base_model = str(vllm_config.model_config.model)
-        parallel = vllm_config.parallel_config
-        self._workers = int(parallel.world_size) * int(parallel.data_parallel_size)
-        cache_bytes = int(os.environ.get(CACHE_BYTES_VARIABLE, DEFAULT_CACHE_BYTES))
-        self.store = ArtifactStore(cache_bytes)
-        # On the CPU the same pieces as offline: what is summed in another order differs in its last bits.
-        self._workspace = GPU_WORKSPACE_BYTES if self._device.type == "cuda" else WORKSPACE_BYTES
-        self._arena = Arena(self._device, cache_bytes + 2 * GPU_WORKSPACE_BYTES)
+        settings = WorkerSettings.read()
+        self._time_limit = settings.time_limit
+        self._tiers = Tiers(settings, self._device)
+        self.store = ArtifactStore(
+            settings.cache_bytes, self._tiers.demote, lambda: compat.registered_bytes(worker_manager)
+        )
+        self._workspace = settings.workspace_bytes
+        # Beside the cache and the workspace, what a merge is made of and what it makes are on the device.
+        self._arena = Arena(self._device, settings.cache_bytes + 2 * settings.workspace_bytes)
+        self._sources = SourceCache(settings.source_bytes, self._device)
         self._jobs: dict[str, Job] = {}
-        self._claims: dict[int, str] = {}  # LoRA id -> digest, or BROKEN
-        self._sessions: dict[Session, set[str]] = {}  # the digests that each leases
+        self._claims = Claims(self._in_use)
+        self._alarm = Alarm(alarm_path(socket_path))
+        self._served: Counter[str] = Counter()  # artifacts made ready, by where they were: cache, host, disk or merge
+        self._sessions: dict[Session, Held] = {}
+        self._owner = StateOwner()
+        self._wakefulness = Wakefulness()
+        self._merges = 0
+        self._failures: dict[str, str] = {}  # digest -> why its last merge failed, latest last
         self._zero = compat.zero_lora_model(worker_manager, 1)
         buffers = compat.slot_buffers(worker_manager)
         self._layout = SlotLayout(buffers) if buffers else None
@@ -88,19 +101,24 @@ class WorkerService:
         self._affinity = affinity
         self._hello: Message = {
             "pid": os.getpid(),
-            "workers": self._workers,
+            **compat.place(vllm_config),
             "max_lora_rank": compat.max_rank(worker_manager),
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": str(self._device),
             "base_model": self._base_model,
             "base_model_hash": base_model_hash(self._base_model),
         }
-        self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._line = Line(settings.queue)
+        self._hasher = Hasher(self._device)
+        self._cold: queue.SimpleQueue[Job] = queue.SimpleQueue()  # to be looked for in the tiers
         self._server = ControlServer(socket_path, self)
 
     def start(self) -> None:
         self._server.start()
         threading.Thread(target=self._merge_forever, name="vllm-merge", daemon=True).start()
+        if self._tiers.any:
+            threading.Thread(target=self._look_forever, name="vllm-merge-tiers", daemon=True).start()
+            self._tiers.start()
 
     def stop(self) -> None:
         for job in list(self._jobs.values()):
@@ -124,13 +142,9 @@ class WorkerService:
             return None
         try:
             artifact = self.store.get(digest)
-            if artifact is not None and artifact.source is not None:
+            if artifact is not None:  # vLLM never keeps a tensor of it, however many adapters it registers
                 model = compat.marker_lora_model(self._manager, lora_request.lora_int_id)
                 model.vllm_merge_service, model.vllm_merge_digest = self, digest
-                return model
-            if artifact is not None:
-                model = compat.lora_model(self._manager, lora_request.lora_int_id, artifact.factors)
-                model.vllm_merge_artifact = artifact  # counted for as long as vLLM keeps the model
                 return model
             reason = f"{lora_request.lora_name} was not in memory when a request needed it"
         except Exception as error:
@@ -139,17 +153,21 @@ class WorkerService:
         self._say_broken(digest, lora_request.lora_int_id, reason)
         return self._zero.clone(lora_request.lora_int_id)
 
-    def fill(self, lora_model: Any, slot: int) -> bool:
-        """Fill a slot with the artifact that a LoRAModel stands for. Never raises."""
+    def fill(self, lora_model: Any, slot: int) -> Any | None:
+        """Fill a slot with the artifact that a LoRAModel stands for. Never raises.
+
+        True: done. A LoRAModel: vLLM is to copy from it. None: from the one that stands there, which changes nothing.
+        """
         digest = lora_model.vllm_merge_digest
-        assert self._layout is not None
         try:
             artifact = self.store.peek(digest)
-            if artifact is not None and artifact.source is not None:
+            if artifact is not None:
                 if artifact.storage.is_cuda:  # its memory may be given back before this stream has read it
                     stream = torch.cuda.current_stream(artifact.storage.device)
                     for storage in artifact.storages:
                         storage.record_stream(stream)
+                if artifact.source is None or self._layout is None:
+                    return compat.packed_lora_model(self._manager, lora_model.id, artifact.factors)
                 self._layout.fill(slot, artifact.source)
                 return True
             reason = "it was not in memory when its slot was filled"
@@ -157,42 +175,95 @@ class WorkerService:
             logger.exception("could not fill slot %d", slot)
             reason = f"its slot could not be filled: {error}"
         self._say_broken(digest, lora_model.id, reason)
-        return False  # vLLM copies the marker, which changes nothing
+        return None
+
+    def fall_asleep(self) -> None:
+        """Stop working on the device and give back what no request holds; it comes back from the tiers, or is merged anew.
+
+        Slots lie in memory that sleep may empty, so nothing of ours stays in one: vLLM asks again with the next step.
+        """
+        if not self._wakefulness.fall_asleep():
+            logger.warning("a merge goes on although vLLM falls asleep")
+        compat.remove_adapters(self._manager, FIRST_ID)
+        for row in self.store.describe()["artifacts"]:
+            self.store.evict(row["digest"])
+        self._arena.give_back()
+
+    def wake_up(self, tags: Sequence[str] | None) -> None:
+        self._wakefulness.wake_up(tags, lambda: self._arena.take(self.store.describe()["bytes"]))
 
     def _say_broken(self, digest: str, lora_id: int, reason: str) -> None:
-        """The id is used up: whoever asks next gets another one, and requests that run under it fail."""
+        """The id is used up: whoever asks next gets another one, and requests that run under it fail.
+
+        All that an API process looks at before it passes a token on is done when this returns, before the step runs.
+        """
+        self._claims.break_(lora_id, reason)
+        self._alarm.ring()
         logger.error("artifact %s: %s; its requests fail", digest[:12], reason)
-
-        def say() -> None:
-            self._claims[lora_id] = BROKEN
-            self._broadcast({"event": "broken", "digest": digest, "lora_id": lora_id, "reason": reason})
-
+        event = {"event": "broken", "digest": digest, "lora_id": lora_id, "reason": reason}
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
-            self._server.loop.call_soon_threadsafe(say)
+            self._server.loop.call_soon_threadsafe(self._broadcast, event)
+
+    def _in_use(self, lora_id: int, digest: str) -> bool:
+        return self.store.holds(digest) or digest in self._jobs or compat.is_registered(self._manager, lora_id)
 
     # -- control thread -------------------------------------------------------------------------------------------------
 
     async def handle(self, session: Session, op: str, message: Message) -> Message:
-        self._sessions.setdefault(session, set())
+        held = self._sessions.setdefault(session, Held())
+        if (answer := await self._owner.handle(session, op, message)) is not None:
+            return answer
         match op:
             case "hello":
                 return self._hello
             case "prepare":
                 return await self._prepare(session, message)
             case "release":
-                if message["digest"] in self._sessions[session]:
-                    self._sessions[session].discard(message["digest"])
+                held.wanted.discard(message["digest"])
+                if message["digest"] in held.leases:
+                    held.leases.discard(message["digest"])
                     self.store.release(message["digest"])
                 return {}
-            case "evict":
-                return {"evicted": self.store.evict(message["digest"])}
+            case "near":
+                near = self.store.peek(message["digest"]) is not None or self._tiers.near(message["digest"])
+                return {"near": near, "retry_after": self._line.retry_after()}
+            case "broken":
+                return {"reason": self._claims.reason(int(message["lora_id"]))}
+            case "evict":  # which may copy the artifact to the tiers below
+                return {"evicted": await asyncio.to_thread(self.store.evict, message["digest"])}
+            case "pin":
+                return self._pin(message["digest"])
+            case "unpin":
+                return {"unpinned": self.store.unpin(message["digest"])}
+            case "cancel":
+                return {"cancelled": self._cancel(message["digest"])}
             case "status":
                 return self._status()
         raise ControlError("failed", f"unknown operation {op!r}")
 
     def closed(self, session: Session) -> None:
-        for digest in self._sessions.pop(session, set()):
+        for digest in self._sessions.pop(session, Held()).leases:
             self.store.release(digest)
+        self._owner.closed(session)
+
+    def _pin(self, digest: str) -> Message:
+        try:
+            self.store.pin(digest)
+        except OutOfBudget as error:
+            raise ControlError("busy", str(error)) from None
+        except MergeError as error:
+            raise ControlError("failed", str(error)) from None
+        return {}
+
+    def _cancel(self, digest: str) -> bool:
+        """Stop a merge at its next batch; whoever waits for it is told at once."""
+        job = self._jobs.get(digest)
+        if job is None:
+            return False
+        job.cancelled.set()
+        self._line.remove(job)
+        self._finish(job, MergeCancelled(f"the merge of {job.plan.artifact_name} was cancelled"))
+        return True
 
     def _status(self) -> Message:
         merging = [
@@ -205,7 +276,24 @@ class WorkerService:
             }
             for digest, job in self._jobs.items()
         ]
-        return {**self.store.describe(), "pid": os.getpid(), "merging": merging}
+        slots = {
+            slot: digest
+            for slot, lora_id in enumerate(compat.slot_ids(self._manager))
+            if (digest := self._claims.digest(lora_id)) is not None
+        }
+        return {
+            **self.store.describe(),
+            **self._tiers.describe(),
+            "slots": slots,
+            "served_from": dict(self._served),
+            "pid": os.getpid(),
+            "state_number": self._owner.served,
+            "api_processes": self._owner.members,
+            "merges": self._merges,
+            "failures": self._failures,
+            "queue": self._line.describe(),
+            "merging": merging,
+        }
 
     async def _prepare(self, session: Session, message: Message) -> Message:
         """Make an artifact resident, merging it if need be (once, whoever asks), and lease it to the session if asked.
@@ -214,18 +302,25 @@ class WorkerService:
         """
         plan = Plan.from_json(message["plan"])
         digest, wanted_id = plan.digest, int(message["lora_id"])
-        if (owner := self._claims.setdefault(wanted_id, digest)) != digest:
-            raise ControlError("conflict", f"LoRA id {wanted_id} belongs to artifact {owner[:12]}")
         # Leased from before the merge, so that nothing can evict it between its arrival and the request's turn.
         self.store.lease(digest)
         try:
-            artifact = self.store.get(digest) or await self._merged(plan)
+            if (owner := self._claims.claim(wanted_id, digest)) is not None:
+                raise ControlError("conflict", f"LoRA id {wanted_id} belongs to artifact {owner}")
+            if message.get("lease"):
+                self._sessions[session].wanted.add(digest)
+            artifact = self.store.get(digest)
+            tier = "cache"
+            if artifact is None:
+                artifact = await self._made(plan)
+                tier = artifact.origin
         except BaseException:
             self.store.release(digest)
             raise
-        leases = self._sessions.get(session)
-        if message.get("lease") and leases is not None and digest not in leases:
-            leases.add(digest)
+        self._served[tier] += 1
+        held = self._sessions.get(session)  # the session may have ended, or have given up
+        if message.get("lease") and held is not None and digest in held.wanted and digest not in held.leases:
+            held.leases.add(digest)
         else:
             self.store.release(digest)
         return {
@@ -233,13 +328,19 @@ class WorkerService:
             "bytes": artifact.nbytes,
             "seconds": artifact.seconds,
             "tensors_sha256": artifact.tensors_sha256,
+            "tier": tier,
         }
 
-    async def _merged(self, plan: Plan) -> ResidentArtifact:
+    async def _made(self, plan: Plan) -> ResidentArtifact:
+        """From the nearest tier, else merged; once, whoever asks."""
         job = self._jobs.get(plan.digest)
         if job is None or job.cancelled.is_set():
             job = self._jobs[plan.digest] = Job(plan, asyncio.get_running_loop().create_future())
-            self._queue.put(job)
+            self._failures.pop(plan.digest, None)
+            if self._tiers.any:
+                self._cold.put(job)
+            else:
+                self._enqueue(job)
         job.waiters += 1
         try:
             return await asyncio.shield(job.future)
@@ -250,21 +351,50 @@ class WorkerService:
         finally:
             job.waiters -= 1
 
+    def _enqueue(self, job: Job) -> None:
+        """No tier has it: let it wait for its merge, or refuse."""
+        if job.future.done():
+            return  # cancelled while its artifact was looked for
+        try:
+            self._line.put(job)
+        except TooManyMerges as error:
+            self._finish(job, error)
+
+    def _watch_time(self, job: Job) -> None:
+        """Tell who waits as soon as a merge is late, even if it is slow to stop."""
+        if not job.future.done():
+            loop = asyncio.get_running_loop()
+            job.timer = loop.call_later(self._time_limit, lambda: self._finish(job, self._late(job)))
+
+    def _late(self, job: Job) -> MergeError:
+        return MergeError(
+            f"the merge of {job.plan.artifact_name} took longer than {self._time_limit} s and was stopped "
+            "(VLLM_MERGE_TIME_LIMIT)"
+        )
+
     def _finish(self, job: Job, result: ResidentArtifact | Exception) -> None:
         if self._jobs.get(job.plan.digest) is job:
             del self._jobs[job.plan.digest]
+        if job.timer is not None:
+            job.timer.cancel()
         if job.future.done():
             return
         if isinstance(result, ResidentArtifact):
             job.future.set_result(result)
             return
-        if isinstance(result, (OutOfBudget, MergeCancelled, torch.OutOfMemoryError)):
+        if isinstance(result, TooManyMerges):
+            failure = ControlError("busy", str(result), result.retry_after)
+        elif isinstance(result, (OutOfBudget, MergeCancelled, torch.OutOfMemoryError)):
             failure = ControlError("busy", str(result))
         elif isinstance(result, MergeError):
             failure = ControlError("failed", str(result))
         else:
             failure = ControlError("failed", f"{type(result).__name__}: {result}")
         logger.error("merging %s failed: %s", job.plan.artifact_name, failure)
+        if failure.kind == "failed":
+            self._failures[job.plan.digest] = str(failure)
+            while len(self._failures) > FAILURES_KEPT:
+                del self._failures[next(iter(self._failures))]
         job.future.set_exception(failure)
         job.future.exception()  # somebody looked, even if every waiter has gone
 
@@ -275,39 +405,68 @@ class WorkerService:
     # -- merging thread -------------------------------------------------------------------------------------------------
 
     def _merge_forever(self) -> None:
-        if self._affinity is not None:
-            os.sched_setaffinity(0, self._affinity)  # vLLM's CPU worker binds its threads; ours may run anywhere
+        self._unbind()
         while True:
-            job = self._queue.get()
+            job = self._line.get()
+            started = time.monotonic()
+            job.deadline = started + self._time_limit
             result: ResidentArtifact | Exception
             try:
-                result = self._merge(job)
+                self._server.loop.call_soon_threadsafe(self._watch_time, job)
+                result = self._wakefulness.awake(functools.partial(self._merge, job))
             except Exception as error:
-                result = error
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
-                self._server.loop.call_soon_threadsafe(self._finish, job, result)
+                result = self._late(job) if isinstance(error, MergeCancelled) and job.late else error
+            merged = isinstance(result, ResidentArtifact)
+            self._line.ended(time.monotonic() - started if merged else None)
+            self._post(self._finish, job, result)
+            if isinstance(result, ResidentArtifact):
+                if result.tensors_sha256 is None:
+                    result.tensors_sha256 = self._hasher.tensors_sha256(result)
+                self._tiers.store(result)
             del job, result  # while it waits, this thread keeps no artifact alive
+
+    def _unbind(self) -> None:
+        if self._affinity is not None:
+            os.sched_setaffinity(0, self._affinity)  # vLLM's CPU worker binds its threads; ours may run anywhere
+
+    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
+            self._server.loop.call_soon_threadsafe(function, *arguments)
 
     def _merge(self, job: Job) -> ResidentArtifact:
         if job.cancelled.is_set():
             raise MergeCancelled(f"{job.plan.artifact_name}: nobody waits for it any more")
-        job.status = "merging"
         started = time.perf_counter()
 
         def progress(stage: str, done: int, total: int) -> None:
             job.done, job.total = done, total
 
-        with torch.inference_mode(), self._arena.use():
-            merged = run_plan(
-                job.plan,
-                device=self._device,
-                dtype=self._dtype,
-                progress=progress,
-                cancelled=job.cancelled.is_set,
-                workspace_bytes=self._workspace,
-            )
-            artifact = self._resident(job.plan, merged, time.perf_counter() - started)
-        self.store.insert(artifact)
+        def stopped() -> bool:
+            self._arena.rest()
+            return job.stopped() or self._wakefulness.asleep
+
+        def going_on() -> None:
+            if stopped():
+                raise MergeCancelled(f"{job.plan.artifact_name}: nobody waits for it any more")
+
+        with contextlib.ExitStack() as admitted:
+            with torch.inference_mode(), self._arena.use():
+                admitted.callback(self._sources.done)
+                self._sources.fetch(job.plan, going_on)
+                merged = run_plan(
+                    job.plan,
+                    device=self._device,
+                    dtype=self._dtype,
+                    load_adapter=self._sources.load,
+                    progress=progress,
+                    cancelled=stopped,
+                    workspace_bytes=self._workspace,
+                    report="brief",
+                )
+                admitted.enter_context(self.store.admission)
+                artifact = self._resident(job.plan, merged, time.perf_counter() - started)
+            self.store.insert(artifact)
+        self._merges += 1
         logger.info(
             "merged %s: rank %d, %.1f MB, %.3f s", artifact.name, artifact.rank, artifact.nbytes / 1e6, artifact.seconds
         )
@@ -317,6 +476,19 @@ class WorkerService:
         pairs = {module: (f.A, f.B) for module, f in merged.factors.items()}
         if not pairs:
             raise MergeError(f"{plan.artifact_name} changes no weight: its adapters are zero, or cancel each other")
+        # On a GPU this would take longer than the merge: it follows when the artifact is served.
+        tensors_sha256 = merged.tensors_sha256 if self._device.type == "cpu" else None
+        return self._placed(plan, pairs, tensors_sha256, seconds, "merge")
+
+    def _placed(
+        self,
+        plan: Plan,
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
+        tensors_sha256: str | None,
+        seconds: float,
+        origin: str,
+    ) -> ResidentArtifact:
+        """Factors on any device as an artifact on the worker's, if they fit its slots and the budget."""
         if reasons := compat.misfits(self._manager, pairs):
             more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
             raise MergeError(f"{plan.artifact_name} does not fit this server: " + " ".join(reasons[:3]) + more)
@@ -333,6 +505,41 @@ class WorkerService:
             storage,
             factors,
             source,
-            merged.tensors_sha256,
+            tensors_sha256,
             seconds,
+            origin,
         )
+
+    # -- the thread of the tiers ------------------------------------------------------------------------------------------
+
+    def _look_forever(self) -> None:
+        self._unbind()
+        while True:
+            job = self._cold.get()
+            try:
+                result: ResidentArtifact | Exception | None = self._wakefulness.awake(
+                    functools.partial(self._returned, job.plan)
+                )
+            except OutOfBudget as error:
+                result = error
+            except Exception:
+                logger.exception("%s could not come back from the tiers and is merged anew", job.plan.artifact_name)
+                result = None
+            if result is None:
+                self._post(self._enqueue, job)
+            else:
+                self._post(self._finish, job, result)
+            del job, result
+
+    def _returned(self, plan: Plan) -> ResidentArtifact | None:
+        """The artifact from the nearest tier, None if none has it."""
+        with self._tiers.fetch(plan.digest) as found, contextlib.ExitStack() as admitted:
+            if found is None:
+                return None
+            tier, content = found
+            with torch.inference_mode(), self._arena.use():
+                admitted.enter_context(self.store.admission)
+                artifact = self._placed(plan, content.factors(), content.tensors_sha256, content.seconds, tier)
+            self.store.insert(artifact)
+        logger.info("%s came back: %s, %.1f MB", artifact.name, tier, artifact.nbytes / 1e6)
+        return artifact

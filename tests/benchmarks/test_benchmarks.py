@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' own arithmetic, and that merge_speed.py writes what calibrate.py reads."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+SCHEMA = {"method", "space", "shape", "n", "r", "rank", "seconds", "peak_bytes", "floor_seconds"}
+FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports one of the scripts by name, as they import one another."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def run(name: str, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(FOLDER / name), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parent)},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_rows_are_written_fitted_and_checked(tmp_path: Path) -> None:
+    out, constants = tmp_path / "speed.json", tmp_path / "calibration.json"
+    point = ["--device", "cpu", "--shapes", "small:1,small:2,small:3,small:4", "--n", "2", "--r", "4"]
+    run(
+        "merge_speed.py",
+        *point,
+        "--methods",
+        "linear,tsv_m",
+        "--parts",
+        "table",
+        "--row-seconds",
+        "0.3",
+        "--out",
+        str(out),
+    )
+    content = json.loads(out.read_text())
+    assert content.keys() >= {"device", "torch", "date", "rows", "peers"}
+    assert [(row["case"], row["shape"]) for row in content["rows"]][:3] == [
+        ("linear", "small:1"),
+        ("tsv_m", "small:1"),
+        ("linear", "small:2"),
+    ]
+    for row in content["rows"]:
+        assert row.keys() >= SCHEMA
+        assert row["rank"] == 8
+        assert 0 < row["floor_seconds"] < row["seconds"]
+        assert row["peak_bytes"] > row["input_bytes"] + row["result_bytes"]
+    content["rows"] += [{**content["rows"][2], "part": "held_out"}]
+    out.write_text(json.dumps(content))
+    told = run("calibrate.py", str(out), "--out", str(constants))
+    assert "1 of 1 held-out points" in told or "0 of 1 held-out points" in told
+    (entry,) = json.loads(constants.read_text())["devices"]
+    assert entry["costs"].keys() == {"linear/core/whole", "tsv_m/core/whole"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["--shapes", "9b"], "unknown shape '9b'"), (["--methods", "tiez"], "tiez"), (["--parts", "tabel"], "tabel")],
+)
+def test_what_is_not_known_is_said(arguments: list[str], word: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(FOLDER / "merge_speed.py"),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "x"),
+        *arguments,
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    )
+    assert result.returncode == 2
+    assert word in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_constants_are_found_and_never_negative(script: Any) -> None:
+    nonnegative = script("calibrate").nonnegative
+    work = np.array([[1.0, 1, 5], [1, 2, 3], [1, 4, 1], [1, 8, 2], [1, 3, 9]])
+    assert np.allclose(nonnegative(work, work @ [2.0, 3.0, 0.5]), [2, 3, 0.5], rtol=1e-3)
+    assert (nonnegative(work, work @ [5.0, 1.0, -0.2]) >= 0).all()
+
+
+def test_a_power_of_growth(script: Any) -> None:
+    growth = script("growth")
+    rows = [
+        {
+            "case": "c",
+            "part": part,
+            "shape": "8b",
+            "n": n,
+            "r": 16,
+            "layers": 32,
+            "seconds": n**2 / 1e3,
+            "workspace_bytes": 7,
+        }
+        for part, n in [("growth", 4), ("table", 8), ("growth", 2), ("held_out", 6)]
+    ]
+    assert [row["n"] for row in growth.series(rows, "n")["c"]] == [2, 4, 8]
+    assert growth.series(rows, "r") == {}
+    (line,) = growth.exponents(rows)
+    assert "power  2.00 of time,  0.00 of workspace" in line
+
+
+def test_the_floor_of_a_weighted_sum_is_its_bytes(script: Any) -> None:
+    cases, shapes = script("merge_cases"), script("shapes")
+    shape = shapes.shape_of("8b")
+    linear, knots = (next(case for case in cases.CASES if case.name == name) for name in ("linear", "knots_ties"))
+    work = cases.Work.of(linear, shape, 8, 16, 128)
+    sides = sum(rows + columns for _, rows, columns in shape.modules())
+    assert (work.bytes, work.half, work.single) == (2 * 256 * sides, 0, 0)
+    assert sides == 32 * 81920
+    assert cases.Work.of(knots, shape, 8, 16, 128).single > 0
+
+
+def test_a_stall_is_told_against_idle(script: Any) -> None:
+    rows = [
+        {"phase": phase, "p99": p99, "p999": p999, "max": most}
+        for phase, p99, p999, most in [
+            ("idle", 10, 12, 14),
+            ("merge_linear", 11, 15, 24),
+            ("vllm_load_r128", 12, 400, 614),
+        ]
+    ]
+    found = script("stall").against_idle(rows)
+    assert found["merge_linear"] == {"p99": 1.1, "p999": 1.25, "added": 10, "added_over_load": round(10 / 600, 3)}
+    assert "added_over_load" not in found["vllm_load_r128"]

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantities that time and memory are fitted with."""
+
+import pytest
+
+from vllm_merge.forecast.work import QUANTITIES, ModuleSize, case_key, quantities
+
+MODULE = ModuleSize(d_out=10, d_in=6, ranks=(2, 1), rank=3)
+
+
+def test_the_quantities_of_a_module_by_hand() -> None:
+    assert quantities("knots", [MODULE]) == {
+        "fixed": 1,
+        "modules": 1,
+        "pairs": 2,
+        "stacked": 3 * 16,
+        "grams": 9 * 16,
+        "cores": 27,
+        "entries": 2 * 3 * 6,
+        "products": 0,
+        "sketch": 0,
+    }
+
+
+def test_only_delta_has_dense_entries() -> None:
+    found = quantities("delta", [MODULE])
+    assert (found["entries"], found["products"], found["sketch"]) == (2 * 60, 3 * 60, 3 * 60)
+    assert quantities("core", [MODULE])["entries"] == 0
+
+
+@pytest.mark.parametrize("space", ["core", "knots", "delta"])
+def test_all_but_the_fixed_part_grows_with_the_number_of_modules(space: str) -> None:
+    one, ten = quantities(space, [MODULE]), quantities(space, [MODULE] * 10)
+    assert one.keys() == QUANTITIES.keys()
+    assert ten == {name: value if name == "fixed" else 10 * value for name, value in one.items()}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "key"),
+    [
+        ({"steps": 100, "rule": "mean"}, "ctm/core/whole"),
+        ({"steps": 50, "rule": "mean"}, "ctm/core/whole/steps=50"),
+        ({"steps": 100, "rule": "sum"}, "ctm/core/whole/rule=sum"),
+        ({"steps": 100, "rule": "mean", "lambda": 2, "gamma": 0.5}, "ctm/core/whole"),
+    ],
+)
+def test_what_chooses_an_algorithm_is_in_the_key(parameters: dict[str, object], key: str) -> None:
+    defaults = {"steps": 100, "rule": "mean", "gamma": 1.0}
+    assert case_key("ctm", "core", cut=False, parameters=parameters, defaults=defaults) == key
+
+
+def test_a_cut_has_a_key_of_its_own() -> None:
+    assert case_key("ties", "knots", cut=True, parameters={}, defaults={}) == "ties/knots/cut"

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers through the middleware, with a played front door and a played vLLM behind it."""
+
+import asyncio
+import contextlib
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from vllm_merge.serving import outcome
+from vllm_merge.serving.front import ArtifactUnavailable
+from vllm_merge.serving.middleware import MergeMiddleware
+from vllm_merge.serving.names import Name
+
+BASE = "the-base"
+
+
+class Door:
+    """Knows some names; `cold` are those whose artifact is not in memory, `lost` those that fail in the engine."""
+
+    def __init__(self):
+        self.names = {
+            "plain": Name("plain", "recipe", "1" * 64, "plain@1"),
+            "strict": Name("strict", "recipe", "2" * 64, "strict@2", on_miss="reject"),
+            "easy": Name("easy", "recipe", "3" * 64, "easy@3", on_miss="fallback", fallback="plain"),
+            "based": Name("based", "recipe", "4" * 64, "based@4", on_miss="fallback", fallback="base"),
+            "theirs": Name("theirs", "recipe", "5" * 64, "theirs@5", on_miss="fallback", fallback="vllms-own"),
+            "hopeless": Name(
+                "hopeless", "recipe", None, reason="it has no adapter", on_miss="fallback", fallback="plain"
+            ),
+        }
+        self.names["alias"] = Name("alias", "alias", "3" * 64, "easy@3", on_miss="fallback", fallback="plain")
+        self.artifacts = {n.digest: n.label for n in self.names.values() if n.digest}
+        self.cold: set[str] = set()
+        self.lost: set[str] = set()
+        self.held: list[str] = []
+
+    def known(self, name):
+        return self.names.get(name) or next((n for n in self.names.values() if n.label == name), None)
+
+    def owns(self, path):
+        return path.startswith("vllm-merge://")
+
+    @contextlib.asynccontextmanager
+    async def hold(self, artifact, label, *, wait=True):
+        if artifact in self.cold:
+            if wait:
+                self.cold.discard(artifact)
+            else:
+                raise ArtifactUnavailable(f"{artifact} is being merged", retry=True, retry_after=9)
+        self.held.append(artifact)
+        try:
+            yield
+        finally:
+            self.held.remove(artifact)
+
+
+@pytest.fixture
+def door():
+    return Door()
+
+
+@pytest.fixture
+def ask(door):
+    """ask(path, model, …) is the response of a server whose engine takes leases as vLLM's does."""
+
+    async def generate(request):
+        model = (await request.json())["model"]
+        known = door.known(model)
+        if known is not None and known.digest is not None:
+            outcome.note_label(known.label)
+            if known.label in door.lost:
+                error = ArtifactUnavailable(f"{known.label} was gone", retry=True, retry_after=4)
+                outcome.note_error(error)
+                return JSONResponse({"error": "internal"}, 500)
+        answer = JSONResponse({"model": model, "held": list(door.held)})
+        if request.query_params.get("stream"):
+            return StreamingResponse(iter([answer.body]))
+        return answer
+
+    routes = [Route(path, generate, methods=["POST"]) for path in ("/v1/completions", "/pooling")]
+    app = Starlette(routes=routes)
+    app.add_middleware(MergeMiddleware)
+    listed = [name for name, known in door.names.items() if known.digest]
+    requests = {name: SimpleNamespace(lora_path="vllm-merge://x") for name in [*listed, *door.artifacts.values()]}
+    requests["vllms-own"] = SimpleNamespace(lora_path="/adapters/own")
+    models = SimpleNamespace(lora_requests=requests, base_model_paths=[SimpleNamespace(name=BASE)])
+    app.state.vllm_merge, app.state.openai_serving_models = door, models
+
+    def ask(path, model, **query):
+        async def talk():
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                return await client.post(path, json={"model": model}, params=query)
+
+        return asyncio.run(talk())
+
+    return ask
+
+
+def headers(response) -> tuple[str | None, ...]:
+    return tuple(response.headers.get(f"x-vllm-merge-{name}") for name in ("artifact", "name", "fallback"))
+
+
+@pytest.mark.parametrize("query", [{}, {"stream": "1"}])
+def test_the_artifact_is_leased_until_the_answer_is_sent(ask, door, query):
+    response = ask("/v1/completions", "alias", **query)
+    assert response.json() == {"model": "easy@3", "held": ["easy@3"]}
+    assert headers(response) == ("easy@3", "alias", None)
+    assert door.held == []
+
+
+def test_by_default_a_request_waits(ask, door):
+    door.cold = {"plain@1"}
+    assert ask("/v1/completions", "plain").json()["model"] == "plain@1"
+
+
+def test_reject_is_a_503_that_says_when(ask, door):
+    assert ask("/v1/completions", "strict").status_code == 200
+    door.cold = {"strict@2"}
+    response = ask("/v1/completions", "strict")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "9")
+    assert response.json()["error"]["message"] == "The model `strict` cannot be served: strict@2 is being merged"
+    assert response.json()["error"]["type"] == "merge_unavailable"
+
+
+@pytest.mark.parametrize(
+    ("name", "cold", "answers", "instead_of"),
+    [
+        ("easy", "easy@3", "plain@1", "easy@3"),
+        ("alias", "easy@3", "plain@1", "easy@3"),
+        ("based", "based@4", BASE, "based@4"),
+        ("theirs", "theirs@5", "vllms-own", "theirs@5"),
+        ("hopeless", "", "plain@1", "hopeless"),
+    ],
+)
+def test_a_stand_in_answers_and_the_headers_say_so(ask, door, name, cold, answers, instead_of):
+    door.cold = {cold}
+    response = ask("/v1/completions", name)
+    assert response.json()["model"] == answers
+    assert headers(response) == (answers, name, instead_of)
+    if cold:
+        door.cold = set()
+        assert headers(ask("/v1/completions", name))[2] is None
+
+
+def test_a_stand_in_that_is_cold_too_does_not_keep_anybody_waiting(ask, door):
+    door.cold = {"easy@3", "plain@1"}
+    response = ask("/v1/completions", "easy")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "9")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/pooling"])
+def test_what_fails_in_the_engine_is_a_503_that_says_when(ask, door, path):
+    door.lost = {"plain@1"}
+    response = ask(path, "plain")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "4")
+    assert "plain@1 was gone" in response.json()["error"]["message"]
+    assert response.headers["x-vllm-merge-name"] == "plain"
+
+
+def test_routes_outside_of_the_key_check_start_nothing_and_get_their_headers(ask, door):
+    door.cold = {"strict@2"}
+    response = ask("/pooling", "strict")
+    assert response.json() == {"model": "strict", "held": []}, "vLLM decides first"
+    assert headers(response) == ("strict@2", "strict", None)
+
+
+def test_a_name_without_an_artifact_says_why(ask, door):
+    door.names["alone"] = Name("alone", "recipe", None, reason="adapter x cannot be read")
+    response = ask("/v1/completions", "alone")
+    assert (response.status_code, response.headers["x-should-retry"]) == (500, "false")
+    assert "adapter x cannot be read" in response.text
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/pooling"])
+def test_other_models_pass_through(ask, path):
+    for model in (BASE, "vllms-own", "nobody"):
+        response = ask(path, model)
+        assert response.json()["model"] == model
+        assert headers(response) == (None, None, None)

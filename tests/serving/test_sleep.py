@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""While vLLM sleeps nothing of ours works, and what was stopped for it is done afterwards."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from vllm_merge.errors import MergeCancelled
+from vllm_merge.serving import compat, sleep
+from vllm_merge.serving.arena import Arena
+from vllm_merge.serving.sleep import Wakefulness, outside_memory_pools
+
+
+class Merge:
+    """Runs until it is told to end; stops at its next batch when vLLM falls asleep."""
+
+    def __init__(self, wakefulness: Wakefulness):
+        self.wakefulness = wakefulness
+        self.begun: list[float] = []
+        self.end = threading.Event()
+        self.results: list[str] = []
+        self.thread = threading.Thread(target=lambda: self.results.append(wakefulness.awake(self._run)), daemon=True)
+
+    def _run(self) -> str:
+        self.begun.append(time.monotonic())
+        while not self.end.wait(0.005):
+            if self.wakefulness.asleep:
+                raise MergeCancelled("asleep")
+        return "merged"
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_merge_that_runs_stops_for_sleep_and_begins_anew_after_it():
+    wakefulness = Wakefulness()
+    merge = Merge(wakefulness)
+    merge.thread.start()
+    wait_until(lambda: merge.begun)
+    assert wakefulness.fall_asleep(), "it has stopped when this returns"
+    time.sleep(0.05)
+    assert len(merge.begun) == 1
+    assert not merge.results
+    woken = time.monotonic()
+    wakefulness.wake_up(None, lambda: None)
+    merge.end.set()
+    merge.thread.join(5)
+    assert merge.results == ["merged"]
+    assert merge.begun[1] > woken
+
+
+def test_nothing_begins_before_everything_is_awake():
+    wakefulness, order = Wakefulness(), []
+    wakefulness.fall_asleep()
+    merge = Merge(wakefulness)
+    merge.end.set()
+    merge.thread.start()
+    wakefulness.wake_up(["weights"], lambda: order.append("too early"))
+    time.sleep(0.05)
+    assert not merge.begun
+    wakefulness.wake_up(["kv_cache"], lambda: order.append(f"first, {len(merge.begun)} begun"))
+    merge.thread.join(5)
+    assert merge.results == ["merged"]
+    assert order == ["first, 0 begun"]
+
+
+def test_a_merge_that_was_cancelled_for_another_reason_stays_cancelled():
+    def work():
+        raise MergeCancelled("nobody waits")
+
+    with pytest.raises(MergeCancelled, match="nobody waits"):
+        Wakefulness().awake(work)
+
+
+def test_a_merge_that_does_not_stop_is_not_waited_for_forever(monkeypatch):
+    monkeypatch.setattr(sleep, "STOP_SECONDS", 0.05)
+    wakefulness = Wakefulness()
+    stuck = threading.Event()
+    thread = threading.Thread(target=lambda: wakefulness.awake(stuck.wait), daemon=True)
+    thread.start()
+    wait_until(lambda: wakefulness._running == 1)
+    assert not wakefulness.fall_asleep()
+    stuck.set()
+    thread.join(5)
+
+
+def test_waking_up_without_having_slept_takes_nothing():
+    taken = []
+    Wakefulness().wake_up(None, lambda: taken.append(1))
+    assert not taken
+
+
+def test_what_must_outlive_sleep_is_made_by_another_thread_whose_errors_arrive():
+    assert outside_memory_pools(torch.device("cpu"), threading.get_ident) != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        outside_memory_pools(torch.device("cpu"), lambda: 1 / 0)
+
+
+def test_the_hooks_run_around_vllms_own(monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm.v1.worker.gpu_worker import Worker
+
+    said = []
+    monkeypatch.setattr(Worker, "sleep", lambda self, level=1: said.append(f"sleep {level}"))
+    monkeypatch.setattr(Worker, "wake_up", lambda self, tags=None: said.append("wake"))
+    compat.wrap_sleep(lambda: said.append("before"), lambda tags: said.append(tags))
+    compat.wrap_sleep(lambda: said.append("twice"), lambda tags: said.append("twice"))
+    Worker.sleep(None, 2)
+    Worker.wake_up(None, ["weights"])
+    Worker.wake_up(None)
+    assert said == ["before", "sleep 2", "wake", ["weights"], "wake", None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_an_arena_gives_its_memory_back_and_takes_it_again():
+    device, size = torch.device("cuda", torch.cuda.current_device()), 256 << 20
+    arena = Arena(device, size)
+    with arena.use():
+        pass
+    before = torch.cuda.mem_get_info(device)[0]
+    arena.give_back()
+    given = torch.cuda.mem_get_info(device)[0]
+    assert given - before >= size
+    arena.take(0)
+    assert given - torch.cuda.mem_get_info(device)[0] >= size

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment variables of a server, read in one place. docs/operations.md explains each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vllm_merge.errors import UserInputError
+
+CACHE_BYTES_VARIABLE = "VLLM_MERGE_CACHE_BYTES"
+HOST_BYTES_VARIABLE = "VLLM_MERGE_HOST_BYTES"
+DISK_VARIABLE = "VLLM_MERGE_DISK"
+DISK_BYTES_VARIABLE = "VLLM_MERGE_DISK_BYTES"
+SOURCE_BYTES_VARIABLE = "VLLM_MERGE_SOURCE_BYTES"
+WORKSPACE_BYTES_VARIABLE = "VLLM_MERGE_WORKSPACE_BYTES"
+QUEUE_VARIABLE = "VLLM_MERGE_QUEUE"
+TIME_LIMIT_VARIABLE = "VLLM_MERGE_TIME_LIMIT"
+ADMIN_TOKEN_VARIABLE = "VLLM_MERGE_ADMIN_TOKEN"
+
+# variable -> (default, smallest value)
+NUMBERS = {
+    CACHE_BYTES_VARIABLE: (4 << 30, 1),
+    HOST_BYTES_VARIABLE: (4 << 30, 0),
+    DISK_BYTES_VARIABLE: (64 << 30, 1),
+    SOURCE_BYTES_VARIABLE: (2 << 30, 0),
+    WORKSPACE_BYTES_VARIABLE: (2 << 30, 64 << 20),
+    QUEUE_VARIABLE: (16, 1),
+    TIME_LIMIT_VARIABLE: (600, 1),
+}
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker does with artifacts and merges. Bytes are per worker, but `disk_bytes`, which is of the whole place.
+
+    host_bytes: None where nothing was said: then the device decides. disk: a folder or an fsspec URL; None: no disk tier.
+    source_bytes: host memory for adapters that were read to be merged. workspace_bytes: what a merge may hold at once.
+    queue: merges that may wait. time_limit: seconds that one merge may take.
+    """
+
+    cache_bytes: int
+    host_bytes: int | None
+    disk: str | None
+    disk_bytes: int
+    source_bytes: int
+    workspace_bytes: int
+    queue: int
+    time_limit: int
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> WorkerSettings:
+        """Raises UserInputError that names the variable."""
+        return cls(
+            cache_bytes=number(environment, CACHE_BYTES_VARIABLE),
+            host_bytes=number(environment, HOST_BYTES_VARIABLE) if environment.get(HOST_BYTES_VARIABLE) else None,
+            disk=environment.get(DISK_VARIABLE) or None,
+            disk_bytes=number(environment, DISK_BYTES_VARIABLE),
+            source_bytes=number(environment, SOURCE_BYTES_VARIABLE),
+            workspace_bytes=number(environment, WORKSPACE_BYTES_VARIABLE),
+            queue=number(environment, QUEUE_VARIABLE),
+            time_limit=number(environment, TIME_LIMIT_VARIABLE),
+        )
+
+    def host_bytes_on(self, device: str) -> int:
+        """The host tier's budget: by default none on the CPU, where the cache is host memory already."""
+        if self.host_bytes is not None:
+            return self.host_bytes
+        return 0 if device == "cpu" else NUMBERS[HOST_BYTES_VARIABLE][0]
+
+
+def number(environment: Mapping[str, str], variable: str) -> int:
+    """The whole number in a variable, or its default. Raises UserInputError."""
+    default, least = NUMBERS[variable]
+    value = environment.get(variable)
+    if value is None:
+        return default
+    if not value.isdecimal() or int(value) < least:
+        raise UserInputError(
+            f"{variable} is {value!r}; give a whole number of at least {least}, or unset it ({default})"
+        )
+    return int(value)
+
+
+def admin_token(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What opens the routes that change things; None: there are no such routes."""
+    return environment.get(ADMIN_TOKEN_VARIABLE) or None
