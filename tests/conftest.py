@@ -142,7 +142,11 @@ def small_server(tmp_path_factory):
     (files / "recipes.yaml").write_text(yaml.safe_dump(document))
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO / "model")]
     options = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "64", "--api-key", API_KEY]
-    environment = {"VLLM_MERGE_CONFIG": str(files / "recipes.yaml"), "VLLM_MERGE_RUNTIME_DIR": str(runtime)}
+    environment = {
+        "VLLM_MERGE_CONFIG": str(files / "recipes.yaml"),
+        "VLLM_MERGE_RUNTIME_DIR": str(runtime),
+        "VLLM_MERGE_SOURCE_BYTES": "0",  # an adapter whose file is gone is gone
+    }
     with servers.running([*command, *options], environment) as server:
         server.runtime, server.files = runtime, files
         yield server

@@ -17,5 +17,8 @@ def recipe_for(entry: Entry) -> dict[str, Any] | None:
         return {"merge_method": "dc_merge", "parameters": own}
     if method.startswith("robustmerge"):
         named = {"mask_ratio": "density", "att_ratio": "clamp", "fuse_weight": "fuse_weight"}
-        return {"merge_method": "robustmerge", "parameters": {own: params[n] for n, own in named.items() if n in params}}
+        return {
+            "merge_method": "robustmerge",
+            "parameters": {own: params[n] for n, own in named.items() if n in params},
+        }
     return None

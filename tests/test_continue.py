@@ -78,6 +78,13 @@ def test_a_saved_folder_is_continued_without_the_earlier_adapters(folder: Path) 
     assert distance(merge([read, w], merge_method="opcm", parameters={"resume": True}, rank="lossless"), again) < 1e-6
 
 
+def test_the_plan_of_a_continued_folder(folder: Path) -> None:
+    assert run("merge", recipe_file(folder, "first"), "first", "-o", folder / "saved").exit_code == 0
+    planned = run("plan", recipe_file(folder, "saved"), "more")
+    assert planned.exit_code == 0, planned.output
+    assert "saved, z" in planned.output
+
+
 def test_a_folder_without_the_state_is_refused(folder: Path) -> None:
     assert run("merge", recipe_file(folder, "first"), "first", "-o", folder / "saved").exit_code == 0
     (folder / "saved" / "merge_report.json").unlink()

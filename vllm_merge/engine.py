@@ -270,7 +270,7 @@ class _Job:
 
     @cached_property
     def _sources(self) -> Sources | None:
-        return Sources(self.device, self.workspace.limit // 2) if self.device.type == "cuda" else None
+        return Sources(self.device, self.workspace.limit, self.adapters) if self.device.type == "cuda" else None
 
     @cached_property
     def _on_the_fly(self) -> bool:
@@ -392,6 +392,7 @@ class _Job:
         batch, space = prepared.batch, prepared.coordinates
         modules, _, rows, cols = space.shape
         tall = rows >= cols
+        elects = getattr(statistics, "sign_conflict", None) is not None  # and counts itself what disagrees
         self.workspace.count(batch.cost.total * modules)
 
         def merged_parts() -> Iterator[tuple[Part, Tensor]]:
@@ -404,7 +405,7 @@ class _Job:
                         tile: Tile | Cores = self.cores(prepared, part)
                     else:
                         tile = self.tile(prepared, part)
-                        if self.overview is not None and not self._on_the_fly:
+                        if self.overview is not None and not (elects or self._on_the_fly):
                             self.overview.count_signs(tile, batch.start, modules)
                     values = self.spec.apply(tile, statistics, **tile.parameters, **self.parameters.per_recipe)
                 if not self.parameters.unscaled:

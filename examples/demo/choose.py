@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_merge import Adapter, MergedAdapter
 
-GRID = (0.63, 0.8, 1.0, 1.26, 1.6, 2.0)  # a step is a quarter more
+GRID = (0.63, 0.8, 1.0, 1.26, 1.6, 2.0, 2.5, 3.2)  # a step is a quarter more
 
 
 @torch.inference_mode()

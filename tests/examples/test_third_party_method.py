@@ -9,13 +9,15 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import DEMO, ROOT, servers
-from vllm_merge import Adapter, MergedAdapter, list_methods
+from vllm_merge import Adapter, MergedAdapter, MergeError, list_methods
+from vllm_merge.methods.registry import default_registry
 
 PACKAGE = ROOT / "examples" / "third_party_method"
 RECIPE = f"""\
@@ -91,6 +93,16 @@ def test_without_the_package_the_recipe_is_refused(tmp_path: Path) -> None:
     assert "recipes.both.merge_method: unknown merge method 'largest_entry'" in done.stderr
 
 
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = metadata.EntryPoint("x", "no_such_module_of_a_method", "vllm_merge.methods")
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [broken])
+    with pytest.raises(
+        MergeError, match=r"\(no_such_module_of_a_method\) cannot be imported: No module named .*; mend"
+    ):
+        default_registry.__wrapped__()
+
+
+@pytest.mark.full
 @pytest.mark.server
 def test_a_served_recipe(python: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")

@@ -22,6 +22,17 @@ EVERYWHERE = pytest.mark.parametrize(
     [pytest.param(spec.name, space, id=f"{spec.name}-{space}") for spec in list_methods() for space in spec.spaces],
 )
 
+LONG = pytest.mark.parametrize(
+    ("method", "space"),
+    [
+        pytest.param(
+            spec.name, space, id=f"{spec.name}-{space}", marks=[pytest.mark.full] * (space != spec.default_space)
+        )
+        for spec in list_methods()
+        for space in spec.spaces
+    ],
+)
+
 
 def made(name: str, seed: int, shapes: Mapping[str, tuple[int, int]], rank: int) -> Adapter:
     """An adapter of other modules than the usual ones, ‖ΔW‖ near 1 at each."""
@@ -93,7 +104,7 @@ def run(method: str, space: str, adapters: Sequence[Adapter], **more: Any) -> Me
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
-@EVERYWHERE
+@LONG
 def test_a_result_on_hard_inputs(method: str, space: str, inputs: str) -> None:
     adapters = taken(method, INPUTS[inputs]())
     merged = run(method, space, adapters)

@@ -9,11 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.conftest import ROOT
+from vllm_merge.adapters.catalogue import Catalogue
+from vllm_merge.errors import MergeError
 from vllm_merge.serving import front as front_module
 from vllm_merge.serving import links as links_module
 from vllm_merge.serving.control import ControlError
 from vllm_merge.serving.front import Artifact, ArtifactUnavailable, FrontDoor
 from vllm_merge.serving.identity import lora_id, lora_path
+from vllm_merge.serving.names import Name, resolve_names
 
 DIGEST = hashlib.sha256(b"x").hexdigest()
 
@@ -312,3 +316,40 @@ def test_no_request_waits_longer_than_it_may_not_even_for_another_that_waits(mon
         assert worker.released >= 1, "what comes too late is not wanted any more"
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("on_error", ["stop", "degraded"])
+@pytest.mark.parametrize("when", ["planning", "merging"])
+def test_an_eager_recipe_that_fails_stops_the_start_or_only_itself(on_error, when):
+    async def scenario():
+        worker = PlayedWorker()
+        front, artifact = door(worker)
+        worker.fails = ControlError("failed", "its adapters cancel each other") if when == "merging" else None
+        bad = (
+            Name("bad", "recipe", DIGEST, "bad@1")
+            if when == "merging"
+            else Name("bad", "recipe", None, reason="no file")
+        )
+        recipe = SimpleNamespace(load="eager", on_error=on_error)
+        lazy = SimpleNamespace(load="lazy", on_error="degraded")
+        recipes = SimpleNamespace(path=Path("r.yaml"), recipes={"lazy": lazy, "bad": recipe})
+        resolved = SimpleNamespace(recipes=recipes, names={"bad": bad}, plans={DIGEST: artifact.plan})
+        if on_error == "degraded":
+            await front.warm_eager(resolved)
+            return
+        with pytest.raises(MergeError, match=r"r.yaml: recipes.bad: on_error: stop: .*(no file|cancel each other)"):
+            await front.warm_eager(resolved)
+
+    asyncio.run(scenario())
+
+
+def test_what_a_file_says_of_misses_reaches_its_names():
+    facts = {"base_model_hash": "b", "dtype": "float32", "max_lora_rank": 64}
+    names = resolve_names(ROOT / "configs" / "on_miss.yaml", facts, Catalogue(), {}).names
+    said = {name: (names[name].on_miss, names[name].fallback) for name in ("first", "second", "third", "assistant")}
+    assert said == {
+        "first": ("wait", None),
+        "second": ("fallback", "first"),
+        "third": ("reject", None),
+        "assistant": ("fallback", "first"),
+    }

@@ -5,6 +5,7 @@ Each mode is a server of two workers; the reference is transformers + PEFT, as i
 """
 
 import json
+import time
 import urllib.request
 
 import pytest
@@ -35,6 +36,12 @@ def get(server, path: str) -> dict:
         return json.load(reply)
 
 
+def hash_of(server, number: int, digest: str) -> str | None:
+    """The hash of the tensors of an artifact, as a worker has it; None as long as it was not taken."""
+    worker = get(server, "/v1/merge/artifacts")["data"][number]
+    return next(row["tensors_sha256"] for row in worker["artifacts"] if row["digest"] == digest)
+
+
 @pytest.fixture(scope="module", params=MODES)
 def parallel_server(request):
     """`vllm-merge serve` of the demo in one of the modes."""
@@ -47,21 +54,23 @@ def parallel_server(request):
     with servers.running(servers.merge_serve(DEMO / "model", CONFIG, *options), environment) as server:
         if request.param == "pipeline":
             # The buffers that a later stage receives into are made by a dummy run, which vLLM's CPU worker leaves out
-            # where LoRA is on: without it the first request ends the engine, with or without this plugin.
+            # where LoRA is on: without it the first request ends the engine.
             post(server, "/collective_rpc", {"method": "execute_dummy_batch"})
         yield server
 
 
 def test_ready_means_every_rank_of_every_engine(parallel_server):
-    workers = get(parallel_server, "/v1/merge/artifacts")["data"]
-    assert len({worker["pid"] for worker in workers}) == 2
     rows = get(parallel_server, "/v1/merge/recipes")["data"]
     eager = [row for row in rows if row["kind"] == "recipe" and RECIPES.recipes[row["name"]].load == "eager"]
     assert eager
     assert {row["state"] for row in eager} == {"ready"}
-    held = [{row["digest"]: row["tensors_sha256"] for row in worker["artifacts"]} for worker in workers]
-    for row in eager:
-        assert held[0][row["digest"]] == held[1][row["digest"]], "every rank has the same whole factors"
+    digests = [row["digest"] for row in eager]
+    deadline = time.monotonic() + 30
+    while None in (hashes := [hash_of(parallel_server, number, digest) for number in (0, 1) for digest in digests]):
+        assert time.monotonic() < deadline, "hashes are taken in the background"
+        time.sleep(0.1)
+    assert hashes[: len(digests)] == hashes[len(digests) :], "every rank has the same whole factors"
+    assert len({worker["pid"] for worker in get(parallel_server, "/v1/merge/artifacts")["data"]}) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """While vLLM sleeps nothing of ours works, and what was stopped for it is done afterwards."""
 
+import asyncio
 import threading
 import time
 
 import pytest
 import torch
 
+from tests.serving.test_worker import digest, merges, prepare, serve, talk  # noqa: F401  (fixtures)
 from vllm_merge.errors import MergeCancelled
 from vllm_merge.serving import compat, sleep
+from vllm_merge.serving import worker as worker_module
 from vllm_merge.serving.arena import Arena
+from vllm_merge.serving.identity import FIRST_ID
 from vllm_merge.serving.sleep import Wakefulness, outside_memory_pools
 
 
@@ -115,6 +119,52 @@ def test_the_hooks_run_around_vllms_own(monkeypatch):
     Worker.wake_up(None, ["weights"])
     Worker.wake_up(None)
     assert said == ["before", "sleep 2", "wake", ["weights"], "wake", None]
+
+
+def test_a_worker_that_sleeps_holds_what_requests_hold_and_merges_after_waking(serve, merges):  # noqa: F811
+    service = serve(host_bytes=0)
+    out_of_slots = []
+    worker_module.compat.remove_adapters = lambda manager, first_id: out_of_slots.append(first_id)
+
+    async def scenario(link):
+        await prepare(link, "a")
+        await prepare(link, "b", lease=True)
+        await asyncio.to_thread(service.fall_asleep)
+        assert out_of_slots == [FIRST_ID], "nothing of ours stays in a slot"
+        assert {row["digest"] for row in (await link.call("status"))["artifacts"]} == {digest("b")}
+        waiting = asyncio.create_task(prepare(link, "c"))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        assert merges.started == ["a", "b"]
+        service.wake_up(["weights"])
+        await asyncio.sleep(0.05)
+        assert merges.started == ["a", "b"]
+        service.wake_up(["kv_cache"])
+        await waiting
+        await prepare(link, "a")
+        assert merges.started == ["a", "b", "c", "a"]
+
+    talk(service, scenario)
+
+
+def test_a_merge_that_sleep_stopped_is_done_after_waking(serve, merges):  # noqa: F811
+    service = serve()
+    worker_module.compat.remove_adapters = lambda manager, first_id: None
+
+    async def scenario(link):
+        merges.go.clear()
+        waiting = asyncio.create_task(prepare(link, "a"))
+        while not merges.started:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(service.fall_asleep)
+        assert merges.ended == ["a stopped"]
+        assert not waiting.done()
+        merges.go.set()
+        service.wake_up(None)
+        await waiting
+        assert merges.ended == ["a stopped", "a"]
+
+    talk(service, scenario)
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ def tight_server(tmp_path_factory):
         shutil.copytree(DEMO / "adapters" / SOURCE, files / f"a{i}")
         path = files / f"a{i}" / "adapter_config.json"
         config = json.loads(path.read_text())
-        path.write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * (1 + i)}))
+        path.write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * (0.51 + i / 60)}))
     many = [{"adapter": f"a{i}"} for i in range(COUNT)]
 
     def slow(last: int, **more) -> dict:
@@ -118,7 +118,7 @@ def test_everything_full_and_nothing_is_merged_twice(tight_server, client):
     assert len(facts["host"]["artifacts"]) == HOST
     assert facts["host"]["bytes"] <= facts["host"]["budget_bytes"]
     again = [answer(client, f"a{i}") for i in range(COUNT)]
-    assert again == first
+    assert all(one == pytest.approx(other, abs=1e-5) for one, other in zip(again, first, strict=True))
     served = worker(tight_server)["served_from"]
     assert served["merge"] == COUNT
     assert served["disk"] > 0
@@ -136,7 +136,7 @@ def test_a_damaged_entry_on_disk_is_merged_anew(tight_server, client):
     weights = tight_server.files / "merges" / names["a0"]["digest"] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"oops")
     before = worker(tight_server)["served_from"]["merge"]
-    assert answer(client, "a0") == right
+    assert answer(client, "a0") == pytest.approx(right, abs=1e-5)
     assert worker(tight_server)["served_from"]["merge"] == before + 1
     assert "is damaged and is removed" in tight_server.tail(100_000)
 
@@ -166,7 +166,7 @@ def test_who_answers_while_a_merge_runs(tight_server, client):
     assert easy.headers["x-vllm-merge-artifact"].startswith("a0@")
     assert easy.headers["x-vllm-merge-fallback"].startswith("easy@")
     assert easy.headers["x-vllm-merge-name"] == "easy"
-    assert easy.parse().choices[0].logprobs.token_logprobs == a0
+    assert easy.parse().choices[0].logprobs.token_logprobs == pytest.approx(a0, abs=1e-5)
     based = raw.create(model="based", **options)
     assert based.headers["x-vllm-merge-artifact"] == based.parse().model == str(DEMO / "model")
     with pytest.raises(openai.InternalServerError, match="is being merged") as rejected:

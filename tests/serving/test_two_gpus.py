@@ -5,6 +5,7 @@ Four servers of the demo's model, one after the other: about four minutes.
 """
 
 import json
+import time
 import urllib.request
 
 import pytest
@@ -52,6 +53,23 @@ def logprobs(server, name: str, texts: list[str]) -> torch.Tensor:
     return torch.tensor(values)
 
 
+def artifacts(server) -> list[dict]:
+    with urllib.request.urlopen(f"{server.url}/v1/merge/artifacts", timeout=60) as reply:
+        return json.load(reply)["data"]
+
+
+def hash_of(server, number: int, name: str) -> str:
+    """The hash of an artifact's tensors, which a worker takes in the background."""
+    deadline = time.monotonic() + 30
+    while True:
+        rows = artifacts(server)[number]["artifacts"]
+        found = next(row["tensors_sha256"] for row in rows if row["name"].startswith(f"{name}@"))
+        if found is not None:
+            return found
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def start():
     """start(*options): `vllm-merge serve` of the demo on GPUs, as a context manager."""
@@ -80,18 +98,14 @@ def on_one_gpu(start, texts) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 def test_two_gpus_answer_as_one_does(start, texts, on_one_gpu, mode):
     with start(*MODES[mode]) as server:
-        with urllib.request.urlopen(f"{server.url}/v1/merge/artifacts", timeout=60) as reply:
-            workers = json.load(reply)["data"]
+        workers = artifacts(server)
         assert len({worker["pid"] for worker in workers}) == 2
         for name in NAMES:
-            hashes = [
-                {row["tensors_sha256"] for row in worker["artifacts"] if row["name"].startswith(f"{name}@")}
-                for worker in workers
-            ]
-            assert hashes[0] == hashes[1], "every rank has the same bytes"
             difference = (logprobs(server, name, texts) - on_one_gpu[name]).abs()
             assert difference.mean() < MEAN, f"{name}: mean |Δ log p| {difference.mean():.4f}"
             assert difference.max() < LARGEST, f"{name}: largest |Δ log p| {difference.max():.4f}"
+            hashes = [hash_of(server, number, name) for number in (0, 1)]
+            assert hashes[0] == hashes[1], "every rank has the same bytes"
 
 
 def test_the_bounds_tell_adapters_apart(on_one_gpu):

@@ -86,7 +86,13 @@ def merges(monkeypatch):
     monkeypatch.setattr(worker_module, "run_plan", played)
     monkeypatch.setattr(worker_module, "compat", PlayedVllm())
     monkeypatch.setattr(worker_module, "base_model_hash", lambda model: "base")
-    plan = lambda text: SimpleNamespace(name=text, digest=digest(text), artifact_name=f"{text}@{digest(text)[:12]}")
+
+    def plan(text):
+        kind = "adapter" if text.startswith("plain") else "recipe"
+        return SimpleNamespace(
+            name=text, digest=digest(text), artifact_name=f"{text}@{digest(text)[:12]}", adapters={}, kind=kind
+        )
+
     monkeypatch.setattr(worker_module, "Plan", SimpleNamespace(from_json=plan))
     yield played
     played.go.set()
@@ -229,11 +235,12 @@ def test_beyond_the_queue_merges_are_refused_with_a_time(serve, merges):
             await prepare(link, "d")
         assert full.value.kind == "busy"
         assert full.value.retry_after == 15, "three merges of five seconds, as nobody has timed one yet"
+        waiting.append(asyncio.create_task(prepare(link, "plain")))  # nor does what is only read
         joining = asyncio.create_task(prepare(link, "b"))  # who wants what waits already takes no place
         await asyncio.sleep(0.05)
         merges.go.set()
         await asyncio.gather(*waiting, joining)
-        assert merges.ended == ["a", "b", "c"]
+        assert merges.ended == ["a", "b", "c", "plain"]
         assert (await prepare(link, "d"))["tier"] == "merge"
 
     talk(service, scenario)
@@ -294,7 +301,7 @@ def test_a_finished_job_keeps_no_artifact_alive(serve, merges):
 
 def test_the_line_tells_how_long_it_is():
     def job(name):
-        return Job(SimpleNamespace(digest=name), None)
+        return Job(SimpleNamespace(digest=name, kind="recipe"), None)
 
     line = Line(2)
     assert line.retry_after() == 5
@@ -369,6 +376,7 @@ def test_a_broken_promise_is_known_before_the_step_goes_on(serve, merges):
         await prepare(link, "a")
         assert (await link.call("broken", lora_id=request.lora_int_id))["reason"] is None
         await link.call("evict", digest=digest("a"))
+        await until(lambda: service.store.peek(digest("a")) is None)
         assert link.alarms == 0
         assert service.load(request).zero, "nothing raises in vLLM's thread"
         assert link.alarms == 1

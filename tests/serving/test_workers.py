@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_merge.errors import UserInputError
+from vllm_merge.serving import workers
 from vllm_merge.serving.control import ControlError, ControlServer
 from vllm_merge.serving.workers import Place, any_worker, connect_workers, wanted_places
 
@@ -59,6 +60,9 @@ def test_workers_on_other_machines_are_refused_at_once(config, message):
         wanted_places(parallel(**config))
 
 
+HUNG = 7  # an engine whose worker takes connections and says nothing
+
+
 class Worker:
     """Says where it stands, and nothing else."""
 
@@ -67,6 +71,8 @@ class Worker:
 
     async def handle(self, session, op, message):
         assert op == "hello"
+        if self._facts["engine"] == HUNG:
+            await asyncio.sleep(60)
         return self._facts
 
     def closed(self, session):
@@ -108,6 +114,15 @@ def test_who_is_missing_is_named(folder):
     message = r"2 of 3 vLLM workers.*within 0 s: rank 1 of engine 1, rank 0 of engine 2.*--enable-lora.*other machines"
     with pytest.raises(ControlError, match=message):
         connect(folder, [Place(0, 0), Place(1, 1), Place(2, 0)], 0.3)
+
+
+def test_a_worker_that_says_nothing_is_missing_like_one_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setattr(workers, "HELLO_SECONDS", 0.1)
+    hung = ControlServer(folder / "worker-7.sock", Worker(HUNG, 0))
+    hung.start()
+    with pytest.raises(ControlError, match=r"1 of 2 vLLM workers.*: rank 0 of engine 7"):
+        connect(folder, [Place(0, 0), Place(HUNG, 0)], 0.3)
+    hung.stop()
 
 
 def test_a_program_without_a_config_of_vllm_learns_its_engine_from_any_worker(folder):

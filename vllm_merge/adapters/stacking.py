@@ -134,16 +134,23 @@ def _place(target: Tensor, present: Sequence[int], matrices: Sequence[Tensor]) -
 class Sources:
     """Where the factors of adapters lie on a GPU; those in host memory are copied there.
 
-    An adapter that is a view of few large storages (a file that was read whole, into pinned memory at best) is copied
-    by storage and kept as long as `keep_bytes` allow, so that passes over a merge's modules copy it once. The rest is
-    copied factor by factor, for the batch at hand.
+    An adapter that lies in one run of bytes (a file that was read whole, into pinned memory at best) is copied in one go
+    and kept, as long as `keep_bytes` allow, so that passes over a merge's modules copy it once. The rest is copied factor
+    by factor, for the batch at hand.
     """
 
-    def __init__(self, device: torch.device, keep_bytes: int) -> None:
+    def __init__(self, device: torch.device, keep_bytes: int, adapters: Sequence[Adapter] = ()) -> None:
         self._device = device
-        self._room = keep_bytes
-        self._storages: dict[int, Tensor] = {}  # by address on the host
         self._passing: list[Tensor] = []
+        self._kept: list[Tensor] = []
+        self._moved: list[tuple[int, int, int]] = []  # first and last address of a run on the host, and how far it moved
+        room = keep_bytes
+        for run in {id(a.factors): run for a in adapters if (run := _run_of_bytes(a)) is not None}.values():
+            if run.numel() <= room:
+                room -= run.numel()
+                self._kept.append(run.to(device, non_blocking=True))
+                first = run.data_ptr()
+                self._moved.append((first, first + run.numel(), self._kept[-1].data_ptr() - first))
 
     def begin_batch(self) -> None:
         """Forget what was copied for the batch before."""
@@ -156,18 +163,29 @@ class Sources:
         if factor.is_cuda:
             self._passing.append(factor)
             return factor.data_ptr(), factor.stride(0)
-        storage = factor.untyped_storage()
-        host, nbytes = storage.data_ptr(), storage.nbytes()
-        there = self._storages.get(host)
-        if there is None and nbytes <= self._room and nbytes > 4 * factor.nbytes:
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-            there = self._storages[host] = whole.to(self._device, non_blocking=True)
-            self._room -= nbytes
-        if there is None:
-            there = factor.to(self._device, non_blocking=True)
-            self._passing.append(there)
-            return there.data_ptr(), there.stride(0)
-        return there.data_ptr() + factor.data_ptr() - host, factor.stride(0)
+        host = factor.data_ptr()
+        for first, last, distance in self._moved:
+            if first <= host < last:
+                return host + distance, factor.stride(0)
+        there = factor.to(self._device, non_blocking=True)
+        self._passing.append(there)
+        return there.data_ptr(), there.stride(0)
+
+
+def _run_of_bytes(adapter: Adapter) -> Tensor | None:
+    """The bytes from an adapter's first factor in host memory to its last, if there is little else in between."""
+    tensors = [tensor for pair in adapter.factors.values() for tensor in (pair.A, pair.B)]
+    if not tensors or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors):
+        return None
+    storage = tensors[0].untyped_storage()
+    first = min(tensor.data_ptr() for tensor in tensors)
+    last = max(tensor.data_ptr() + tensor.nbytes for tensor in tensors)
+    if not storage.data_ptr() <= first <= last <= storage.data_ptr() + storage.nbytes():
+        return None
+    if last - first > 2 * adapter.nbytes:
+        return None
+    whole = torch.empty(0, dtype=torch.uint8)
+    return whole.set_(storage, first - storage.data_ptr(), (last - first,))  # type: ignore[call-overload,no-any-return]
 
 
 def side_by_side(

@@ -67,8 +67,10 @@ class Overview:
         if not self._signs:
             self._signs.append(tile.values.new_zeros(modules, 2, dtype=torch.float64))
         weight = tile.parameters.get("weight")
-        values = tile.values if weight is None else tile.values * weight.sign().to(tile.values.dtype)
-        positive, negative = (values > 0).any(1), (values < 0).any(1)
+        values = tile.values
+        if weight is not None and bool((weight < 0).any()):
+            values = values * weight.sign().to(values.dtype)
+        positive, negative = values.amax(1) > 0, values.amin(1) < 0
         counts = [(positive & negative).sum((-1, -2)), (positive | negative).sum((-1, -2))]
         self._signs[0][tile.modules.start - first : tile.modules.stop - first] += torch.stack(counts, dim=1)
 

@@ -3,32 +3,57 @@
 
 On a GPU, `torch.linalg.eigh` takes the matrices of a batch one after the other: 0.35 s for 224 matrices of 128 in float64
 on an H200, and the approximate batched SVD (`gesvda`) gives up where eigenvalues lie close together, as those of the Gram
-matrices of independent adapters do. There the rotations of `kernels.jacobi` take them all at once.
+matrices of independent adapters do. Up to 64 rows the rotations of `kernels.jacobi` take them all at once there (4 ms for
+224); beyond, the host's cores are faster, and leave the GPU to others.
 """
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
 
-LARGEST_JACOBI = 256  # rows; larger matrices fill the GPU one by one
+LARGEST_JACOBI = 64  # rows
+LARGEST_ON_HOST = 512  # rows; larger matrices fill the GPU one by one
 
 
 def descending_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, clamped at 0, and eigenvectors of positive semi-definite (batch, k, k) matrices, largest first."""
-    if matrices.device.type == "cpu" and matrices.shape[0] > 1 and torch.get_num_threads() > 1:
-        # LAPACK takes the matrices of a batch one after the other; the batch is what there is to run in parallel.
-        pieces = matrices.chunk(torch.get_num_threads())
-        with ThreadPoolExecutor(len(pieces)) as pool:
-            solved = list(pool.map(torch.linalg.eigh, pieces))
-        values, vectors = (torch.cat(parts) for parts in zip(*solved, strict=True))
-    elif matrices.is_cuda and matrices.shape[0] > 1 and 0 < matrices.shape[-1] <= LARGEST_JACOBI:
+    batch, rows = matrices.shape[:2]
+    if matrices.is_cuda and batch > 1 and 0 < rows <= LARGEST_JACOBI:
         return _by_rotations(matrices)
+    if matrices.is_cuda and batch > 1 and LARGEST_JACOBI < rows <= LARGEST_ON_HOST:
+        values, vectors = (part.to(matrices.device) for part in _in_parallel(matrices.cpu()))
+    elif matrices.device.type == "cpu" and batch > 1 and torch.get_num_threads() > 1:
+        values, vectors = _in_parallel(matrices, torch.get_num_threads())
     else:
         values, vectors = torch.linalg.eigh(matrices)
     return values.clamp_min(0).flip(-1), vectors.flip(-1)
+
+
+def _in_parallel(matrices: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """LAPACK takes the matrices of a batch one after the other; the batch is what there is to run in parallel."""
+    pieces = matrices.chunk(min(most, _cores()) if most is not None else _cores())
+    solved = list(_pool().map(torch.linalg.eigh, pieces))
+    values, vectors = (torch.cat(parts) for parts in zip(*solved, strict=True))
+    return values, vectors
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads that each use one core: those of a library beneath would multiply with ours."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(_cores(), "vllm-merge-eigh", initializer=torch.set_num_threads, initargs=(1,))
+    list(pool.map(lambda _: None, range(_cores())))
+    torch.set_num_threads(before)
+    return pool
 
 
 def _by_rotations(matrices: Tensor) -> tuple[Tensor, Tensor]:

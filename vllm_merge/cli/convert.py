@@ -11,7 +11,9 @@ from vllm_merge.errors import UserInputError
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="The configuration, arguments or request.", metavar="FILE", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="The configuration, arguments or request.", metavar="FILE", show_default=False)
+    ],
     *,
     source: Annotated[
         Literal["mergekit", "peft", "lorax"] | None,

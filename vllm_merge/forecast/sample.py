@@ -72,6 +72,7 @@ def _run(
             name,
             {module: factors for module, factors in adapter.factors.items() if module in chosen},
             content_hash=adapter.content_hash,
+            metadata=adapter.metadata,
         )
         for name, adapter in adapters.items()
     }

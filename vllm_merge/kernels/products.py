@@ -19,6 +19,7 @@ from torch import Tensor
 _ROWS, _COLUMNS = 64, 64
 _BINS = 256
 _DIGITS = (8, 8, 8, 7)  # of the 31 bits of a magnitude, highest first
+_COUNTS = ["first", "owners_per_module", "width", "n", "rows"]  # whose values are not worth a compilation each
 _SAMPLES = 4096  # entries of every module and task that the first guess is taken from
 _MARGIN = 6  # standard deviations that the guess may be wrong by
 _WIDEST = 1 << 20  # bit patterns between the bounds of a guess, each with a counter
@@ -81,7 +82,7 @@ def _product(  # type: ignore[no-untyped-def]
     return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _digits(  # type: ignore[no-untyped-def]
     left, right, bounds, prefix, histogram, first, owners_per_module, n, rows, columns,
     lm, lr, lk, rm, rk, rc,
@@ -110,7 +111,7 @@ def _digits(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _between(  # type: ignore[no-untyped-def]
     left, right, bounds, lowest, highest, above, counters, width, n, rows, columns,
     lm, lr, lk, rm, rk, rc,
@@ -133,7 +134,7 @@ def _between(  # type: ignore[no-untyped-def]
     tl.atomic_add(counters + task * width + (bits - least), 1, mask=counted, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _elect(  # type: ignore[no-untyped-def]
     left, right, bounds, threshold, weight, out, counts, undecided, n, rows, columns,
     lm, lr, lk, rm, rk, rc,

@@ -44,8 +44,12 @@ class DellaMasks:
     def _masked(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """The values that are kept, and the probability of each to be."""
         probability = self._probability(tile)
-        mask = keep_mask(self._keys[tile.modules], probability, tile.rows, tile.cols)
-        return tile.values.float() * mask, probability
+        kept = torch.empty_like(probability)
+        for task in range(kept.shape[1]):  # one at a time: a mask needs several 64-bit numbers for each entry
+            one = slice(task, task + 1)
+            mask = keep_mask(self._keys[tile.modules, one], probability[:, one], tile.rows, tile.cols)
+            torch.mul(tile.values[:, one], mask, out=kept[:, one])
+        return kept, probability
 
     def _probability(self, tile: Tile) -> Tensor:
         """density − ε for the smallest entry of a row to density + ε for the largest, (modules, n, rows, cols)."""
@@ -93,9 +97,12 @@ def _ranks(values: Tensor) -> Tensor:
     cols = values.shape[-1]
     bits = max(1, (cols - 1).bit_length())
     column = torch.arange(cols, device=values.device)
-    order = (values.float().abs().view(torch.int32).long() << bits).bitwise_or_(column).sort(dim=-1).values
-    order.bitwise_and_((1 << bits) - 1)
-    return torch.empty_like(order).scatter_(-1, order, column.expand_as(order))
+    ranks = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    for own, task in zip(ranks.unbind(1), values.unbind(1), strict=True):
+        order = (task.float().abs().view(torch.int32).long() << bits).bitwise_or_(column).sort(dim=-1).values
+        order.bitwise_and_((1 << bits) - 1)
+        own.scatter_(-1, order, column.int().expand_as(own))
+    return ranks
 
 
 def _check(passes: Passes) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.stacking import ModuleGroup, Stack
+from vllm_merge.algebra.symmetric import descending_eigh
 from vllm_merge.methods.preconditions import Context, change_stacks, precondition
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
@@ -100,7 +101,7 @@ class _Pairs:
         mean = norms.sum((-1, -2)) / pairs
         # For p = 2, 12 λ_max + 2γ bounds the curvature at the start; for p = 1 it is of the order of a mean block's.
         slope = torch.where(mean > 0, stretch / mean, 0.0)
-        curvature = 3 * slope * torch.linalg.matrix_norm(gram, ord=2) + 2 * self.gamma
+        curvature = 3 * slope * descending_eigh(gram)[0][:, 0] + 2 * self.gamma
         size = torch.where(curvature > 0, 1 / curvature, 0.0)
         now, loss = gram, self.overlap(gram)
         for _ in range(steps):

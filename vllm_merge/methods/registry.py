@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_merge import methods
 from vllm_merge.adapters.factors import Adapter
-from vllm_merge.errors import UserInputError
+from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.methods.parameters import ParameterSpec, parameter_specs, suggestion
 
 if TYPE_CHECKING:
@@ -222,7 +222,13 @@ def default_registry() -> MethodRegistry:
     for module in iter_modules(methods.__path__):
         import_module(f"{methods.__name__}.{module.name}")
     for entry_point in metadata.entry_points(group=ENTRY_POINTS):
-        entry_point.load()
+        try:
+            entry_point.load()
+        except Exception as error:  # whatever another package's module does when it is imported
+            package = entry_point.dist.name if entry_point.dist is not None else "an installed package"
+            raise MergeError(
+                f"the merge methods of {package} ({entry_point.value}) cannot be imported: {error}; mend or uninstall it"
+            ) from error
     return _registered
 
 

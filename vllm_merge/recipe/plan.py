@@ -190,7 +190,12 @@ def make_plan(
         if earlier in file.recipes:
             return planned(earlier).digest
         return make_adapter_plan(
-            file, earlier, adapter_hashes=adapter_hashes, base_model_hash=base_model_hash, max_rank=max_rank, dtype=dtype
+            file,
+            earlier,
+            adapter_hashes=adapter_hashes,
+            base_model_hash=base_model_hash,
+            max_rank=max_rank,
+            dtype=dtype,
         ).digest
 
     plan = planned(name)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 # Python hands the interpreter to another thread this often while a merge runs, so that vLLM's thread never waits long.
 SWITCH_SECONDS = 0.0005
-REST = 3.0  # how many times as long as a piece of a merge has taken vLLM has the GPU and the interpreter to itself after it
+REST = 1.0  # how many times as long as a piece of a merge has taken vLLM has the GPU and the interpreter to itself after it
 LONGEST_REST = 0.05  # seconds
 IDLE_SECONDS = 0.1  # without work on vLLM's stream, after which nobody is disturbed
 

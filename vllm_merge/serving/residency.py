@@ -135,8 +135,10 @@ class ArtifactStore:
         """Wait a little for threads that are about to drop what was evicted."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._bytes + self._others() + needed <= self.budget_bytes
-                or self._bytes == sum(artifact.nbytes for artifact in self._kept.values()),
+                lambda: (
+                    self._bytes + self._others() + needed <= self.budget_bytes
+                    or self._bytes == sum(artifact.nbytes for artifact in self._kept.values())
+                ),
                 LETTING_GO_SECONDS,
             )
 

@@ -65,8 +65,8 @@ class Tiers:
 
     def store(self, artifact: ResidentArtifact) -> None:
         """See to it that the disk has an artifact, by and by."""
-        if self._disk is None:
-            return
+        if self._disk is None or artifact.tensors_sha256 is None:
+            return  # without a hash nobody could tell later whether it is whole: it is offered again once it has one
         if artifact.digest in self._stored:
             self._used.put(artifact.digest)
             return

@@ -17,8 +17,10 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ from vllm_merge.serving.sleep import Wakefulness
 from vllm_merge.serving.slots import SlotLayout, flat_copy
 from vllm_merge.serving.sources import SourceCache
 from vllm_merge.serving.tiers import Tiers
+from vllm_merge.serving.warm_up import warm_up
 
 logger = logging.getLogger("vllm_merge.worker")
 
@@ -84,6 +87,12 @@ class WorkerService:
         # Beside the cache and the workspace, what a merge is made of and what it makes are on the device.
         self._arena = Arena(self._device, settings.cache_bytes + 2 * settings.workspace_bytes)
         self._sources = SourceCache(settings.source_bytes, self._device)
+        try:
+            with self._arena.use():
+                warm_up(self._device, self._dtype)
+        except Exception:  # the model can be served without merges; each of them will say what is wrong
+            logger.exception("the merges that warm up the device failed")
+        self._arena.take(0)
         self._jobs: dict[str, Job] = {}
         self._claims = Claims(self._in_use)
         self._alarm = Alarm(alarm_path(socket_path))
@@ -110,6 +119,7 @@ class WorkerService:
         }
         self._line = Line(settings.queue)
         self._hasher = Hasher(self._device)
+        self._after = ThreadPoolExecutor(1, "vllm-merge-after", initializer=self._unbind)  # what follows a merge
         self._cold: queue.SimpleQueue[Job] = queue.SimpleQueue()  # to be looked for in the tiers
         self._server = ControlServer(socket_path, self)
 
@@ -420,10 +430,24 @@ class WorkerService:
             self._line.ended(time.monotonic() - started if merged else None)
             self._post(self._finish, job, result)
             if isinstance(result, ResidentArtifact):
-                if result.tensors_sha256 is None:
-                    result.tensors_sha256 = self._hasher.tensors_sha256(result)
-                self._tiers.store(result)
+                self._after.submit(self._remember, weakref.ref(result))
             del job, result  # while it waits, this thread keeps no artifact alive
+
+    def _remember(self, reference: weakref.ref[ResidentArtifact]) -> None:
+        """What can wait until the artifact is served: its hash, and its way to the disk. One that is gone needs neither."""
+
+        def remember() -> None:
+            artifact = reference()
+            if artifact is None:
+                return
+            if artifact.tensors_sha256 is None:
+                artifact.tensors_sha256 = self._hasher.tensors_sha256(artifact)
+            self._tiers.store(artifact)
+
+        try:
+            self._wakefulness.awake(remember)
+        except Exception:
+            logger.exception("an artifact is served, but could not be hashed or kept")
 
     def _unbind(self) -> None:
         if self._affinity is not None:

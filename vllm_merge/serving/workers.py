@@ -14,6 +14,7 @@ from vllm_merge.errors import UserInputError
 from vllm_merge.serving.control import RUNTIME_DIR_VARIABLE, ControlError, Message, WorkerLink
 
 FIND_SECONDS = 60.0
+HELLO_SECONDS = 10.0  # how long one worker may take to answer
 
 
 class Place(NamedTuple):
@@ -100,10 +101,12 @@ async def any_worker(folder: Path, *, timeout: float = FIND_SECONDS) -> Message:
 
 async def _reach(path: Path, on_event: Callable[[Message], None]) -> tuple[Place, WorkerLink] | None:
     link = WorkerLink(path, on_event)
-    with contextlib.suppress(ConnectionError, FileNotFoundError, ControlError):
-        await link.connect()
-        link.facts = await link.call("hello")
+    with contextlib.suppress(ConnectionError, FileNotFoundError, ControlError, TimeoutError):
+        async with asyncio.timeout(HELLO_SECONDS):
+            await link.connect()
+            link.facts = await link.call("hello")
         return Place(int(link.facts["engine"]), int(link.facts["rank"])), link
+    await link.close()
     return None
 
 
