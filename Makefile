@@ -7,7 +7,7 @@ BIN := .venv/bin
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup:
+setup:  ## make .venv, with everything that is needed to develop and to serve on the CPU
 	@test -n "$(PYTHON)" || { echo "setup: no python3.11 or python3.12 found; install one, or: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@"$(PYTHON)" tools/setup.py
 

@@ -31,6 +31,7 @@ SERVER_FIXTURES = {
     "apis",
     "demo_server",
     "live_server",
+    "method_server",
     "offline_report",
     "parallel_server",
     "small_server",

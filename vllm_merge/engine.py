@@ -212,7 +212,7 @@ class _Job:
                 statistics = self.spec.statistics(passes, **self.parameters.per_recipe)
         factors: dict[str, LoraFactors] = {}
         for batch in self.batches:
-            if not self._fits_side_by_side(batch):
+            if not self._fits_side_by_side(batch.group):
                 factors.update(self._merge_batch(self.prepared(batch), statistics))
                 continue
             if self.overview is not None:  # which needs the singular values of the result
@@ -253,7 +253,8 @@ class _Job:
         batches: list[_Batch] = []
         start = 0
         for group, cost in zip(groups, costs, strict=True):
-            for piece in group.batches(self.workspace.modules_at_once(cost)):
+            alone = self.overview is None and self._fits_side_by_side(group)  # nothing is held but the result
+            for piece in group.batches(len(group.modules) if alone else self.workspace.modules_at_once(cost)):
                 batches.append(_Batch(piece, start, cost))
                 start += len(piece.modules)
         return batches
@@ -270,18 +271,20 @@ class _Job:
 
     @cached_property
     def _sources(self) -> Sources | None:
-        return Sources(self.device, self.workspace.limit, self.adapters) if self.device.type == "cuda" else None
+        if self.device.type != "cuda":
+            return None
+        return Sources(self.device, self.workspace.limit, self.adapters, self._go_on)
 
     @cached_property
     def _on_the_fly(self) -> bool:
         """Whether the method makes the entries itself, in the GPU's kernels."""
         return self.spec.on_the_fly and self.device.type == "cuda" and self.space in ("delta", "knots")
 
-    def _fits_side_by_side(self, batch: _Batch) -> bool:
+    def _fits_side_by_side(self, group: ModuleGroup) -> bool:
         """Whether the method is a weighted sum whose terms all fit into the rank, so that no smaller one is worked out."""
         if self.spec.coefficients is None or self.space != "core" or self.policy.energy is not None:
             return False
-        return self.policy.by_sum or (self.policy.limit or 0) >= batch.group.stacked_rank
+        return self.policy.by_sum or (self.policy.limit or 0) >= group.stacked_rank
 
     def _side_by_side(self, batch: _Batch) -> dict[str, LoraFactors]:
         """A = [A_1; …; A_n], B = [c_1 B_1, …, c_n B_n]: exact, without a rounding but that of c_i B_i to the dtype."""
@@ -312,6 +315,11 @@ class _Job:
                 shares[:, same] += shares[:, index]
         used = [index for index in first.values() if bool(shares[:, index].any())]
         return shares[:, used], used
+
+    def _go_on(self) -> None:
+        """Stop if that is wanted."""
+        if self.cancelled():
+            raise MergeCancelled("the merge was cancelled")
 
     def step(self, stage: str, done: int) -> None:
         """Report progress; stop if that is wanted."""
@@ -355,7 +363,8 @@ class _Job:
 
     def parts(self, prepared: _Prepared) -> Iterator[Part]:
         """What a batch is merged by."""
-        return parts(prepared.coordinates, self.workspace.tile_entries, whole=self.spec.whole_modules)
+        limit = self.workspace.tile_entries * (16 if self._on_the_fly else 1)  # entries that are never all there
+        return parts(prepared.coordinates, limit, whole=self.spec.whole_modules)
 
     def tile(self, prepared: _Prepared, part: Part) -> Tile:
         """What a method is given for one part of a batch."""
@@ -435,8 +444,11 @@ class _Job:
         with self._timed("truncate"):
             sums = torch.tensor([sum(ranks) for ranks in batch.group.ranks], device=self.device)
             cut = truncate(strips, min(rows, cols), self.policy, sums, self.seed)
+            described = cut
+            if self.overview is not None and not cut.singular:
+                described = truncate(strips, min(rows, cols), self.policy, sums, self.seed, singular=True)
         with self._timed("factors"):
-            return self._factors(prepared, cut, tall)
+            return self._factors(prepared, cut, described, tall)
 
     def _check_result(self, batch: _Batch, part: Part, values: Tensor) -> None:
         finite = values.sum((-1, -2), dtype=torch.float64).isfinite().tolist()
@@ -444,21 +456,29 @@ class _Job:
             if not good:
                 raise MergeError(f"module '{module}': the merged weight change is not finite; check weights and lambda")
 
-    def _factors(self, prepared: _Prepared, cut: Truncated, tall: bool) -> dict[str, LoraFactors]:
-        space, stack, modules = prepared.coordinates, prepared.stack, prepared.batch.group.modules
-        of = prepared.product or stack
+    def _lifted(self, prepared: _Prepared, cut: Truncated, tall: bool) -> tuple[Tensor, Tensor]:
+        """The factors of the weight change from those of the merged coordinates: (modules, d_out, k), (modules, d_in, k)."""
+        space, of = prepared.coordinates, prepared.product or prepared.stack
         left, right = (cut.long, cut.short) if tall else (cut.short, cut.long)
         if space.left_transform is not None:
             left = of.B.double() @ (space.left_transform @ left.double())
         if space.right_transform is not None:
             right = of.A.mT.double() @ (space.right_transform @ right.double())
-        # Singular vectors are unique up to sign: the largest entry of each column of B is made positive.
+        return left, right
+
+    def _factors(self, prepared: _Prepared, cut: Truncated, described: Truncated, tall: bool) -> dict[str, LoraFactors]:
+        """The merged factors. described: the same by singular vectors, for the report."""
+        modules = prepared.batch.group.modules
+        left, right = self._lifted(prepared, cut, tall)
         if self.overview is not None:
             with self._timed("report"):
-                self.overview.add(stack, prepared.grams, left, right)
-        largest = left.gather(1, left.abs().argmax(1, keepdim=True))
-        sign = torch.where(largest < 0, -1.0, 1.0)
-        b, a = (left * sign).to(self.dtype), (right * sign).to(self.dtype)
+                seen = (left, right) if described is cut else self._lifted(prepared, described, tall)
+                self.overview.add(prepared.stack, prepared.grams, *seen)
+        # Singular vectors are unique up to sign: the largest entry of each column of B is made positive.
+        if cut.singular:
+            sign = torch.where(left.gather(1, left.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+            left, right = left * sign, right * sign
+        b, a = left.to(self.dtype), right.to(self.dtype)
         fits = (b.isfinite().all(-1).all(-1) & a.isfinite().all(-1).all(-1)).tolist()
         factors = {}
         ranks, norms, energies = cut.ranks.tolist(), cut.norm.tolist(), cut.energy.tolist()

@@ -2,6 +2,7 @@
 """Running a plan: stage by stage, from the adapters it names to one merged adapter."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from typing import Any, Literal
 
@@ -128,6 +129,7 @@ def _provenance(plan: Plan) -> dict[str, object]:
     }
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

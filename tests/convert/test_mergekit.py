@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests import golden
 from tests.test_golden import relative_error
-from vllm_merge import merge
+from vllm_merge import Adapter, LoraFactors, merge
 from vllm_merge.convert import Converted, convert
 from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe.problems import RecipeError
@@ -134,13 +135,48 @@ parameters: {normalize: true, lambda: 3}
     assert recipe_of(text, tmp_path)["parameters"]["lambda"] == 1.5
 
 
+@pytest.mark.parametrize("method", ["slerp", "nearswap"])
 @pytest.mark.parametrize(("order", "first"), [(("x", "y"), "x"), (("y", "x"), "x")])
-def test_slerp_begins_at_the_base_model(order: tuple[str, str], first: str, tmp_path: Path) -> None:
+def test_a_pair_begins_at_the_base_model(method: str, order: tuple[str, str], first: str, tmp_path: Path) -> None:
     models = "".join(f"  - model: org/B+./{name}\n" for name in order)
-    text = f"merge_method: slerp\nbase_model: org/B+./x\nmodels:\n{models}parameters: {{t: [0, 0.5, 1]}}\n"
+    text = f"merge_method: {method}\nbase_model: org/B+./x\nmodels:\n{models}parameters: {{t: [0.1, 0.5, 1]}}\n"
     recipe = recipe_of(text, tmp_path)
+    assert recipe["merge_method"] == method
     assert recipe["adapters"][0]["adapter"] == first
-    assert recipe["parameters"] == {"t": [0, 0.5, 1]}
+    assert recipe["parameters"] == {"t": [0.1, 0.5, 1]}
+
+
+def test_nearswap_is_that_of_the_whole_models(tmp_path: Path) -> None:
+    """mergekit's rule, w = min(1, t / max(|a − b|, 1e-6)) and w b + (1 − w) a, of W0 + ΔW_1 and W0 + ΔW_2."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(24, 20, generator=generator, dtype=torch.float64)
+    factors = [
+        LoraFactors(torch.randn(4, 20, generator=generator), torch.randn(24, 4, generator=generator), 0.02)
+        for _ in range(2)
+    ]
+    a, b = (base + (f.scaling * f.B @ f.A).double() for f in factors)
+    share = (0.05 / (a - b).abs().clamp(min=1e-6)).clamp(max=1)
+    expected = share * b + (1 - share) * a - base
+    text = "merge_method: nearswap\nbase_model: B+./x\nmodels:\n  - model: B+./x\n  - model: B+./y\nparameters: {t: 0.05}\n"
+    recipe = recipe_of(text, tmp_path)
+    adapters = [Adapter(name, {"q_proj": f}) for name, f in zip("xy", factors, strict=True)]
+    own = merge(adapters, merge_method="nearswap", parameters=recipe["parameters"], rank="lossless")
+    assert 0.05 < float(share.eq(1).double().mean()) < 0.95
+    assert relative_error(own, {"q_proj": expected}) < 1e-5
+
+
+def test_model_stock_may_turn_around_as_in_mergekit(tmp_path: Path) -> None:
+    """Two adapters more than a right angle apart: t = 2 cos θ / (1 + cos θ) is negative, and of their mean."""
+    text = "merge_method: model_stock\nbase_model: B\nmodels:\n  - model: B+./x\n  - model: B+./y\n"
+    converted = from_config(text, tmp_path)
+    recipe = converted.document["recipes"]["merged"]
+    assert recipe["parameters"] == {"by": "module", "reverse": True}
+    assert any("no bound" in note for note in converted.notes)
+    down = torch.eye(2)
+    turned = torch.tensor([[-0.5, 0.75**0.5], [-(0.75**0.5), -0.5]])
+    adapters = [Adapter(name, {"q_proj": LoraFactors(down, up, 1.0)}) for name, up in (("x", down), ("y", turned))]
+    own = merge(adapters, merge_method="model_stock", parameters=recipe["parameters"], rank="lossless")
+    assert relative_error(own, {"q_proj": -2 * (down + turned) / 2}) < 1e-5
 
 
 def test_methods_of_whole_weights_give_other_numbers(tmp_path: Path) -> None:
@@ -156,6 +192,19 @@ def test_methods_of_whole_weights_give_other_numbers(tmp_path: Path) -> None:
         (f"{MODELS}merge_method: tis\n", "config.yaml:6: merge_method: is 'tis'; allowed: "),
         (f"{MODELS}merge_method: slerp\nbase_model: org/B\n", "config.yaml:7: base_model: is none of the models"),
         (f"{MODELS}merge_method: slerp\n", "parameters.t: is missing; slerp needs it"),
+        (f"{MODELS}merge_method: nearswap\n", "parameters.t: is missing; nearswap needs it, in units of the weights"),
+        (
+            f"{MODELS}merge_method: nearswap\nbase_model: org/B\nparameters: {{t: 1}}\n",
+            "config.yaml:7: base_model: is none of the models",
+        ),
+        (
+            f"{MODELS}  - model: org/B\nmerge_method: nearswap\nparameters: {{t: 1}}\n",
+            "config.yaml:6: models[2].model: is org/B without an adapter",
+        ),
+        (
+            "merge_method: nearswap\nmodels:\n  - {model: B+x}\n  - {model: B+y}\nparameters: {t: 0}\n",
+            "config.yaml:5: parameters.t: merge method 'nearswap'",
+        ),
         (f"{MODELS}merge_method: ties\nbase_model: org/B+./code\n", "config.yaml:7: base_model: has an adapter"),
         (
             f"{MODELS}  - model: org/C+x\nmerge_method: ties\n",

@@ -55,12 +55,12 @@ class Reference:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-        self._new = lambda: AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
+        self.base = lambda: AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
 
     def load(self, folder):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(self._new(), folder).eval()
+        return PeftModel.from_pretrained(self.base(), folder).eval()
 
     @torch.no_grad()
     def logprobs(self, model, sequences: list[list[int]]) -> list[torch.Tensor]:

@@ -7,7 +7,9 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -68,6 +70,7 @@ class LoraFactors:
         return LoraFactors(self.A, self.B * self.scaling, 1.0)
 
 
+@lru_cache(maxsize=1 << 16)
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts `layers.2` before `layers.10`."""
     parts = re.findall(r"\d+|\D+", name)
@@ -149,9 +152,15 @@ class Adapter:
 
     def named(self, name: str) -> Adapter:
         """The same adapter under another name."""
-        return Adapter(
-            name, self.factors, content_hash=self.known_hash, base_model=self.base_model, metadata=self.metadata
-        )
+        assert self.layout is not None  # worked out once, for all copies
+        renamed = copy(self)
+        renamed.name = name
+        return renamed
+
+    @cached_property
+    def layout(self) -> tuple[tuple[str, tuple[int, int], int], ...]:
+        """(module, (d_out, d_in), rank) of every module."""
+        return tuple((module, factors.shape, factors.rank) for module, factors in self.factors.items())
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, {len(self.factors)} modules, rank {self.rank})"

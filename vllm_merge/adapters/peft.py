@@ -107,7 +107,7 @@ def read_bytes(
         config = _read_config(folder)
         data = _read_weights(folder / WEIGHTS_FILE, memory)
         state = read_state(folder)
-    content_hash = _content_hash(config, lambda digest: digest.update(data.numpy()), state)
+    content_hash = _content_hash(config, lambda digest: digest.update(data.numpy().data), state)
     if expected_hash is not None and content_hash != expected_hash:
         raise UserInputError(
             f"adapter {name!r} ({folder}): the content changed since it was registered: expected hash "
@@ -120,7 +120,7 @@ def parse_adapter(read: ReadAdapter, *, check_values: bool = True) -> Adapter:
     """The second half of `read_adapter`: an adapter of views of the bytes. check_values: look for NaN and infinity."""
     folder, config = read.folder, read.config
     with _naming(read.name):
-        header = parse_header(memoryview(read.data.numpy()), folder / WEIGHTS_FILE)
+        header = parse_header(read.data.numpy().data, folder / WEIGHTS_FILE)
         pairs, warnings = _checked_pairs(header, config, folder)
         scalings = config.scalings({module: pair["A"][1].shape[0] for module, pair in pairs.items()})
         factors = {
@@ -250,7 +250,7 @@ def _read_weights(path: Path, memory: Callable[[int], torch.Tensor]) -> torch.Te
                 f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; this is no LoRA adapter"
             )
         data = memory(size)
-        view, filled = memoryview(data.numpy()), 0
+        view, filled = data.numpy().data, 0
         while filled < size and (count := file.readinto(view[filled:])):
             filled += count
     if filled != size:

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_merge.adapters.factors import Adapter, LoraFactors, natural_key
+from vllm_merge.adapters.factors import Adapter, natural_key
 from vllm_merge.errors import UserInputError
 
 
@@ -67,28 +68,35 @@ def group_modules(adapters: Sequence[Adapter]) -> list[ModuleGroup]:
 
     Raises UserInputError where adapters disagree on the shape of a module.
     """
+    return list(_grouped(tuple(adapter.layout for adapter in adapters), tuple(adapter.name for adapter in adapters)))
+
+
+Layout = tuple[tuple[str, tuple[int, int], int], ...]
+
+
+@lru_cache(maxsize=16)  # of the merges that are made again and again, of the same adapters
+def _grouped(layouts: tuple[Layout, ...], names: tuple[str, ...]) -> tuple[ModuleGroup, ...]:
     shapes: dict[str, tuple[int, int]] = {}
     owners: dict[str, str] = {}
-    for adapter in adapters:
-        for module, factors in adapter.factors.items():
-            if shapes.setdefault(module, factors.shape) != factors.shape:
+    ranks: list[dict[str, int]] = []
+    for name, layout in zip(names, layouts, strict=True):
+        ranks.append({module: rank for module, _, rank in layout})
+        for module, shape, _ in layout:
+            if shapes.setdefault(module, shape) != shape:
                 raise UserInputError(
-                    f"module '{module}': adapter '{adapter.name}' has ΔW of shape {factors.shape}, adapter "
+                    f"module '{module}': adapter '{name}' has ΔW of shape {shape}, adapter "
                     f"'{owners[module]}' of {shapes[module]}; adapters to be merged must be of the same base model"
                 )
-            owners.setdefault(module, adapter.name)
+            owners.setdefault(module, name)
     by_shape: dict[tuple[int, int], list[str]] = {}
     for module in sorted(shapes, key=natural_key):
         by_shape.setdefault(shapes[module], []).append(module)
-    return [_group(shape, modules, adapters) for shape, modules in by_shape.items()]
 
+    def group(shape: tuple[int, int], modules: Sequence[str]) -> ModuleGroup:
+        found = tuple(tuple(mine.get(module, 0) for mine in ranks) for module in modules)
+        return ModuleGroup(shape, tuple(modules), found, _slots([max(column) for column in zip(*found, strict=True)]))
 
-def _group(shape: tuple[int, int], modules: Sequence[str], adapters: Sequence[Adapter]) -> ModuleGroup:
-    def rank(adapter: Adapter, module: str) -> int:
-        return adapter.factors[module].rank if module in adapter.factors else 0
-
-    ranks = tuple(tuple(rank(adapter, module) for adapter in adapters) for module in modules)
-    return ModuleGroup(shape, tuple(modules), ranks, _slots([max(column) for column in zip(*ranks, strict=True)]))
+    return tuple(group(shape, modules) for shape, modules in by_shape.items())
 
 
 def _slots(widths: Sequence[int]) -> tuple[slice, ...]:
@@ -139,18 +147,39 @@ class Sources:
     by factor, for the batch at hand.
     """
 
-    def __init__(self, device: torch.device, keep_bytes: int, adapters: Sequence[Adapter] = ()) -> None:
+    CHUNK_BYTES = 4 << 20  # copied at once: small copies of others go in between
+
+    def __init__(
+        self,
+        device: torch.device,
+        keep_bytes: int,
+        adapters: Sequence[Adapter] = (),
+        pause: Callable[[], object] = lambda: None,
+    ) -> None:
+        """pause(): called between pieces of work."""
         self._device = device
+        self.pause = pause
         self._passing: list[Tensor] = []
         self._kept: list[Tensor] = []
-        self._moved: list[tuple[int, int, int]] = []  # first and last address of a run on the host, and how far it moved
+        # First and last address of a run on the host, and how far it moved.
+        self._moved: list[tuple[int, int, int]] = []
         room = keep_bytes
-        for run in {id(a.factors): run for a in adapters if (run := _run_of_bytes(a)) is not None}.values():
+        runs = [run for adapter in adapters if (run := _run_of_bytes(adapter)) is not None]
+        for run in {(run.data_ptr(), run.numel()): run for run in runs}.values():  # one may have several names
             if run.numel() <= room:
                 room -= run.numel()
-                self._kept.append(run.to(device, non_blocking=True))
+                self._kept.append(self._copied(run))
                 first = run.data_ptr()
                 self._moved.append((first, first + run.numel(), self._kept[-1].data_ptr() - first))
+
+    def _copied(self, run: Tensor) -> Tensor:
+        there = torch.empty_like(run, device=self._device)
+        chunks = (torch.split(whole, self.CHUNK_BYTES) for whole in (there, run))
+        for mine, its in zip(*chunks, strict=True):
+            mine.copy_(its, non_blocking=True)
+            torch.cuda.current_stream(self._device).synchronize()
+        self.pause()
+        return there
 
     def begin_batch(self) -> None:
         """Forget what was copied for the batch before."""
@@ -227,45 +256,40 @@ def fill_on_gpu(
     from vllm_merge.kernels.gather import gather
 
     sources.begin_batch()
-    d_out, d_in = group.shape
-    stacked = group.stacked_rank
-    rows_a: dict[torch.dtype, list[tuple[int, ...]]] = {}
-    rows_b: dict[torch.dtype, list[tuple[int, ...]]] = {}
-    scales: dict[torch.dtype, list[float]] = {}
+    (d_out, d_in), stacked = group.shape, group.stacked_rank
+    pieces: dict[torch.dtype, list[tuple[tuple[int, ...], tuple[int, ...], float]]] = {}
     for index, (adapter, slot) in enumerate(zip(adapters, group.slots, strict=True)):
         width, start = slot.stop - slot.start, slot.start
-        for m, module in enumerate(group.modules):
+        sources.pause()
+        for m, module in enumerate(group.modules if width else ()):
             at_a, at_b = (m * stacked + start) * d_in, m * d_out * stacked + start
             pair = adapter.factors.get(module)
-            if not width:
-                continue
             if pair is None:
-                rows_a.setdefault(torch.float32, []).append((0, 0, 0, 0, width, d_in, at_a))
-                rows_b.setdefault(torch.float32, []).append((0, 0, 0, 0, d_out, width, at_b))
-                scales.setdefault(torch.float32, []).append(0.0)
+                nothing = ((0, 0, 0, 0, width, d_in, at_a), (0, 0, 0, 0, d_out, width, at_b), 0.0)
+                pieces.setdefault(torch.float32, []).append(nothing)
                 continue
-            dtype, rank = pair.A.dtype, pair.A.shape[0]
-            if pair.B.dtype != dtype:
-                pair = LoraFactors(pair.A.float(), pair.B.float(), pair.scaling)
-                dtype = torch.float32
-            where_a, stride_a = sources.address(pair.A)
-            where_b, stride_b = sources.address(pair.B)
-            rows_a.setdefault(dtype, []).append((where_a, rank, d_in, stride_a, width, d_in, at_a))
-            rows_b.setdefault(dtype, []).append((where_b, d_out, rank, stride_b, d_out, width, at_b))
-            scales.setdefault(dtype, []).append(pair.scaling if weights is None else pair.scaling * weights[m][index])
+            a_i, b_i, scaling = pair.A, pair.B, pair.scaling
+            if a_i.dtype != b_i.dtype:
+                a_i, b_i = a_i.float(), b_i.float()
+            (where_a, stride_a), (where_b, stride_b) = sources.address(a_i), sources.address(b_i)
+            rank = a_i.shape[0]
+            from_a = (where_a, rank, d_in, stride_a, width, d_in, at_a)
+            from_b = (where_b, d_out, rank, stride_b, d_out, width, at_b)
+            share = scaling if weights is None else scaling * weights[m][index]
+            pieces.setdefault(a_i.dtype, []).append((from_a, from_b, share))
     overflow = torch.zeros(1, dtype=torch.int32, device=a.device)
     widest = max(slot.stop - slot.start for slot in group.slots)
-    for dtype, mine in scales.items():
-        ones = [1.0] * len(mine)
-        for table, factor, stride, out, size in (
-            (rows_a[dtype], ones, d_in, a, widest * d_in),
-            (rows_b[dtype], mine, stacked, b, widest * d_out),
+    for dtype, mine in pieces.items():
+        rows_a, rows_b, shares = zip(*mine, strict=True)
+        for rows, factors, stride, out, size in (
+            (rows_a, (1.0,) * len(mine), d_in, a, widest * d_in),
+            (rows_b, shares, stacked, b, widest * d_out),
         ):
-            flat = [number for row in table for number in row]
-            flat.append(stride)
+            table = torch.tensor([*chain.from_iterable(rows), stride], dtype=torch.int64)
+            scales = torch.tensor(factors, dtype=torch.float32)
             gather(
-                torch.tensor(flat, dtype=torch.int64).to(a.device, non_blocking=True),
-                torch.tensor(factor, dtype=torch.float32).to(a.device, non_blocking=True),
+                table.to(a.device, non_blocking=True),
+                scales.to(a.device, non_blocking=True),
                 out,
                 overflow,
                 size,

@@ -16,6 +16,9 @@ from torch import Tensor
 from vllm_merge.algebra.bases import TOLERANCE, gram, orthonormal_basis
 from vllm_merge.algebra.symmetric import descending_eigh
 
+NEWTON_SCHULZ_STEPS = 30  # for singular values down to 1e-4 of the largest
+POLAR_ERROR = 1e-12  # of orthonormality
+
 
 @dataclass(frozen=True, slots=True)
 class Triples:
@@ -82,11 +85,36 @@ def polar(matrix: Tensor) -> Tensor:
 
     Repeated columns stay repeated, scaled down; without a tolerance they would add an arbitrary part.
     """
+    if (full := _polar_of_full_rank(matrix)) is not None:
+        return full
     triples = triples_of(matrix)
     return triples.U @ triples.V.mT
 
 
+def _polar_of_full_rank(matrix: Tensor) -> Tensor | None:
+    """On a GPU, `polar` by Newton–Schulz steps, which are products alone; None where a singular value is too small for it.
+
+    X ← X (3 − XᵀX) / 2 lets the singular vectors be and takes every singular value in (0, √3) to 1, small ones in steps of
+    1.5 times (Higham, Functions of Matrices, 2008, §8.3).
+    """
+    if not matrix.is_cuda:
+        return None
+    if matrix.shape[1] < matrix.shape[2]:
+        turned = _polar_of_full_rank(matrix.mT)
+        return None if turned is None else turned.mT
+    # ‖XᵀX‖_F ≥ σ₁², and nearer to it than ‖X‖²_F.
+    size = torch.linalg.matrix_norm(matrix.mT @ matrix).sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+    guess = matrix / size[:, None, None]
+    one = torch.eye(matrix.shape[2], dtype=matrix.dtype, device=matrix.device)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        guess = 1.5 * guess - 0.5 * guess @ (guess.mT @ guess)
+    away = (guess.mT @ guess - one).abs().amax((-1, -2))
+    return guess if bool((away < POLAR_ERROR).all()) else None
+
+
 def isotropic(matrix: Tensor) -> Tensor:
     """The matrix with the mean of its singular values for each of them, on its support."""
+    if (full := _polar_of_full_rank(matrix)) is not None:  # and Σσ = ⟨U Vᵀ, X⟩
+        return full * ((full * matrix).sum((-1, -2)) / min(matrix.shape[1:]))[:, None, None]
     triples = triples_of(matrix)
     return triples.mean[:, None, None] * (triples.U @ triples.V.mT)

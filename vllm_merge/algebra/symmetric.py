@@ -36,7 +36,7 @@ def descending_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_parallel(matrices: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """LAPACK takes the matrices of a batch one after the other; the batch is what there is to run in parallel."""
-    pieces = matrices.chunk(min(most, _cores()) if most is not None else _cores())
+    pieces = matrices.chunk(min(most or _cores(), _cores(), -(-matrices.shape[0] // 2)))  # waking a thread costs, too
     solved = list(_pool().map(torch.linalg.eigh, pieces))
     values, vectors = (torch.cat(parts) for parts in zip(*solved, strict=True))
     return values, vectors

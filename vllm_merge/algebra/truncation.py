@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vllm_merge.algebra.ranks import RankPolicy, numerical_rank
-from vllm_merge.algebra.symmetric import descending_eigh
+from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky
 
 Strips = Callable[[], Iterator[Tensor]]
 """Starts a pass over the strips X[:, rows], each (modules, rows, short), in order."""
@@ -46,7 +46,7 @@ class Spectrum:
 class Truncated:
     """X ≈ long @ shortᵀ. long: (modules, long, k), short: (modules, short, k), float64 where X is; ranks: (modules,).
 
-    Columns beyond a module's rank are zero. exact: whether nothing was cut off; norm: ‖long shortᵀ‖_F; energy: the
+    Columns beyond a module's rank are zero. singular: whether the columns are singular vectors, largest first. exact: whether nothing was cut off; norm: ‖long shortᵀ‖_F; energy: the
     share of ‖X‖²_F it has; all (modules,).
     """
 
@@ -56,13 +56,21 @@ class Truncated:
     exact: Tensor
     norm: Tensor
     energy: Tensor
+    singular: bool = True
 
 
-def truncate(strips: Strips, short: int, policy: RankPolicy, rank_sums: Tensor, seed: int) -> Truncated:
-    """Thin factors of a batch of matrices (long, short), at the ranks the policy chooses for rank sums (modules,)."""
+def truncate(
+    strips: Strips, short: int, policy: RankPolicy, rank_sums: Tensor, seed: int, *, singular: bool = False
+) -> Truncated:
+    """Thin factors of a batch of matrices (long, short), at the ranks the policy chooses for rank sums (modules,).
+
+    singular: by singular vectors, even where nothing is cut and other factors are quicker.
+    """
     limits = policy.limits(rank_sums)
     bound = None if limits is None else int(limits.max())
     width = short if bound is None else min(short, bound + OVERSAMPLING)
+    if not singular and (whole := _uncut(strips, short, policy, limits)) is not None:
+        return whole
     if width == short or short <= EXACT_LIMIT:
         spectrum = _full_spectrum(strips)
     elif short <= GRAM_LIMIT or width >= short // 2:
@@ -83,6 +91,29 @@ def truncate(strips: Strips, short: int, policy: RankPolicy, rank_sums: Tensor, 
     norm = values.sum(-1)
     energy = torch.where(spectrum.total > 0, norm / spectrum.total, 1.0).clamp_max(1)
     return Truncated(torch.cat(parts, dim=1), vectors * root[:, None, :], ranks, exact, norm.sqrt(), energy)
+
+
+def _uncut(strips: Strips, short: int, policy: RankPolicy, limits: Tensor | None) -> Truncated | None:
+    """On a GPU, where nothing is to be cut and every X has full rank: X = (X L⁻ᵀ) Lᵀ with XᵀX = L Lᵀ, with no spectrum.
+
+    Else None. Eigenvalues take the GPU much longer than they take a CPU.
+    """
+    if policy.energy is not None or short > EXACT_LIMIT or (limits is not None and bool((limits < short).any())):
+        return None
+    if not next(strips()).is_cuda:
+        return None
+    gram = _gram(strips, torch.float64)
+    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    lower = inverse_cholesky(gram / total.clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None])
+    if lower is None:
+        return None
+    # Columns of equal length in both factors, as √σ would have on average.
+    root = (total / short).pow(0.25)[:, None, None]
+    transform = lower.mT / total.sqrt()[:, None, None]
+    long = torch.cat([strip @ (transform * root).to(strip.dtype) for strip in strips()], dim=1)
+    one = torch.ones_like(total)
+    ranks = torch.full(total.shape, short, device=total.device)
+    return Truncated(long, gram @ transform / root, ranks, one > 0, total.sqrt(), one, singular=False)
 
 
 def _gram(strips: Strips, dtype: torch.dtype) -> Tensor:
@@ -116,7 +147,7 @@ def _leading_spectrum(strips: Strips, short: int, width: int, seed: int) -> Spec
     for step in range(GRAM_ITERATIONS):
         image = gram @ subspace
         if step % 2:
-            subspace = torch.linalg.qr(image).Q
+            subspace = _orthonormal(image)
         else:
             subspace = image / torch.linalg.vector_norm(image, dim=(-1, -2), keepdim=True).clamp_min(1e-30)
     values, rotation = descending_eigh(subspace.mT @ gram @ subspace)
@@ -137,9 +168,22 @@ def _sketch(strips: Strips, short: int, width: int, seed: int) -> Tensor:
             product = strip.mT @ (strip @ subspace)
             image = product if image is None else image.add_(product)
         assert image is not None
-        subspace = torch.linalg.qr(image).Q
+        subspace = _orthonormal(image)
     assert subspace is not None
     return subspace
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the columns (modules, d, k); on a GPU by Cholesky, whose `qr` takes the modules one by one."""
+    if columns.is_cuda:
+        scaled = columns / torch.linalg.vector_norm(columns, dim=1, keepdim=True).clamp_min(1e-30)
+        wide = scaled.double()
+        lower = inverse_cholesky(wide.mT @ wide)
+        if lower is not None:
+            basis: Tensor = (wide @ lower.mT).to(columns.dtype)
+            return basis
+    exact: Tensor = torch.linalg.qr(columns).Q
+    return exact
 
 
 def _spectrum_within(strips: Strips, subspace: Tensor) -> Spectrum:

@@ -44,13 +44,16 @@ def from_mergekit(draft: Draft) -> Converted:
         if key in config:
             draft.note(f"{key} is left out: {why}")
     rule = _rule(draft, config.get("merge_method"))
-    base, models = read_models(draft, config, skips_base=rule.skips_base, counts_base=rule.method == "linear")
+    base, models = read_models(
+        draft, config, skips_base=rule.skips_base, counts_base=rule.method == "linear", pair=rule.pair
+    )
     given = draft.mapping(("parameters",), config.get("parameters") or {})
     draft.known_keys(("parameters",), given, {*rule.defaults, *rule.per_model, "int8_mask"})
     for model in models:
         draft.known_keys(("models", model.index, "parameters"), model.parameters, {*rule.per_model, "int8_mask"})
-    if rule.method == "slerp" and given.get("t") is None:
-        draft.wrong(("parameters", "t"), "is missing; slerp needs it, from 0 (the base_model) to 1")
+    if rule.pair and given.get("t") is None:
+        ends = "from 0 (the base_model) to 1" if rule.whole_weights else "in units of the weights"
+        draft.wrong(("parameters", "t"), f"is missing; {rule.method} needs it, {ends}")
     if draft.problems:
         return draft.finish({})
     return draft.finish(_recipe(draft, rule, config, given, models), base)
@@ -144,5 +147,10 @@ def _tell(draft: Draft, rule: Rule, config: Values) -> None:
         draft.note(
             "mergekit's ties keeps ⌊density · entries⌋ entries of every module: that is breadcrumbs_ties with gamma 0; `ties` "
             "here trims over the whole model unless told otherwise, as the paper does"
+        )
+    if method == "model_stock":
+        draft.note(
+            "reverse: true turns the mean of adapters around that turn away from each other, as mergekit does, by a factor that has no "
+            "bound near where they cancel each other; without it such modules get nothing"
         )
     draft.note("mergekit writes a whole model; the result here is a LoRA adapter, cut to the server's rank (`rank`)")

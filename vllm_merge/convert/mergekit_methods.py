@@ -14,7 +14,8 @@ Recipe = dict[str, Any]
 class Rule:
     """A method of mergekit. per_model: its parameters of a model, by our names; recipe: (its parameters with defaults filled
     in) → ours. defaults: mergekit's. space: None for the method's own. sum: it may be divided by Σ weights (`normalize`).
-    whole_weights: mergekit works on W0 + ΔW, so that numbers differ.
+    whole_weights: mergekit works on W0 + ΔW, so that numbers differ. pair: it goes from the base_model, which has an adapter
+    as well, to one other model, as far as `t` says.
     """
 
     method: str
@@ -24,11 +25,12 @@ class Rule:
     space: str | None = None
     sum: bool = False
     whole_weights: bool = False
+    pair: bool = False
 
     @property
     def skips_base(self) -> bool:
         """Whether the method takes no notice of the base model among the models."""
-        return not self.whole_weights and self.method not in ("linear", "nuslerp", "multislerp")
+        return not (self.whole_weights or self.pair or self.method in ("linear", "nuslerp", "multislerp"))
 
 
 _WEIGHT = {"weight": "weight"}
@@ -102,7 +104,8 @@ METHODS: dict[str, Rule] = {
         defaults={"filter_wise": False},
         recipe=lambda given: {"by": "row" if given["filter_wise"] else "module", "reverse": True},
     ),
-    "slerp": Rule("slerp", defaults={"t": None}, recipe=lambda given: {"t": given["t"]}, whole_weights=True),
+    "slerp": Rule("slerp", defaults={"t": None}, recipe=lambda given: {"t": given["t"]}, whole_weights=True, pair=True),
+    "nearswap": Rule("nearswap", defaults={"t": None}, recipe=lambda given: {"t": given["t"]}, pair=True),
     "nuslerp": Rule("nuslerp", _WEIGHT, {"nuslerp_flatten": True, "nuslerp_row_wise": False}, _nuslerp),
     "multislerp": Rule(
         "multislerp",
@@ -120,6 +123,5 @@ METHODS: dict[str, Rule] = {
 
 NO_MEANING = {
     "passthrough": "copies layers of whole models; an adapter alone is served under its own name",
-    "nearswap": "moves whole weights where they lie near each other, which weight changes alone do not say",
     "arcee_fusion": "picks whole weights by their importance, which weight changes alone do not say",
 }

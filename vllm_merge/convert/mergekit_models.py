@@ -42,11 +42,12 @@ class _Part:
 
 
 def read_models(
-    draft: Draft, config: Mapping[str, Any], *, skips_base: bool, counts_base: bool
+    draft: Draft, config: Mapping[str, Any], *, skips_base: bool, counts_base: bool, pair: bool
 ) -> tuple[str | None, list[Model]]:
-    """The base model and the items of `models`, for slerp the base_model first.
+    """The base model and the items of `models`, of a pair the base_model first.
 
-    skips_base: the method takes no notice of the base model among the models; counts_base: it does, by its weight.
+    skips_base: the method takes no notice of the base model among the models; counts_base: it does, by its weight. pair: it
+    goes from the base_model, one of the models with its adapter, to the other.
     """
     listed = config.get("models")
     if not isinstance(listed, list) or not listed:
@@ -86,12 +87,15 @@ def read_models(
         if named is not None and named[1] is not None and found == named:
             first = model
         models.append(model)
-    if named is not None and named[1] is not None and _method(config) != "slerp":
+    if named is not None and named[1] is not None and not pair:
         draft.wrong(
             ("base_model",), "has an adapter; what is merged is changes of the base model itself: leave `+…` out"
         )
-    if _method(config) == "slerp" and first is None and named is not None:
-        draft.wrong(("base_model",), "is none of the models with their adapters; for slerp it is the model at t = 0")
+    if pair and first is None and named is not None:
+        draft.wrong(
+            ("base_model",),
+            f"is none of the models with their adapters; for {_method(config)} it is the model at t = 0: list it among the models",
+        )
     ordered = models if first is None else [first, *(model for model in models if model is not first)]
     if base is not None and base.revision is not None:
         draft.note(

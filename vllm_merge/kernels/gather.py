@@ -12,7 +12,7 @@ _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 _TILE = 4096
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _gather(  # type: ignore[no-untyped-def]
     table, scales, out, overflow, most, TILE: tl.constexpr, SOURCE: tl.constexpr
 ):
@@ -38,9 +38,7 @@ def _gather(  # type: ignore[no-untyped-def]
         tl.store(overflow, 1)
 
 
-def gather(
-    table: Tensor, scales: Tensor, out: Tensor, overflow: Tensor, largest: int, dtype: torch.dtype
-) -> None:
+def gather(table: Tensor, scales: Tensor, out: Tensor, overflow: Tensor, largest: int, dtype: torch.dtype) -> None:
     """out[piece] = scale · source, zero where the source ends, computed in float32.
 
     table: int64 on the GPU, per piece 7 numbers (the source's address, rows, columns and row stride; rows and columns to

@@ -47,7 +47,8 @@ class Products:
     @property
     def depth(self) -> int:
         """Terms of the longest product, padded for the matrix units."""
-        return max(16, triton.next_power_of_2(max(slot.stop - slot.start for slot in self.slots)))
+        longest = max(slot.stop - slot.start for slot in self.slots)
+        return max(16, int(triton.next_power_of_2(longest)))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -60,7 +61,7 @@ class Products:
         return (*self.left.stride(), *self.right.stride())
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
     left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH: tl.constexpr
 ):
@@ -82,7 +83,7 @@ def _product(  # type: ignore[no-untyped-def]
     return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_COUNTS)  # type: ignore[untyped-decorator]
 def _digits(  # type: ignore[no-untyped-def]
     left, right, bounds, prefix, histogram, first, owners_per_module, n, rows, columns,
     lm, lr, lk, rm, rk, rc,
@@ -111,7 +112,7 @@ def _digits(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_COUNTS)  # type: ignore[untyped-decorator]
 def _between(  # type: ignore[no-untyped-def]
     left, right, bounds, lowest, highest, above, counters, width, n, rows, columns,
     lm, lr, lk, rm, rk, rc,
@@ -134,7 +135,7 @@ def _between(  # type: ignore[no-untyped-def]
     tl.atomic_add(counters + task * width + (bits - least), 1, mask=counted, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_COUNTS)  # type: ignore[untyped-decorator]
 def _elect(  # type: ignore[no-untyped-def]
     left, right, bounds, threshold, weight, out, counts, undecided, n, rows, columns,
     lm, lr, lk, rm, rk, rc,
@@ -145,7 +146,8 @@ def _elect(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    magnitude = tl.zeros((ROWS, COLUMNS), tl.float32)
+    largest = tl.zeros((ROWS, COLUMNS), tl.float32)
+    smallest = tl.zeros((ROWS, COLUMNS), tl.float32)
     for task in range(n):
         entries = _product(
             left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
@@ -153,7 +155,8 @@ def _elect(  # type: ignore[no-untyped-def]
         least = tl.load(threshold + module * n + task)
         kept = tl.where(tl.abs(entries) >= least, entries, 0.0) * tl.load(weight + module * n + task)
         total += kept
-        magnitude += tl.abs(kept)
+        largest = tl.maximum(largest, kept)
+        smallest = tl.minimum(smallest, kept)
     sign = tl.where(total > 0, 1.0, tl.where(total < 0, -1.0, 0.0))
     agreeing = tl.zeros((ROWS, COLUMNS), tl.float32)
     divisor = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -173,10 +176,11 @@ def _elect(  # type: ignore[no-untyped-def]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     place = out + module * rows * columns + row[:, None].to(tl.int64) * columns + column[None, :]
     tl.store(place, merged, mask=inside)
-    tl.atomic_add(counts + 2 * module, tl.sum((magnitude > 0).to(tl.int32)).to(tl.int64), sem="relaxed")
-    conflicts = (tl.abs(total) < magnitude).to(tl.int32)
-    tl.atomic_add(counts + 2 * module + 1, tl.sum(conflicts).to(tl.int64), sem="relaxed")
-    if tl.sum(((total == 0) & (magnitude > 0)).to(tl.int32)) > 0:
+    kept_by_any = (largest > 0) | (smallest < 0)
+    conflicts = (largest > 0) & (smallest < 0)
+    tl.atomic_add(counts + 2 * module, tl.sum(kept_by_any.to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 2 * module + 1, tl.sum(conflicts.to(tl.int32)).to(tl.int64), sem="relaxed")
+    if tl.sum(((total == 0) & kept_by_any).to(tl.int32)) > 0:
         tl.store(undecided, 1)
 
 

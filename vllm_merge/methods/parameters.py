@@ -7,6 +7,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -15,6 +16,12 @@ from vllm_merge.errors import UserInputError
 from vllm_merge.methods.markers import PerAdapter
 
 _STRICT = ConfigDict(allow_inf_nan=False)
+
+
+@cache
+def _type_adapter(annotation: Any) -> TypeAdapter[Any]:
+    plain = annotation in (float, int, bool, str) or get_origin(annotation) is Annotated
+    return TypeAdapter(annotation, config=_STRICT) if plain else TypeAdapter(annotation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +36,7 @@ class ParameterSpec:
     @property
     def adapter(self) -> TypeAdapter[Any]:
         """The pydantic type that one value is checked with."""
-        plain = self.annotation in (float, int, bool, str) or get_origin(self.annotation) is Annotated
-        return TypeAdapter(self.annotation, config=_STRICT) if plain else TypeAdapter(self.annotation)
+        return _type_adapter(self.annotation)
 
     @property
     def json_schema(self) -> dict[str, Any]:

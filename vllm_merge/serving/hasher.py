@@ -12,7 +12,7 @@ from vllm_merge.adapters.factors import natural_key, tensor_header
 from vllm_merge.serving.packed import SideStream
 from vllm_merge.serving.residency import ResidentArtifact
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
 
 
 class Hasher:
@@ -38,4 +38,4 @@ class Hasher:
             here = self._chunk[: piece.numel()]
             with self._stream.use():
                 here.copy_(piece, non_blocking=True)
-            digest.update(here.numpy())
+            digest.update(here.numpy().data)

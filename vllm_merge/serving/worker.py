@@ -52,6 +52,7 @@ from vllm_merge.serving.warm_up import warm_up
 
 logger = logging.getLogger("vllm_merge.worker")
 
+SHAPES_KEPT = 32
 FAILURES_KEPT = 100  # reasons that the status tells
 
 
@@ -118,6 +119,7 @@ class WorkerService:
             "base_model_hash": base_model_hash(self._base_model),
         }
         self._line = Line(settings.queue)
+        self._fitting: set[tuple[Any, ...]] = set()  # modules and shapes of what was found to fit
         self._hasher = Hasher(self._device)
         self._after = ThreadPoolExecutor(1, "vllm-merge-after", initializer=self._unbind)  # what follows a merge
         self._cold: queue.SimpleQueue[Job] = queue.SimpleQueue()  # to be looked for in the tiers
@@ -513,16 +515,24 @@ class WorkerService:
         origin: str,
     ) -> ResidentArtifact:
         """Factors on any device as an artifact on the worker's, if they fit its slots and the budget."""
-        if reasons := compat.misfits(self._manager, pairs):
-            more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
-            raise MergeError(f"{plan.artifact_name} does not fit this server: " + " ".join(reasons[:3]) + more)
+        self._arena.rest()
+        shapes = tuple((module, a.shape, b.shape) for module, (a, b) in pairs.items())
+        if shapes not in self._fitting:
+            if reasons := compat.misfits(self._manager, pairs):
+                more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
+                raise MergeError(f"{plan.artifact_name} does not fit this server: " + " ".join(reasons[:3]) + more)
+            self._fitting = {shapes, *list(self._fitting)[: SHAPES_KEPT - 1]}
         size = sum(tensor.numel() for pair in pairs.values() for tensor in pair) * self._dtype.itemsize
         self.store.make_room(plan.artifact_name, size)
+        self._arena.rest()
         storage, factors = flat_copy(pairs, self._device, self._dtype)
+        self._arena.rest()
         source = None
         if self._layout is not None:
             views = compat.slot_views(self._manager, self._layout.buffers, factors)
+            self._arena.rest()
             source = self._layout.source(views) if views is not None else None
+            self._arena.rest()
         return ResidentArtifact(
             plan.digest,
             plan.artifact_name,

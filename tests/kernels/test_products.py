@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels over products that are never stored, against the plain torch code that stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
+from vllm_merge.algebra.selection import kth_largest
+from vllm_merge.methods.ties import disjoint_merge
+
+SLOTS = (slice(0, 4), slice(4, 5), slice(5, 12))
+SHAPES = ((2, 70, 90), (1, 30, 130))  # (modules, rows, columns) of two batches
+
+
+def factors(device: str, seed: int, kind: str) -> list[tuple[Tensor, Tensor]]:
+    """(left, right) of each batch; `whole` ones are whole numbers, whose products are exact in any order and full of ties."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for modules, rows, columns in SHAPES:
+        left = torch.randn(modules, rows, 12, generator=generator)
+        right = torch.randn(modules, columns, 12, generator=generator)
+        if kind != "random":
+            left, right = (2 * left).round(), (2 * right).round()
+        if kind == "denormal":
+            left, right = left * 2.0**-70, right * 2.0**-74
+        if kind == "sparse":
+            left[:, 5:] = 0
+        found.append((left.to(device), right.to(device).mT))  # the right one lies transposed
+    return found
+
+
+def batches(given: list[tuple[Tensor, Tensor]]) -> Callable[[], Iterator[object]]:
+    """A pass over the batches for the kernels."""
+    from vllm_merge.kernels.products import Products
+
+    def passes() -> Iterator[object]:
+        start = 0
+        for left, right in given:
+            yield Products(left, right, SLOTS, slice(start, start + len(left)))
+            start += len(left)
+
+    return passes
+
+
+def stored(given: list[tuple[Tensor, Tensor]]) -> Callable[[], Iterator[tuple[Tensor, slice]]]:
+    """The same pass with every product made, (modules, n, rows, columns)."""
+
+    def tiles() -> Iterator[tuple[Tensor, slice]]:
+        start = 0
+        for left, right in given:
+            values = torch.stack([left[:, :, slot] @ right[:, slot] for slot in SLOTS], dim=1)
+            yield values, slice(start, start + len(left))
+            start += len(left)
+
+    return tiles
+
+
+def check_kth_largest_by_digits(device: str) -> None:
+    """Within every module, and over all; the first, the last, one beyond the last, and between ties."""
+    from vllm_merge.kernels import products
+
+    entries = torch.tensor([[6300], [6300], [3900]])
+    for kind in ("whole", "denormal", "sparse", "random"):
+        given = factors(device, 1, kind)
+        everywhere, by_module = torch.tensor([[1, 16500, 8000]]), entries + torch.tensor([[0, 1, -6]])
+        inside = [torch.tensor([[100, 2000, 5]]), torch.tensor([[100, 200, 1], [5, 3000, 6300], [2500, 3900, 1]])]
+        for counts in (everywhere, by_module, *(inside if kind == "whole" else [])):
+            found = products.kth_largest(batches(given), counts.to(device)).cpu()
+            expected = kth_largest(stored(given), counts.to(device)).cpu()
+            rounding = 1e-5 if kind == "random" else 0.0
+            torch.testing.assert_close(found, expected, rtol=rounding, atol=0.0)
+
+
+@contextmanager
+def guessing_from(products: object, samples: int) -> Iterator[None]:
+    """Small problems are guessed too, from few samples, with as many counters as that takes."""
+    before = {name: getattr(products, name) for name in ("_FEW", "_SAMPLES", "_WIDEST")}
+    try:
+        for name, value in {"_FEW": 0, "_SAMPLES": samples, "_WIDEST": 1 << 23}.items():
+            setattr(products, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(products, name, value)
+
+
+def check_kth_largest_by_guess(device: str) -> None:
+    """A guess that succeeds is what the digits say, to the bit; it does succeed, and one that cannot says so."""
+    from vllm_merge.kernels import products
+
+    given = factors(device, 2, "random")
+    for counts in (torch.tensor([[6300, 6000, 7000]]), torch.tensor([[3000, 12000, 8000]])):
+        with guessing_from(products, 4096):
+            found = products._kth_largest_by_guess(batches(given), counts.to(device))
+        assert found is not None
+        assert torch.equal(found, products._kth_largest_by_digits(batches(given), counts.to(device)))
+    counts = torch.tensor([[6300, 6000, 7000]], device=device)
+    with guessing_from(products, 64):
+        products._WIDEST = 1
+        assert products._kth_largest_by_guess(batches(given), counts) is None
+        assert torch.equal(
+            products.kth_largest(batches(given), counts), products._kth_largest_by_digits(batches(given), counts)
+        )
+    assert products._kth_largest_by_guess(batches(given), counts) is None, "so few are not worth a guess"
+
+
+def check_a_guess_among_duplicates_and_zeros(device: str) -> None:
+    """Ties at the threshold, thresholds of 0 and denormal ones."""
+    from vllm_merge.kernels import products
+
+    guessed = 0
+    for kind in ("whole", "sparse", "denormal"):
+        given = factors(device, 3, kind)
+        for counts in (torch.tensor([[3000, 2000, 5000]]), torch.tensor([[16500, 16000, 10]])):
+            with guessing_from(products, 512):
+                found = products._kth_largest_by_guess(batches(given), counts.to(device))
+                guessed += found is not None
+                exact = products.kth_largest(batches(given), counts.to(device)).cpu()
+            expected = kth_largest(stored(given), counts.to(device)).cpu()
+            assert found is None or torch.equal(found.cpu(), expected), kind
+            assert torch.equal(exact, expected), kind
+    assert guessed, "the guess was taken at least once"
+
+
+def check_elect(device: str) -> None:
+    """Mean and sum, weights of both signs and 0, and what it counts, as the plain rule does it."""
+    from vllm_merge.kernels import products
+
+    generator = torch.Generator().manual_seed(4)
+    for (left, right), (values, modules) in zip(
+        factors(device, 5, "random"), stored(factors(device, 5, "random"))(), strict=True
+    ):
+        count = len(left)
+        threshold = torch.rand(count, 3, generator=generator).to(device)
+        weight = torch.randn(count, 3, generator=generator).to(device)
+        weight[0, 1] = 0
+        kept = torch.where(values.abs() >= threshold[..., None, None], values, 0.0) * weight[..., None, None]
+        total, magnitude = kept.sum(1), kept.abs().sum(1)
+        counts = torch.stack([(magnitude > 0).sum((1, 2)), (total.abs() < magnitude).sum((1, 2))], dim=1)
+        for mean in (True, False):
+            found = products.elect(products.Products(left, right, SLOTS, modules), threshold, weight, mean=mean)
+            expected = disjoint_merge(
+                kept.clone(), total, magnitude, weight[..., None, None], mean, lambda: torch.ones(3)
+            )
+            off = ((found.merged - expected).abs() > 1e-4 * expected.abs().clamp_min(1)).sum()
+            assert off <= 2, "rounding may decide otherwise about an entry at its threshold"
+            assert (found.counts - counts).abs().max() <= 2
+            assert not bool(found.undecided)
+
+
+def check_elect_keeps_what_equals_the_threshold(device: str) -> None:
+    """The threshold that kth_largest gives keeps that many entries of each task, and its ties, exactly."""
+    from vllm_merge.kernels import products
+
+    given = factors(device, 6, "random")
+    counts = torch.tensor([[1500, 16000, 400]], device=device)
+    threshold = products.kth_largest(batches(given), counts)
+    for task in range(3):
+        weight = torch.zeros(1, 3, device=device)
+        weight[0, task] = 1
+        kept = 0
+        start = 0
+        for left, right in given:
+            found = products.elect(
+                products.Products(left, right, SLOTS, slice(start, start + len(left))),
+                threshold.expand(len(left), 3),
+                weight.expand(len(left), 3),
+                mean=True,
+            )
+            kept += int(found.counts[:, 0].sum())
+            start += len(left)
+        assert kept == counts[0, task]
+
+
+def check_elect_tells_of_sums_that_are_zero(device: str) -> None:
+    """Two tasks that cancel at every entry leave the choice to the caller."""
+    from vllm_merge.kernels import products
+
+    left = torch.ones(1, 33, 2, device=device)
+    right = torch.tensor([[1.0], [-1.0]], device=device).expand(2, 40)[None].contiguous()
+    both = products.Products(left, right, (slice(0, 1), slice(1, 2)), slice(0, 1))
+    ones = torch.ones(1, 2, device=device)
+    found = products.elect(both, 0 * ones, ones, mean=True)
+    assert bool(found.undecided)
+    assert not found.merged.any()
+    assert found.counts.tolist() == [[33 * 40, 33 * 40]]
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("check", checks_of(globals()))
+def test_on_a_gpu(check: Callable[[str], None]) -> None:
+    check("cuda")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("seed", range(5))
+def test_thresholds_of_random_shapes(seed: int) -> None:
+    """Enough entries for the guess to be made as it stands; whole numbers, so that the products are exact."""
+    from vllm_merge.kernels import products
+
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.randint(900, 2100, (3,), generator=generator).tolist()
+    left = torch.randn(3, size[0], 12, generator=generator).mul(2).round().cuda()
+    right = torch.randn(3, 12, size[1], generator=generator).mul(1e4).round().cuda()
+    given = [(left, right)]
+    counts = (torch.rand(1, 3, generator=generator) * 3 * size[0] * size[1]).long().add(1).cuda()
+    assert torch.equal(products.kth_largest(batches(given), counts), kth_largest(stored(given), counts))
+    by_module = (torch.rand(3, 3, generator=generator) * size[0] * size[1]).long().add(1).cuda()
+    assert torch.equal(products.kth_largest(batches(given), by_module), kth_largest(stored(given), by_module))
+
+
+def test_in_tritons_interpreter() -> None:
+    interpret("tests.kernels.test_products", globals())
+
+
+if __name__ == "__main__":
+    run_all(globals())
