@@ -4,8 +4,8 @@
     python benchmarks/stall.py --shape 8b --out benchmarks/results/stall.json
 
 Starts a vLLM server with dummy weights of the shape and eight random adapters of rank 16, keeps 16 streams running (base
-and adapters mixed), and records the time between tokens of every stream in windows of equal length: idle, request-time
-merges of each kind (every recipe is new: cold, then used once), vLLM's own loading of an adapter of rank 16 and of the
+and adapters mixed), and records the time between tokens of every stream in windows of equal length: idle, requests for an
+artifact that is served already (what any new request costs the streams, merge or not), request-time merges of each kind (every recipe is new: cold, then used once), vLLM's own loading of an adapter of rank 16 and of the
 merges' rank, idle again. In a window the merges (or loads) start evenly, or back to back where one takes longer than its
 share; those under way at the end are waited for, and their gaps count. The files are in the page cache. The result is
 written after every phase.
@@ -54,6 +54,8 @@ class Stall:
 
     async def run(self) -> None:
         await self._phase("idle", None)
+        await self._client.first_token("linear-0")
+        await self._phase("served_requests", lambda index: self._client.first_token("linear-0"))
         await self._phase("merge_linear", self._merge("linear"))
         await self._phase("merge_knots_ties", self._merge("knots-ties"))
         await self._phase("vllm_load_r16", self._load(RANK))
@@ -61,7 +63,8 @@ class Stall:
         await self._phase("idle_again", None)
 
     def _merge(self, kind: str) -> Act:
-        return lambda index: self._client.first_token(f"{kind}-{index}")
+        first = 1 if kind == "linear" else 0  # linear-0 is served already
+        return lambda index: self._client.first_token(f"{kind}-{index + first}")
 
     def _load(self, rank: int) -> Act:
         async def load(index: int) -> float:
@@ -161,7 +164,7 @@ def main() -> None:
 
 def serve_and_measure(place: Place, options: argparse.Namespace) -> dict[str, Any]:
     """Start the server and measure; the report."""
-    recipes = place.write_recipes({"linear": (options.acts, LINEAR), "knots-ties": (options.acts, KNOTS_TIES)})
+    recipes = place.write_recipes({"linear": (options.acts + 1, LINEAR), "knots-ties": (options.acts, KNOTS_TIES)})
     more = [*(["--enforce-eager"] if options.eager else []), *options.server_options]
     options.started = time.monotonic()
     report: dict[str, Any] = {

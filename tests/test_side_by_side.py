@@ -107,6 +107,20 @@ def test_a_weight_that_is_zero_at_some_modules_is_exact_at_all() -> None:
     assert distance(merged, expected) < 1e-6
 
 
+def test_which_terms_a_module_has_does_not_depend_on_the_workspace() -> None:
+    """Batches are as large as it allows; modules decide by themselves."""
+    adapters = [random_adapter("x", 3, 1), random_adapter("y", 5, 2)]
+    weights = [{"weight": {"layers.0.q_proj": 0.0}}, {"weight": {"layers.1.up_proj": 0.0}}]
+    for report in ("brief", "full"):
+        found = [
+            summed(adapters, adapter_parameters=weights, workspace_bytes=nbytes, report=report)
+            for nbytes in (2 << 30, 1 << 14, 1)
+        ]
+        assert len({merged.tensors_sha256 for merged in found}) == 1
+        ranks = {"layers.0.q_proj": 5, "layers.0.up_proj": 8, "layers.1.q_proj": 8, "layers.1.up_proj": 3}
+        assert found[0].report.ranks == ranks
+
+
 def test_modules_that_some_lack_hold_no_padding() -> None:
     x, y, z = three()
     y = Adapter("y", {module: factors for module, factors in y.factors.items() if "up_proj" in module})

@@ -293,28 +293,42 @@ class _Job:
         self.step("merge", batch.start)
         with self._timed("factors"):
             shares = self.spec.coefficients(**self.parameters.tensors(modules, cpu), **self.parameters.per_recipe)
-            shares, used = self._like_terms(shares * self.parameters.lambdas(modules, cpu)[:, None])
-            group, adapters = batch.group.only(used), [self.adapters[index] for index in used]
-            if not used:
-                self.report.dropped_modules += modules
-                return {}
-            a, b, finite = side_by_side(group, adapters, shares, self.device, self.dtype, self._sources)
+            shares = self._like_terms(shares * self.parameters.lambdas(modules, cpu)[:, None])
+        alike: dict[tuple[bool, ...], list[int]] = {}
+        for index, pattern in enumerate((shares != 0).tolist()):
+            alike.setdefault(tuple(pattern), []).append(index)
+        factors: dict[str, LoraFactors] = {}
+        for pattern, rows in alike.items():
+            used = [index for index, there in enumerate(pattern) if there]
+            factors.update(self._terms_side_by_side(batch.group.of(rows), used, shares[rows][:, used]))
+        return factors
+
+    def _terms_side_by_side(self, group: ModuleGroup, used: list[int], shares: Tensor) -> dict[str, LoraFactors]:
+        """Of modules that have the same terms: those of the adapters used, times their shares (modules, adapters)."""
+        modules = group.modules
+        if not used:
+            self.report.dropped_modules += modules
+            return {}
+        with self._timed("factors"):
+            terms, adapters = group.only(used), [self.adapters[index] for index in used]
+            a, b, finite = side_by_side(terms, adapters, shares, self.device, self.dtype, self._sources)
         if not finite:
+            batch = next(batch for batch in self.batches if modules[0] in batch.group.modules)
             self._check_inputs(batch, Grams.of(stack_group(batch.group, self.adapters, self.device)).norms)
             raise MergeError(f"module '{modules[0]}' or one of its shape: the merged factors do not fit {self.dtype}")
-        self.report.ranks.update(dict.fromkeys(modules, group.stacked_rank))
+        self.report.ranks.update(dict.fromkeys(modules, terms.stacked_rank))
         self.report.energy_kept.update(dict.fromkeys(modules))
         return {m: LoraFactors(mine, its) for m, mine, its in zip(modules, a.unbind(), b.unbind(), strict=True)}
 
-    def _like_terms(self, shares: Tensor) -> tuple[Tensor, list[int]]:
-        """Add up the shares (modules, n) of adapters that are the same; and which are left, those that are not all 0."""
+    def _like_terms(self, shares: Tensor) -> Tensor:
+        """The shares (modules, n), those of adapters that are the same added up at the first of them."""
         first: dict[object, int] = {}
         for index, adapter in enumerate(self.adapters):
             same = first.setdefault(adapter.known_hash or id(adapter), index)
             if same != index:
                 shares[:, same] += shares[:, index]
-        used = [index for index in first.values() if bool(shares[:, index].any())]
-        return shares[:, used], used
+                shares[:, index] = 0
+        return shares
 
     def _go_on(self) -> None:
         """Stop if that is wanted."""

@@ -40,7 +40,7 @@ def test_largest_first_and_never_negative(threads: int, batch: int, k: int, rank
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("batch", "k"), [(2, 80), (3, 16), (9, 32), (40, 4)])
+@pytest.mark.parametrize(("batch", "k"), [(2, 80), (3, 16), (9, 32), (9, 33), (40, 4)])
 def test_a_batch_gives_the_same_bytes_with_any_number_of_threads(batch: int, k: int, dtype: torch.dtype) -> None:
     matrices = grams(batch, k, 2 * k, dtype)
     torch.set_num_threads(1)

@@ -47,6 +47,11 @@ class ModuleGroup:
         ranks = tuple(self.ranks[0][index] for index in adapters)
         return ModuleGroup(self.shape, self.modules, (ranks,) * len(self.modules), _slots(ranks))
 
+    def of(self, modules: Sequence[int]) -> ModuleGroup:
+        """The group with some of its modules, by position."""
+        names, ranks = tuple(self.modules[m] for m in modules), tuple(self.ranks[m] for m in modules)
+        return ModuleGroup(self.shape, names, ranks, self.slots)
+
     def batches(self, modules: int) -> Iterator[ModuleGroup]:
         """The group in pieces of at most this many modules, all with the group's slots."""
         for start in range(0, len(self.modules), modules):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -36,7 +37,11 @@ def descending_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_parallel(matrices: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """LAPACK takes the matrices of a batch one after the other; the batch is what there is to run in parallel."""
-    pieces = matrices.chunk(min(most or _cores(), _cores(), -(-matrices.shape[0] // 2)))  # waking a thread costs, too
+    batch, rows = matrices.shape[:2]
+    threads = min(most or _cores(), _cores(), -(-batch // 2))  # waking a thread costs, too
+    # The last bits depend on where in a cache line a matrix begins: pieces begin where lines do, as the batch does.
+    together = 64 // gcd(64, rows * rows * matrices.itemsize)
+    pieces = torch.split(matrices, -(-batch // (threads * together)) * together)
     solved = list(_pool().map(torch.linalg.eigh, pieces))
     values, vectors = (torch.cat(parts) for parts in zip(*solved, strict=True))
     return values, vectors

@@ -42,12 +42,15 @@ def kept_by_rank(plan: Plan, overlap: Overlap, adapters: Mapping[str, Mapping[st
     policy = _policy(last, plan.max_rank)
     ranks, energy = {}, {}
     sums = totals = 0.0
+    terms = _terms(plan, coefficients, adapters)
     for module, values in overlap.spectra(coefficients).items():
         total = values.sum()
         # A weighted sum has at most the summed ranks anyway, so that a limit by sum does not bind.
         rank = int(policy.choose(values[None], total[None], torch.tensor([len(values)]))[0])
         kept = values[:rank].sum()
-        ranks[module] = rank
+        # Terms that fit the rank are put side by side, and none is worked out.
+        beside = terms.get(module, 0)
+        ranks[module] = beside if rank and last.space == "core" and _has_room(policy, beside) else rank
         energy[module] = float(kept / total) if total > 0 else 1.0
         sums, totals = sums + float(kept), totals + float(total)
     return Kept(ranks, energy, sums / totals if totals else 1.0)
@@ -88,6 +91,28 @@ def linear_coefficients(plan: Plan, overlap: Overlap, adapters: Mapping[str, Map
             return None
         stages[stage.name] = result
     return stages[plan.stages[-1].name] if plan.stages else None
+
+
+def _terms(plan: Plan, coefficients: Coefficients, adapters: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
+    """How many rank-one terms each module has in the last stage, where an adapter counts once in every stage it is put in."""
+    if len(plan.stages) == 1:
+        used = [(name, coefficients[name]) for name in coefficients]
+    else:
+        used = [(name, mine) for stage in plan.stages for name, mine in coefficients.items() if _is_put_in(stage, name)]
+    found: dict[str, int] = {}
+    for name, mine in used:
+        for module, coefficient in mine.items():
+            if coefficient != 0:
+                found[module] = found.get(module, 0) + adapters[name].get(module, 0)
+    return found
+
+
+def _is_put_in(stage: Stage, adapter: str) -> bool:
+    return any(isinstance(item.source, AdapterSource) and item.source.adapter == adapter for item in stage.inputs)
+
+
+def _has_room(policy: RankPolicy, terms: int) -> bool:
+    return policy.energy is None and (policy.by_sum or (policy.limit or 0) >= terms)
 
 
 def _cuts(stage: Stage, terms: Coefficients, adapters: Mapping[str, Mapping[str, int]]) -> bool:
