@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllm_merge.methods.registry import MethodSpec, list_methods
+from vllm_merge.methods.registry import COSTS, MethodSpec, list_methods
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "methods"
 NOT_EXACT = "- **not a merge of ΔW**: A and B are merged apart; every report of such a merge says so"
@@ -28,12 +28,15 @@ def block(spec: MethodSpec) -> str:
     rank = [f"at most Σ r_i in {', '.join(exact)}"] if exact else []
     rank += [] if spec.exact else ["that of the adapters (`target_rank` where the method has it)"]
     rank += [f"full in {', '.join(cut)}, cut to the recipe's `rank`"] if cut else []
+    work = "; ".join(f"{COSTS[spec.cost_class(space)]} in `{space}`" for space in spec.spaces)
     lines = [
         BEGIN,
         f"> {spec.summary}",
         "",
         f"- spaces: {', '.join(spaces)}",
         f"- rank of the result: {'; '.join(rank)}",
+        f"- works on: {work}{', in steps' if spec.iterative else ''}",
+        f"- order of the adapters: {'matters' if spec.ordered else 'does not matter'}",
         f"- reference: [{spec.reference}]({link(spec.reference)})",
         f"- version {spec.version}",
         *([] if spec.exact else [NOT_EXACT]),

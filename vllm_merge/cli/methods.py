@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vllm-merge methods: which merge methods there are, and what each takes."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,6 +46,8 @@ def methods(
 
 
 def _show(spec: "MethodSpec", json: bool) -> None:
+    from vllm_merge.methods.registry import COSTS, RANKS
+
     if json:
         print_json(_facts(spec))
         return
@@ -52,6 +55,10 @@ def _show(spec: "MethodSpec", json: bool) -> None:
     print_text(spec.summary)
     print_text(f"reference: {spec.reference}")
     print_text(f"spaces: {', '.join(_spaces(spec))}")
+    print_text(f"rank of the result: {_by_space(spec, lambda space: RANKS[spec.rank_class(space)])}")
+    steps = ", in steps" if spec.iterative else ""
+    print_text(f"works on: {_by_space(spec, lambda space: COSTS[spec.cost_class(space)])}{steps}")
+    print_text(f"order of the adapters: {'matters' if spec.ordered else 'does not matter'}")
     if not spec.exact:
         print_text("not a merge of the weight changes: A and B are merged apart")
     rows = table("parameter", "of", "default", "allowed")
@@ -65,6 +72,13 @@ def _spaces(spec: "MethodSpec") -> list[str]:
     return [spec.default_space, *(space for space in spec.spaces if space != spec.default_space)]
 
 
+def _by_space(spec: "MethodSpec", what: Callable[[str], str]) -> str:
+    alike: dict[str, list[str]] = {}
+    for space in _spaces(spec):
+        alike.setdefault(what(space), []).append(space)
+    return "; ".join(f"{words} in {', '.join(spaces)}" for words, spaces in alike.items())
+
+
 def _facts(spec: "MethodSpec") -> dict[str, Any]:
     return {
         "name": spec.name,
@@ -74,6 +88,10 @@ def _facts(spec: "MethodSpec") -> dict[str, Any]:
         "spaces": _spaces(spec),
         "default_space": spec.default_space,
         "exact": spec.exact,
+        "ordered": spec.ordered,
+        "iterative": spec.iterative,
+        "rank": {space: spec.rank_class(space) for space in _spaces(spec)},
+        "cost": {space: spec.cost_class(space) for space in _spaces(spec)},
         "parameters": [
             {"name": p.name, "per_adapter": p.per_adapter, "default": p.default, "schema": p.json_schema}
             for p in spec.parameters

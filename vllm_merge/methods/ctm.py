@@ -87,7 +87,9 @@ def keys_of_masks(passes: Passes, *, rule: str, **others: object) -> Tensor | No
     return mask_keys(passes.seed, identities, passes.modules).to(passes.entries.device)
 
 
-@merge_method("ctm", spaces=("core",), reference="arXiv:2606.03723", statistics=keys_of_masks, whole_modules=True)
+@merge_method(
+    "ctm", spaces=("core",), reference="arXiv:2606.03723", statistics=keys_of_masks, whole_modules=True, iterative=True
+)
 def ctm(
     cores: Cores,
     keys: Tensor | None,

@@ -106,6 +106,7 @@ def orthogonalized(
     reference="arXiv:2505.15875",
     statistics=DoStatistics,
     prepare=orthogonalized,
+    iterative=True,
 )
 def do_merging(
     tile: Tile,

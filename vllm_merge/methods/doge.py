@@ -199,6 +199,7 @@ def _check_sizes(adapters: Sequence[Adapter], context: Context) -> None:
     reference="arXiv:2501.01230",
     statistics=DogeStatistics,
     prepare=corrected,
+    iterative=True,
 )
 def doge(
     tile: Tile,

@@ -54,7 +54,14 @@ def karcher_mean(cosines: Tensor, weights: Tensor, steps: int, tolerance: float)
     return mean, exists
 
 
-@merge_method("karcher", spaces=("core",), reference="doi:10.1002/cpa.3160300502", statistics=check, whole_modules=True)
+@merge_method(
+    "karcher",
+    spaces=("core",),
+    reference="doi:10.1002/cpa.3160300502",
+    statistics=check,
+    whole_modules=True,
+    iterative=True,
+)
 def karcher(
     cores: Cores,
     statistics: None,

@@ -21,7 +21,7 @@ from vllm_merge.methods.registry import merge_method
 MAX_ITERATIONS = 100
 
 
-@merge_method("lora_lego", spaces=("factors",), reference="arXiv:2409.16167")
+@merge_method("lora_lego", spaces=("factors",), reference="arXiv:2409.16167", iterative=True)
 def lora_lego(
     tasks: FactorTasks,
     statistics: None,

@@ -25,6 +25,7 @@ from vllm_merge.methods.registry import merge_method
     statistics=check_pair("nearswap"),
     entrywise=True,
     most_adapters=2,
+    ordered=True,
 )
 def nearswap(
     tile: Tile,

@@ -100,7 +100,9 @@ def _continuation(name: str, metadata: Mapping[str, object]) -> dict[str, Any]:
     return state
 
 
-@merge_method("opcm", spaces=("core",), reference="arXiv:2501.09522", statistics=OpcmSequence, whole_modules=True)
+@merge_method(
+    "opcm", spaces=("core",), reference="arXiv:2501.09522", statistics=OpcmSequence, whole_modules=True, ordered=True
+)
 def opcm(
     cores: Cores,
     statistics: OpcmSequence,

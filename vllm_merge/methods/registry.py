@@ -28,6 +28,13 @@ Coefficients = Callable[..., Tensor]
 F = TypeVar("F", bound=Apply)
 
 ENTRY_POINTS = "vllm_merge.methods"
+RANKS = {"sum": "at most Σ r_i", "adapters": "that of the adapters", "full": "full, cut to the recipe's rank"}
+COSTS = {
+    "factors": "the factors as they are",
+    "core": "K × K matrices, K = Σ r_i",
+    "knots": "n·K·d_in entries a module",
+    "delta": "n·d_out·d_in entries a module",
+}
 FULL_RANK_SPACES = frozenset({"delta"})
 
 
@@ -44,6 +51,7 @@ class MethodSpec:
     before they are seen in its space; None when nothing.
     entrywise: the method touches single entries, so its result depends on the basis; `core` then uses the SVD bases.
     on_the_fly: in spaces of float32 on a GPU the method takes tiles without values and makes them in its kernels.
+    ordered: the result depends on the order of the adapters. iterative: it takes as many steps as it takes, or is told.
     whole_modules: the method works in `core` on singular vectors: it is given Cores of whole modules in place of tiles.
     most_adapters: how many adapters it takes at most (its statistics refuse more); None for any number.
     """
@@ -63,6 +71,8 @@ class MethodSpec:
     on_the_fly: bool = False
     coefficients: Coefficients | None = None
     most_adapters: int | None = None
+    ordered: bool = False
+    iterative: bool = False
 
     def parameter(self, name: str) -> ParameterSpec:
         """The parameter of this name, or a UserInputError that lists the names there are."""
@@ -112,6 +122,16 @@ class MethodSpec:
     def exact(self) -> bool:
         """Whether the result depends on the weight changes alone; not so in `factors`, where A and B are merged apart."""
         return "factors" not in self.spaces
+
+    def rank_class(self, space: str) -> str:
+        """What bounds the rank of the result, a key of RANKS."""
+        if not self.exact or any(parameter.name == "target_rank" for parameter in self.parameters):
+            return "adapters"
+        return "sum" if self.low_rank(space) else "full"
+
+    def cost_class(self, space: str) -> str:
+        """What a merge works on, a key of COSTS; as often as it takes where the method is iterative."""
+        return "factors" if space == "core" and self.coefficients is not None else space
 
     def low_rank(self, space: str) -> bool:
         """Whether the result's rank is at most Σ r_i in this space, so that it needs no truncation to be a LoRA."""
@@ -179,6 +199,8 @@ def merge_method(
     on_the_fly: bool = False,
     coefficients: Coefficients | None = None,
     most_adapters: int | None = None,
+    ordered: bool = False,
+    iterative: bool = False,
 ) -> Callable[[F], F]:
     """Register a function `f(tile, statistics, *, parameters…) → Tensor` as a merge method. See MethodSpec.
 
@@ -209,6 +231,8 @@ def merge_method(
                 on_the_fly=on_the_fly,
                 coefficients=coefficients,
                 most_adapters=most_adapters,
+                ordered=ordered,
+                iterative=iterative,
             )
         )
         return function

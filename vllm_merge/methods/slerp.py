@@ -28,6 +28,7 @@ STRAIGHT = 0.9995  # |cos θ| beyond which mergekit goes straight
     statistics=check_pair("slerp"),
     whole_modules=True,
     most_adapters=2,
+    ordered=True,
 )
 def slerp(
     cores: Cores,
