@@ -273,6 +273,15 @@ def test_no_tier_is_made_that_nobody_asked_for(tmp_path):
     assert not Tiers(settings(), CPU).any, "on the CPU the cache is host memory already"
     assert settings().host_bytes_on("cuda") == 4 << 30
     assert settings(host_bytes=0).host_bytes_on("cuda") == 0
+
+
+def test_a_small_gpu_gets_a_small_workspace():
+    found = [settings().workspace_bytes_on(total) for total in (None, 80 << 30, 24 << 30, 1 << 30)]
+    assert found == [2 << 30, 2 << 30, (24 << 30) // 40, 64 << 20]
+    assert settings(workspace_bytes=3 << 30).workspace_bytes_on(24 << 30) == 3 << 30
+
+
+def test_a_disk_that_is_none_is_refused():
     with pytest.raises(UserInputError, match="VLLM_MERGE_DISK=nowhere://x cannot be used"):
         Tiers(settings(disk="nowhere://x"), CPU)
 

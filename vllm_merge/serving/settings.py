@@ -36,7 +36,8 @@ class WorkerSettings:
     """What a worker does with artifacts and merges. Bytes are per worker, but `disk_bytes`, which is of the whole place.
 
     host_bytes: None where nothing was said: then the device decides. disk: a folder or an fsspec URL; None: no disk tier.
-    source_bytes: host memory for adapters that were read to be merged. workspace_bytes: what a merge may hold at once.
+    source_bytes: host memory for adapters that were read to be merged. workspace_bytes: what a merge may hold at once; None
+    where nothing was said: then the device decides.
     queue: merges that may wait. time_limit: seconds that one merge may take.
     """
 
@@ -45,7 +46,7 @@ class WorkerSettings:
     disk: str | None
     disk_bytes: int
     source_bytes: int
-    workspace_bytes: int
+    workspace_bytes: int | None
     queue: int
     time_limit: int
 
@@ -58,10 +59,19 @@ class WorkerSettings:
             disk=environment.get(DISK_VARIABLE) or None,
             disk_bytes=number(environment, DISK_BYTES_VARIABLE),
             source_bytes=number(environment, SOURCE_BYTES_VARIABLE),
-            workspace_bytes=number(environment, WORKSPACE_BYTES_VARIABLE),
+            workspace_bytes=number(environment, WORKSPACE_BYTES_VARIABLE)
+            if environment.get(WORKSPACE_BYTES_VARIABLE)
+            else None,
             queue=number(environment, QUEUE_VARIABLE),
             time_limit=number(environment, TIME_LIMIT_VARIABLE),
         )
+
+    def workspace_bytes_on(self, device_bytes: int | None) -> int:
+        """A merge's workspace: by default at most a fortieth of a GPU's memory (None: not a GPU)."""
+        if self.workspace_bytes is not None:
+            return self.workspace_bytes
+        default, least = NUMBERS[WORKSPACE_BYTES_VARIABLE]
+        return default if device_bytes is None else max(least, min(default, device_bytes // 40))
 
     def host_bytes_on(self, device: str) -> int:
         """The host tier's budget: by default none on the CPU, where the cache is host memory already."""

@@ -84,9 +84,11 @@ class WorkerService:
         self.store = ArtifactStore(
             settings.cache_bytes, self._tiers.demote, lambda: compat.registered_bytes(worker_manager)
         )
-        self._workspace = settings.workspace_bytes
+        gpu = self._device.type == "cuda"
+        total = torch.cuda.get_device_properties(self._device).total_memory if gpu else None
+        self._workspace = settings.workspace_bytes_on(total)
         # Beside the cache and the workspace, what a merge is made of and what it makes are on the device.
-        self._arena = Arena(self._device, settings.cache_bytes + 2 * settings.workspace_bytes)
+        self._arena = Arena(self._device, settings.cache_bytes + 2 * self._workspace)
         self._sources = SourceCache(settings.source_bytes, self._device)
         try:
             with self._arena.use():
