@@ -190,6 +190,10 @@ def check_elect_tells_of_sums_that_are_zero(device: str) -> None:
     assert bool(found.undecided)
     assert not found.merged.any()
     assert found.counts.tolist() == [[33 * 40, 33 * 40]]
+    assert found.votes.tolist() == [0]
+    for sign in (1.0, -1.0):
+        decided = products.elect(both, 0 * ones, ones, mean=True, majority=sign * ones[:, 0])
+        assert torch.equal(decided.merged, torch.full((1, 33, 40), sign, device=device))
 
 
 @pytest.mark.gpu

@@ -70,3 +70,11 @@ def test_wrong_space() -> None:
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="registered twice"):
         merge_method("ties", spaces=("core",), reference="arXiv:2306.01708")(lambda tile, statistics: tile.values)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("cat", "task_arithmetic"), ("svd", "task_arithmetic"), ("dare", "dare_linear")]
+)
+def test_a_name_of_another_tool_is_answered_with_ours(theirs: str, ours: str) -> None:
+    with pytest.raises(UserInputError, match=f"unknown merge method '{theirs}'; here it is '{ours}'"):
+        default_registry().get(theirs)

@@ -7,7 +7,7 @@ A tile holds whole modules where they are small, and a strip along the longer si
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -59,13 +59,6 @@ class Tile:
         from vllm_merge.kernels.products import Products
 
         return Products(self.left[:, self.rows], self.right[:, :, self.cols], self.slots, self.modules)
-
-    def made(self) -> Tile:
-        """The same with its values, if they were to be made on the fly."""
-        if not self.values.is_meta:
-            return self
-        left, right = self.left[:, self.rows], self.right[:, :, self.cols]
-        return replace(self, values=torch.stack([left[:, :, slot] @ right[:, slot] for slot in self.slots], dim=1))
 
 
 class TilePasses(Protocol):

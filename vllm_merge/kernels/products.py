@@ -137,9 +137,9 @@ def _between(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_COUNTS)  # type: ignore[untyped-decorator]
 def _elect(  # type: ignore[no-untyped-def]
-    left, right, bounds, threshold, weight, out, counts, undecided, n, rows, columns,
+    left, right, bounds, threshold, weight, majority, out, counts, undecided, n, rows, columns,
     lm, lr, lk, rm, rk, rc,
-    MEAN: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DECIDED: tl.constexpr, MEAN: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """TIES from its thresholds: trim, elect, average."""
     module = tl.program_id(2).to(tl.int64)
@@ -158,6 +158,10 @@ def _elect(  # type: ignore[no-untyped-def]
         largest = tl.maximum(largest, kept)
         smallest = tl.minimum(smallest, kept)
     sign = tl.where(total > 0, 1.0, tl.where(total < 0, -1.0, 0.0))
+    kept_by_any = (largest > 0) | (smallest < 0)
+    votes = tl.sum(sign.to(tl.int32))
+    if DECIDED:
+        sign = tl.where((total == 0) & kept_by_any, tl.load(majority + module), sign)
     agreeing = tl.zeros((ROWS, COLUMNS), tl.float32)
     divisor = tl.zeros((ROWS, COLUMNS), tl.float32)
     for task in range(n):
@@ -176,10 +180,10 @@ def _elect(  # type: ignore[no-untyped-def]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     place = out + module * rows * columns + row[:, None].to(tl.int64) * columns + column[None, :]
     tl.store(place, merged, mask=inside)
-    kept_by_any = (largest > 0) | (smallest < 0)
     conflicts = (largest > 0) & (smallest < 0)
-    tl.atomic_add(counts + 2 * module, tl.sum(kept_by_any.to(tl.int32)).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts + 2 * module + 1, tl.sum(conflicts.to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 3 * module, tl.sum(kept_by_any.to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 3 * module + 1, tl.sum(conflicts.to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 3 * module + 2, votes.to(tl.int64), sem="relaxed")
     if tl.sum(((total == 0) & kept_by_any).to(tl.int32)) > 0:
         tl.store(undecided, 1)
 
@@ -273,27 +277,32 @@ def _kth_largest_by_digits(passes: Callable[[], Iterable[Products]], counts: Ten
 @dataclass(frozen=True)
 class Elected:
     """merged: (modules, rows, columns) float32. counts: (modules, 2) int64, entries that any task keeps, and those of
-    them at which tasks differ in sign. undecided: one int32, whether any sum of kept entries was exactly 0."""
+    them at which tasks differ in sign. votes: (modules,) int64, the signs of all sums, added up. undecided: one int32,
+    whether any sum of kept entries was exactly 0."""
 
     merged: Tensor
     counts: Tensor
+    votes: Tensor
     undecided: Tensor
 
 
-def elect(products: Products, threshold: Tensor, weight: Tensor, *, mean: bool) -> Elected:
+def elect(
+    products: Products, threshold: Tensor, weight: Tensor, *, mean: bool, majority: Tensor | None = None
+) -> Elected:
     """Keep entries of at least the threshold, times the weight; elect the sign of their sum; average (or add) those of it.
 
-    threshold, weight: (modules, n) float32. Where a sum is exactly 0, so is the result.
+    threshold, weight: (modules, n) float32. majority: (modules,) float32, the sign where a sum is exactly 0; without it
+    the result is 0 there.
     """
     modules, rows = products.left.shape[:2]
     columns, n = products.right.shape[2], len(products.slots)
     device = products.left.device
     merged = torch.empty(modules, rows, columns, device=device)
-    counts = torch.zeros(modules, 2, dtype=torch.int64, device=device)
+    counts = torch.zeros(modules, 3, dtype=torch.int64, device=device)
     undecided = torch.zeros(1, dtype=torch.int32, device=device)
     _elect[(*products.grid, modules)](
         products.left, products.right, products.bounds, threshold.contiguous(), weight.contiguous(),
-        merged, counts, undecided, n, rows, columns, *products.strides,
-        MEAN=mean, DEPTH=products.depth, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
+        threshold if majority is None else majority.contiguous(), merged, counts, undecided, n, rows, columns, *products.strides,
+        DECIDED=majority is not None, MEAN=mean, DEPTH=products.depth, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
-    return Elected(merged, counts, undecided)
+    return Elected(merged, counts[:, :2], counts[:, 2], undecided)

@@ -35,6 +35,13 @@ COSTS = {
     "knots": "n·K·d_in entries a module",
     "delta": "n·d_out·d_in entries a module",
 }
+OTHER_NAMES = {
+    "cat": "'task_arithmetic' with rank: auto, which puts the factors side by side where they fit",
+    "svd": "'task_arithmetic' with a number as its rank",
+    "dare": "'dare_linear'",
+    "ramplus_tl": "'ram_plus'",
+}
+"""What other tools call a method that has another name here."""
 FULL_RANK_SPACES = frozenset({"delta"})
 
 
@@ -157,9 +164,8 @@ class MethodRegistry:
         try:
             return self._specs[name]
         except KeyError:
-            raise UserInputError(
-                f"unknown merge method '{name}'{suggestion(name, self.names())} (known: {', '.join(self.names())})"
-            ) from None
+            hint = f"; here it is {OTHER_NAMES[name]}" if name in OTHER_NAMES else suggestion(name, self.names())
+            raise UserInputError(f"unknown merge method '{name}'{hint} (known: {', '.join(self.names())})") from None
 
     def precondition_names(self) -> list[str]:
         """The names of all preconditions, sorted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from annotated_types import Gt, Le
@@ -18,6 +18,9 @@ from vllm_merge.algebra.selection import kth_largest
 from vllm_merge.algebra.tiles import Tile, TilePasses
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
+
+if TYPE_CHECKING:
+    from vllm_merge.kernels.products import Elected
 
 
 class TiesStatistics:
@@ -54,7 +57,10 @@ class TiesStatistics:
         """
         votes = self.threshold.new_zeros(self.threshold.shape[0], dtype=torch.float64)
         for tile in self._passes.tiles():
-            votes[tile.modules] += _trimmed(tile.made(), self).sum(1).sign().sum((-1, -2), dtype=torch.float64)
+            if tile.values.is_meta:
+                votes[tile.modules] += self._elect(tile, normalize=False).votes
+            else:
+                votes[tile.modules] += _trimmed(tile, self).sum(1).sign().sum((-1, -2), dtype=torch.float64)
         return (votes.sum().expand_as(votes) if self._whole_model else votes).sign().float()
 
     def count_conflicts(self, modules: slice, total: Tensor, magnitude: Tensor) -> None:
@@ -62,16 +68,21 @@ class TiesStatistics:
         counts = [(magnitude > 0).sum((-1, -2)), (total.abs() < magnitude).sum((-1, -2))]
         self._counts[modules] += torch.stack(counts, dim=1)
 
-    def elected(self, tile: Tile, *, normalize: bool) -> Tensor | None:
-        """The rule by the kernel that makes the entries on the fly; None where a sum is exactly 0, which it leaves open."""
-        from vllm_merge.kernels import products
-
-        threshold = self.threshold[tile.modules]
-        found = products.elect(tile.products(), threshold, tile.parameters["weight"][:, :, 0, 0], mean=normalize)
+    def elected(self, tile: Tile, *, normalize: bool) -> Tensor:
+        """The rule by the kernel that makes the entries on the fly."""
+        found = self._elect(tile, normalize=normalize)
         if bool(found.undecided):
-            return None
+            majority = self.majority[tile.modules]
+            found = self._elect(tile, normalize=normalize, majority=torch.where(majority == 0, -1.0, majority))
         self._counts[tile.modules] += found.counts
         return found.merged
+
+    def _elect(self, tile: Tile, *, normalize: bool, majority: Tensor | None = None) -> Elected:
+        from vllm_merge.kernels import products
+
+        weight = tile.parameters["weight"][:, :, 0, 0]
+        threshold = self.threshold[tile.modules]
+        return products.elect(tile.products(), threshold, weight, mean=normalize, majority=majority)
 
     @property
     def sign_conflict(self) -> Tensor:
@@ -112,10 +123,8 @@ def ties(
     their weighted sum.
     """
     if tile.values.is_meta:
-        merged = statistics.elected(tile, normalize=normalize)
-        if merged is not None:
-            return merged
-    kept = _trimmed(tile.made(), statistics)
+        return statistics.elected(tile, normalize=normalize)
+    kept = _trimmed(tile, statistics)
     total, magnitude = kept.sum(1), kept.abs().sum(1)
     statistics.count_conflicts(tile.modules, total, magnitude)
     return disjoint_merge(kept, total, magnitude, weight, normalize, lambda: statistics.majority[tile.modules])
