@@ -19,6 +19,7 @@ from vllm_merge.adapters.peft import WEIGHTS_FILE, hash_adapter, read_adapter, s
 from vllm_merge.errors import MergeCancelled, UserInputError
 from vllm_merge.recipe.plan import Plan, PlannedAdapter
 from vllm_merge.serving import sources as sources_module
+from vllm_merge.serving.holes import ALIGN
 from vllm_merge.serving.sources import SourceCache
 
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def same(adapter: Adapter, path: Path) -> bool:
 
 def room_for(path: Path, count: int) -> int:
     """Bytes of a block for so many adapters like this one."""
-    return -(-size_of(path) // SourceCache.ALIGN) * SourceCache.ALIGN * count
+    return -(-size_of(path) // ALIGN) * ALIGN * count
 
 
 def test_what_was_read_is_read_no_more(folder, reads):
@@ -133,7 +134,7 @@ def test_everything_that_is_kept_lies_in_the_block_at_aligned_places_of_its_own(
             for name, adapter in fetched(cache, planned(first, second)).items():
                 assert same(adapter, first.parent / name)
             spans = sorted((kept.start, kept.stop) for kept in cache._kept.values())
-            assert all(start % SourceCache.ALIGN == 0 and stop <= block.numel() for start, stop in spans)
+            assert all(start % ALIGN == 0 and stop <= block.numel() for start, stop in spans)
             assert all(before[1] <= after[0] for before, after in pairwise(spans))
     for kept in cache._kept.values():
         (pair,) = kept.adapter.factors.values()

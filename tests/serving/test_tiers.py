@@ -19,6 +19,7 @@ from vllm_merge.serving import disk_tier
 from vllm_merge.serving import tiers as tiers_module
 from vllm_merge.serving.arena import Arena
 from vllm_merge.serving.disk_tier import DiskTier
+from vllm_merge.serving.holes import ALIGN
 from vllm_merge.serving.host_tier import HostTier
 from vllm_merge.serving.packed import Packed
 from vllm_merge.serving.residency import ArtifactStore, ResidentArtifact
@@ -74,7 +75,7 @@ def test_host_memory_gives_back_the_same_tensors(dtype):
 
 
 def test_host_memory_stays_within_its_block_and_lets_the_least_recently_used_go():
-    host = HostTier(3 * SIZE + 2 * HostTier.ALIGN, CPU)
+    host = HostTier(3 * SIZE + 2 * ALIGN, CPU)
     originals = {name: artifact(name) for name in "abcd"}
     for name in "abc":
         host.put(Packed.of(originals[name]))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -99,6 +99,10 @@ def factors_sha256(factors: Mapping[str, LoraFactors]) -> str:
     return digest.hexdigest()
 
 
+Layout = tuple[tuple[str, tuple[int, int], int], ...]
+"""(module, (d_out, d_in), rank) of every module of an adapter."""
+
+
 class Adapter:
     """A named LoRA adapter in memory: module name → LoraFactors, in natural module order.
 
@@ -118,6 +122,7 @@ class Adapter:
         self.factors: Mapping[str, LoraFactors] = MappingProxyType(
             {module: factors[module] for module in sorted(factors, key=natural_key)}
         )
+        self.layout: Layout = tuple((module, pair.shape, pair.rank) for module, pair in self.factors.items())
         self.base_model = base_model
         self.metadata: Mapping[str, object] = MappingProxyType(dict(metadata or {}))
         self.known_hash = content_hash
@@ -152,15 +157,9 @@ class Adapter:
 
     def named(self, name: str) -> Adapter:
         """The same adapter under another name."""
-        assert self.layout is not None  # worked out once, for all copies
         renamed = copy(self)
         renamed.name = name
         return renamed
-
-    @cached_property
-    def layout(self) -> tuple[tuple[str, tuple[int, int], int], ...]:
-        """(module, (d_out, d_in), rank) of every module."""
-        return tuple((module, factors.shape, factors.rank) for module, factors in self.factors.items())
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, {len(self.factors)} modules, rank {self.rank})"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_merge.adapters.factors import Adapter, natural_key
+from vllm_merge.adapters.factors import Adapter, Layout, natural_key
 from vllm_merge.errors import UserInputError
 
 
@@ -74,9 +74,6 @@ def group_modules(adapters: Sequence[Adapter]) -> list[ModuleGroup]:
     Raises UserInputError where adapters disagree on the shape of a module.
     """
     return list(_grouped(tuple(adapter.layout for adapter in adapters), tuple(adapter.name for adapter in adapters)))
-
-
-Layout = tuple[tuple[str, tuple[int, int], int], ...]
 
 
 @lru_cache(maxsize=16)  # of the merges that are made again and again, of the same adapters

@@ -69,10 +69,11 @@ def truncate(
     limits = policy.limits(rank_sums)
     bound = None if limits is None else int(limits.max())
     width = short if bound is None else min(short, bound + OVERSAMPLING)
-    if not singular and (whole := _uncut(strips, short, policy, limits)) is not None:
-        return whole
     if width == short or short <= EXACT_LIMIT:
-        spectrum = _full_spectrum(strips)
+        gram = _gram(strips, torch.float64)
+        if not singular and (whole := _uncut(strips, gram, policy, limits)) is not None:
+            return whole
+        spectrum = _full_spectrum(gram)
     elif short <= GRAM_LIMIT or width >= short // 2:
         spectrum = _leading_spectrum(strips, short, width + width // 4, seed)
     else:
@@ -93,16 +94,16 @@ def truncate(
     return Truncated(torch.cat(parts, dim=1), vectors * root[:, None, :], ranks, exact, norm.sqrt(), energy)
 
 
-def _uncut(strips: Strips, short: int, policy: RankPolicy, limits: Tensor | None) -> Truncated | None:
+def _uncut(strips: Strips, gram: Tensor, policy: RankPolicy, limits: Tensor | None) -> Truncated | None:
     """On a GPU, where nothing is to be cut and every X has full rank: X = (X L⁻ᵀ) Lᵀ with XᵀX = L Lᵀ, with no spectrum.
 
     Else None. Eigenvalues take the GPU much longer than they take a CPU.
     """
-    if policy.energy is not None or short > EXACT_LIMIT or (limits is not None and bool((limits < short).any())):
+    short = gram.shape[-1]
+    if not gram.is_cuda or policy.energy is not None or short > EXACT_LIMIT:
         return None
-    if not next(strips()).is_cuda:
+    if limits is not None and bool((limits < short).any()):
         return None
-    gram = _gram(strips, torch.float64)
     total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     lower = inverse_cholesky(gram / total.clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None])
     if lower is None:
@@ -125,8 +126,7 @@ def _gram(strips: Strips, dtype: torch.dtype) -> Tensor:
     return gram
 
 
-def _full_spectrum(strips: Strips) -> Spectrum:
-    gram = _gram(strips, torch.float64)
+def _full_spectrum(gram: Tensor) -> Spectrum:
     values, vectors = descending_eigh(gram)
     return Spectrum(vectors, values, gram.diagonal(dim1=-2, dim2=-1).sum(-1), numerical_rank(values))
 

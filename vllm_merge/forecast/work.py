@@ -59,14 +59,6 @@ def quantities(space: str, modules: Sequence[ModuleSize]) -> dict[str, float]:
     return total
 
 
-def factor_bytes(modules: Sequence[ModuleSize], input_bytes: int, result_bytes: int) -> int:
-    """Bytes of all inputs and of the result; input_bytes and result_bytes are those of one number."""
-    return sum(
-        (sum(module.ranks) * input_bytes + module.rank * result_bytes) * (module.d_out + module.d_in)
-        for module in modules
-    )
-
-
 def case_key(
     method: str, space: str, *, cut: bool, parameters: Mapping[str, object], defaults: Mapping[str, object]
 ) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vllm_merge.serving.holes import first_hole
 from vllm_merge.serving.packed import Packed, SideStream
 
 
@@ -27,8 +28,6 @@ class _Kept:
 
 class HostTier:
     """Least recently used first out. Thread-safe; copies are made under the lock, which vLLM's thread never takes."""
-
-    ALIGN = 256  # bytes; every artifact begins at a multiple
 
     def __init__(self, budget_bytes: int, device: torch.device) -> None:
         self.budget_bytes = budget_bytes
@@ -81,10 +80,4 @@ class HostTier:
         return {"bytes": sum(p.nbytes for p in kept), "budget_bytes": self.budget_bytes, "artifacts": rows}
 
     def _hole(self, size: int) -> int | None:
-        """Where `size` bytes are free, the first such place."""
-        at = 0
-        for entry in sorted(self._kept.values(), key=lambda kept: kept.start):
-            if entry.start - at >= size:
-                return at
-            at = -(-entry.stop // self.ALIGN) * self.ALIGN
-        return at if self.budget_bytes - at >= size else None
+        return first_hole(((kept.start, kept.stop) for kept in self._kept.values()), size, self.budget_bytes)

@@ -21,6 +21,7 @@ from torch import Tensor
 from vllm_merge.adapters.factors import Adapter
 from vllm_merge.adapters.peft import ReadAdapter, parse_adapter, read_bytes, size_of
 from vllm_merge.recipe.plan import Plan, PlannedAdapter
+from vllm_merge.serving.holes import first_hole
 
 READERS = 4  # threads that read and hash files, none of which needs the interpreter much
 REST_SECONDS = 0.005  # after an adapter was parsed, for whoever waits for the interpreter
@@ -35,8 +36,6 @@ class _Kept:
 
 class SourceCache:
     """Least recently used first out."""
-
-    ALIGN = 256  # bytes; every adapter begins at a multiple
 
     def __init__(self, budget_bytes: int, device: torch.device) -> None:
         self._block = torch.empty(budget_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -102,12 +101,7 @@ class SourceCache:
         return start
 
     def _hole(self, size: int) -> int | None:
-        at = 0
-        for kept in sorted(self._kept.values(), key=lambda kept: kept.start):
-            if kept.start - at >= size:
-                return at
-            at = -(-kept.stop // self.ALIGN) * self.ALIGN
-        return at if self._block.numel() - at >= size else None
+        return first_hole(((kept.start, kept.stop) for kept in self._kept.values()), size, self._block.numel())
 
 
 _NOTHING = Adapter("", {})
