@@ -142,14 +142,17 @@ async def until(condition) -> None:
         await asyncio.sleep(0.005)
 
 
+async def written(service: WorkerService, folder: Path, *names: str) -> None:
+    """Until the disk has these, and nothing that is being written to it answers from host memory any more."""
+    await until(lambda: all((folder / digest(name) / "used").exists() for name in names))
+    await asyncio.to_thread(service._tiers.wait)
+
+
 # -- tiers --------------------------------------------------------------------------------------------------------------
 
 
 def test_an_artifact_that_left_the_cache_comes_back_without_a_merge(serve, merges, tmp_path):
     service = serve(cache_bytes=SIZE, host_bytes=SIZE, disk=tmp_path)
-
-    def stored(name: str) -> bool:
-        return (tmp_path / digest(name) / "used").exists()
 
     async def scenario(link):
         first = await prepare(link, "a")
@@ -158,10 +161,10 @@ def test_an_artifact_that_left_the_cache_comes_back_without_a_merge(serve, merge
         await prepare(link, "b")  # a goes to host memory
         again = await prepare(link, "a")
         assert again == {**first, "tier": "host"}
-        await until(lambda: stored("a") and stored("b"))
+        await written(service, tmp_path, "a", "b")
         assert (await prepare(link, "b"))["tier"] == "disk", "host memory was taken by a, which was coming back"
         await prepare(link, "c")
-        await until(lambda: stored("c"))
+        await written(service, tmp_path, "c")
         assert [(await prepare(link, name))["tier"] for name in "ba"] == ["host", "disk"]
         assert merges.started == ["a", "b", "c"]
         status = await link.call("status")
@@ -180,7 +183,7 @@ def test_a_damaged_disk_entry_is_merged_anew(serve, merges, tmp_path):
     async def scenario(link):
         first = await prepare(link, "a")
         await prepare(link, "b")
-        await until(lambda: (tmp_path / digest("a") / "used").exists())
+        await written(service, tmp_path, "a")
         weights = tmp_path / digest("a") / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
         assert await prepare(link, "a") == {**first, "tier": "merge", "seconds": pytest.approx(0, abs=5)}
