@@ -243,3 +243,14 @@ def test_peft_double_scaling_is_a_second_scaling() -> None:
     scales = [adapter.factors["layers.0.q_proj"].scaling for adapter in three()]
     merged = merge(three(), merge_method="task_arithmetic", precondition=["peft_double_scaling"])
     assert distance(merged, weighted_sum(three(), scales)) < 3e-6
+
+
+def test_the_descent_does_not_depend_on_how_many_modules_it_takes_at_once() -> None:
+    adapters = three()
+    few, many = (
+        merge(adapters, merge_method="linear", precondition=["do_orthogonalize"], rank="lossless", workspace_bytes=size)
+        for size in (1, 1 << 30)
+    )
+    assert few.factors.keys() == many.factors.keys()
+    for module in many.factors:
+        torch.testing.assert_close(few.delta(module), many.delta(module), rtol=0, atol=1e-6)

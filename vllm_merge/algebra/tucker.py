@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_merge.algebra.bases import TOLERANCE
-from vllm_merge.algebra.symmetric import descending_eigh
+from vllm_merge.algebra.subspace import LeadingVectors
 
 MAX_ITERATIONS = 1000
 LEAST_ITERATIONS = 3
@@ -28,8 +28,10 @@ def shared_bases(
     """
     squares = ((left.mT @ left) * (right @ right.mT) * same_task).sum((-1, -2))
     width = int(ranks.max())
-    u, _ = _leading(_outer(left, right @ right.mT, same_task), ranks, width)
-    v, _ = _leading(_outer(right.mT, left.mT @ left, same_task), ranks, width)
+    of_left, of_right = LeadingVectors(width), LeadingVectors(width)
+    everyone = torch.arange(len(ranks), device=ranks.device)
+    u, _ = _supported(*of_left.of(_outer(left, right @ right.mT, same_task), everyone), ranks)
+    v, _ = _supported(*of_right.of(_outer(right.mT, left.mT @ left, same_task), everyone), ranks)
     error = torch.full_like(squares, torch.inf)
     open_ = squares.nonzero()[:, 0]
     for iteration in range(MAX_ITERATIONS):
@@ -37,9 +39,11 @@ def shared_bases(
             break
         some_left, some_right, some_ranks = left[open_], right[open_], ranks[open_]
         inner = some_right @ v[open_]
-        u[open_] = some_u = _leading(_outer(some_left, inner @ inner.mT, same_task), some_ranks, width)[0]
+        outer = _outer(some_left, inner @ inner.mT, same_task)
+        u[open_] = some_u = _supported(*of_left.of(outer, open_), some_ranks)[0]
         inner = some_left.mT @ some_u
-        v[open_], kept = _leading(_outer(some_right.mT, inner @ inner.mT, same_task), some_ranks, width)
+        outer = _outer(some_right.mT, inner @ inner.mT, same_task)
+        v[open_], kept = _supported(*of_right.of(outer, open_), some_ranks)
         now = (1 - kept / squares[open_]).clamp_min(0).sqrt()
         going = (error[open_] - now).abs() >= tolerance
         error[open_] = now
@@ -53,10 +57,8 @@ def _outer(side: Tensor, inner: Tensor, same_task: Tensor) -> Tensor:
     return side @ (inner * same_task) @ side.mT
 
 
-def _leading(matrix: Tensor, ranks: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The leading eigenvectors (modules, d, width), zero outside the support, and the sum of their eigenvalues."""
-    values, vectors = descending_eigh(matrix)
-    values, vectors = values[:, :width], vectors[:, :, :width]
+def _supported(values: Tensor, vectors: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvectors (modules, d, width), zero outside the support and beyond the rank, and the sum of their eigenvalues."""
     support = (values > TOLERANCE**2 * values[:, :1]) & (
         torch.arange(values.shape[1], device=ranks.device) < ranks[:, None]
     )

@@ -10,7 +10,7 @@ are those of the one known implementation (msjo91/OCap), which takes Adam.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -19,11 +19,13 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
-from vllm_merge.adapters.stacking import ModuleGroup, Stack
+from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules
 from vllm_merge.algebra.symmetric import descending_eigh
-from vllm_merge.methods.preconditions import Context, change_stacks, precondition
+from vllm_merge.methods.preconditions import Context, change_stacks, precondition, stacks, unstack
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
+_ARRAYS = 12  # float64 arrays of a stack's size alive at once
+_SMALL_ARRAYS = 12  # of a Gram matrix's size, in the descent
 
 
 @precondition("do_orthogonalize")
@@ -43,38 +45,78 @@ def do_orthogonalize(
     lr_scale · the root mean square of the module's factor entries. gamma: weight of Σ ‖δ‖². norm_power: p.
     """
 
+    if optimizer == "descent":
+        return _descend(adapters, context, steps, norm_power, gamma)
+
     def change(stack: Stack) -> tuple[Tensor, Tensor]:
-        # A rank-one term with a zero in A or B is no part of ΔW, and turns nothing away.
-        alive = (stack.A != 0).any(2) & (stack.B != 0).any(1)
-        pairs = _Pairs.of(stack.group, alive, norm_power, gamma)
-        sides = (stack.A.double() * alive[:, :, None], stack.B.double().mT * alive[:, :, None])
-        if optimizer == "descent":
-            a, b = (pairs.descended(side @ side.mT, steps) @ side for side in sides)
-        else:
-            a, b = (_adam(side, pairs, steps, lr_scale) for side in sides)
+        pairs = _Pairs.of(stack.group, context.device, norm_power, gamma)
+        a, b = (_adam(side, pairs, terms, steps, lr_scale) for side, terms in _sides(stack))
         return a, b.mT
 
-    return change_stacks(adapters, context, change, arrays=12)
+    return change_stacks(adapters, context, change, arrays=_ARRAYS)
+
+
+def _sides(stack: Stack) -> Iterator[tuple[Tensor, Tensor]]:
+    """A, then Bᵀ, (modules, K, d) float64, and how many of the K rank-one terms a module has, (modules,).
+
+    A term with a zero in A or B is no part of ΔW, and turns nothing away.
+    """
+    alive = (stack.A != 0).any(2) & (stack.B != 0).any(1)
+    for side in (stack.A, stack.B.mT):
+        yield side.double() * alive[:, :, None], alive.sum(1)
+
+
+def _descend(
+    adapters: Sequence[Adapter], context: Context, steps: int, power: int, gamma: float
+) -> list[dict[str, LoraFactors]]:
+    """Plain descent of modules of all shapes at once: it sees their Gram matrices alone, and these are K × K."""
+    result: list[dict[str, LoraFactors]] = [{} for _ in adapters]
+    alike: dict[tuple[int, ...], list[ModuleGroup]] = {}
+    for group in group_modules(adapters):
+        alike.setdefault(tuple(slot.stop for slot in group.slots), []).append(group)
+    for groups in alike.values():
+        pairs = _Pairs.of(groups[0], context.device, power, gamma)
+        at_once = context.workspace_bytes // (2 * 8 * _SMALL_ARRAYS * groups[0].stacked_rank ** 2)
+        for pieces in _pools(groups, max(1, at_once // 2)):
+            grams = [
+                side @ side.mT
+                for group in pieces
+                for stack in stacks(group, adapters, context, _ARRAYS)
+                for side, _ in _sides(stack)
+            ]
+            turns = iter(pairs.descended(torch.cat(grams), steps).split([len(gram) for gram in grams]))
+            for group in pieces:
+                for stack in stacks(group, adapters, context, _ARRAYS):
+                    a, b = (next(turns) @ side for side, _ in _sides(stack))
+                    unstack(stack.group, a, b.mT, result)
+    return result
+
+
+def _pools(groups: Sequence[ModuleGroup], most: int) -> Iterator[list[ModuleGroup]]:
+    """The groups, in lists of at most `most` modules."""
+    pool: list[ModuleGroup] = []
+    for piece in (piece for group in groups for piece in group.batches(most)):
+        if sum(len(group.modules) for group in [*pool, piece]) > most:
+            yield pool
+            pool = []
+        pool.append(piece)
+    yield pool
 
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """The loss over pairs of adapters. owner: (n, K) float64, 1 where a rank-one term is an adapter's.
-
-    terms: (modules,) int64, how many of the K rank-one terms a module has.
-    """
+    """The loss over pairs of adapters. owner: (n, K) float64, 1 where a rank-one term is an adapter's."""
 
     owner: Tensor
-    terms: Tensor
     power: int
     gamma: float
 
     @classmethod
-    def of(cls, group: ModuleGroup, alive: Tensor, power: int, gamma: float) -> _Pairs:
-        owner = torch.zeros(len(group.slots), group.stacked_rank, dtype=torch.float64, device=alive.device)
+    def of(cls, group: ModuleGroup, device: torch.device, power: int, gamma: float) -> _Pairs:
+        owner = torch.zeros(len(group.slots), group.stacked_rank, dtype=torch.float64, device=device)
         for index, slot in enumerate(group.slots):
             owner[index, slot] = 1
-        return cls(owner, alive.sum(1), power, gamma)
+        return cls(owner, power, gamma)
 
     def norms(self, gram: Tensor) -> Tensor:
         """‖Â_i Â_jᵀ‖_F of i ≠ j, (modules, n, n), from Â Âᵀ (modules, K, K)."""
@@ -118,9 +160,9 @@ class _Pairs:
         return c
 
 
-def _adam(start: Tensor, pairs: _Pairs, steps: int, lr_scale: float) -> Tensor:
-    """(modules, K, d) float64 after `steps` of Adam on δ from 0."""
-    entries = (pairs.terms * start.shape[-1]).clamp_min(1)
+def _adam(start: Tensor, pairs: _Pairs, terms: Tensor, steps: int, lr_scale: float) -> Tensor:
+    """(modules, K, d) float64 after `steps` of Adam on δ from 0. terms: (modules,) int64, rank-one terms of each."""
+    entries = (terms * start.shape[-1]).clamp_min(1)
     rate = lr_scale * (start.square().sum((-1, -2)) / entries).sqrt()[:, None, None]
     moved, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for step in range(1, steps + 1):

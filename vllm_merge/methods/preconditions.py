@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -137,16 +137,23 @@ def change_stacks(
     """
     result: list[dict[str, LoraFactors]] = [{} for _ in adapters]
     for group in group_modules(adapters):
-        each = 8 * arrays * group.stacked_rank * (sum(group.shape) + group.stacked_rank)
-        for batch in group.batches(max(1, context.workspace_bytes // (2 * each))):
-            a, b = change(stack_group(batch, adapters, context.device))
-            _unstack(batch, a.float(), b.float(), result)
+        for stack in stacks(group, adapters, context, arrays):
+            unstack(stack.group, *change(stack), result)
     return result
 
 
-def _unstack(group: ModuleGroup, a: Tensor, b: Tensor, result: Sequence[dict[str, LoraFactors]]) -> None:
+def stacks(group: ModuleGroup, adapters: Sequence[Adapter], context: Context, arrays: int = _ARRAYS) -> Iterator[Stack]:
+    """The group's stacks, as many modules at once as leave room for `arrays` float64 arrays of their size."""
+    each = 8 * arrays * group.stacked_rank * (sum(group.shape) + group.stacked_rank)
+    for batch in group.batches(max(1, context.workspace_bytes // (2 * each))):
+        yield stack_group(batch, adapters, context.device)
+
+
+def unstack(group: ModuleGroup, a: Tensor, b: Tensor, result: Sequence[dict[str, LoraFactors]]) -> None:
+    """Add each adapter's part of stacks, as float32, to its factors. They share the memory of the stacks."""
+    a, b = a.float(), b.float()
     for index, (module, ranks) in enumerate(zip(group.modules, group.ranks, strict=True)):
         for factors, slot, rank in zip(result, group.slots, ranks, strict=True):
             if rank:
                 own = slice(slot.start, slot.start + rank)
-                factors[module] = LoraFactors(a[index, own].clone(), b[index, :, own].clone())
+                factors[module] = LoraFactors(a[index, own], b[index, :, own])
