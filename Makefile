@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-methods test test-full lint format schema clean
+.PHONY: help setup demo demo-methods demo-ab evidence evidence-full test test-full audit lint format schema clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,15 @@ demo: setup  ## serve the demo's recipes on the CPU and print what each gets rig
 demo-methods: setup  ## every merge method on the demo through the server; rewrites docs/methods/accuracy.md
 	@$(BIN)/python examples/demo/methods.py
 
+demo-ab: setup  ## three arms, simulated users with known preferences, a restart in the middle, and the report
+	@$(BIN)/python examples/demo/ab.py
+
+evidence: setup  ## rebuild the tables and plots of docs/evidence.md from the recorded results
+	@$(BIN)/python -m benchmarks.quality.report
+
+evidence-full: setup  ## the whole quality benchmark, on a GPU
+	@$(BIN)/python -m benchmarks.quality.run
+
 test: setup  ## lint, types, and the tests (a few real vLLM servers on the CPU)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/python -m pytest -m "not full"
@@ -24,6 +33,9 @@ test: setup  ## lint, types, and the tests (a few real vLLM servers on the CPU)
 test-full: setup  ## everything, the long tests too
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/python -m pytest
+
+audit: setup  ## known vulnerabilities in what is installed
+	@$(BIN)/pip-audit --skip-editable
 
 lint: setup  ## what pre-commit checks
 	@$(BIN)/pre-commit run --all-files
