@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether adapters fit a base model: only what is certain is refused."""
 
+import json
 import struct
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_merge.adapters.base_fit import misfit, read_base_shapes, unknown_modules
+from vllm_merge.adapters.base_fit import misfit, read_base_shapes, tied_embedding, unknown_modules
 from vllm_merge.errors import UserInputError
 
 
@@ -39,6 +40,48 @@ CASES = {
         "vocabulary",
     ),
 }
+
+
+EMBEDDINGS = {
+    "fits": ({"embed": (6, 9, 2)}, None),
+    "not known": ({"elsewhere": (6, 11, 2)}, None),
+    "other vocabulary": (
+        {"embed": (6, 11, 2)},
+        "embed embeds 11 tokens in 6 features and that of BASE 9 in 6; the adapter was trained on a model with another "
+        "vocabulary or width",
+    ),
+    "transposed": (
+        {"embed": (9, 6, 2)},
+        "embed embeds 6 tokens in 9 features and that of BASE 9 in 6; the adapter was trained on a model with another "
+        "vocabulary or width",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS)
+def test_misfit_of_an_embedding(case: str, base: Path) -> None:
+    modules, message = EMBEDDINGS[case]
+    save_file({"embed.weight": torch.zeros(9, 6)}, base / "model-3.safetensors")
+    found = misfit(read_base_shapes(base), modules, embeddings=frozenset(modules))
+    assert (found and found.replace(str(base), "BASE")) == message
+
+
+@pytest.mark.parametrize(
+    ("tied", "modules", "embeddings", "told"),
+    [
+        (True, ("embed", "q"), ("embed",), True),
+        (True, ("embed", "lm_head"), ("embed",), False),  # PEFT's ensure_weight_tying saves both
+        (True, ("q",), (), False),
+        (False, ("embed",), ("embed",), False),
+    ],
+)
+def test_a_tied_embedding_is_told_of(
+    tied: bool, modules: tuple[str, ...], embeddings: tuple[str, ...], told: bool, base: Path
+) -> None:
+    (base / "config.json").write_text(json.dumps({"vocab_size": 9, "tie_word_embeddings": tied}))
+    word = tied_embedding(read_base_shapes(base), modules, embeddings)
+    assert (word is not None) == told
+    assert word is None or word.startswith(f"embed shares its weight with the head of {base}, and the adapter changes")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from vllm_merge.adapters.factors import LoraFactors  # noqa: E402
-from vllm_merge.adapters.peft import read_adapter, write_adapter  # noqa: E402
+from vllm_merge.adapters.peft import read_adapter, read_shapes, write_adapter  # noqa: E402
 
 LLAMA = {
     "hidden_size": 32,
@@ -73,7 +74,17 @@ SOURCES = {
     },
     "some_layers": {"r": 2, "lora_alpha": 1, "target_modules": ["o_proj"], "layers_to_transform": [1, 5]},
     "lm_head": {"r": 2, "lora_alpha": 2, "target_modules": ["lm_head", "q_proj"]},
+    "embedding": {"r": 3, "lora_alpha": 6, "target_modules": ["embed_tokens", "q_proj"]},
+    "embedding_patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["embed_tokens", "q_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"embed_tokens": 2},
+        "alpha_pattern": {"model.embed_tokens": 5},
+    },
 }
+EMBED = "model.embed_tokens"
 
 
 @pytest.mark.parametrize("case", SOURCES)
@@ -87,7 +98,10 @@ def test_read_gives_pefts_delta(case: str, tmp_path: Path) -> None:
     expected = peft_deltas(model)
     assert set(adapter.factors) == set(expected)
     for module, delta in expected.items():
-        torch.testing.assert_close(adapter.factors[module].delta(), delta, rtol=1e-6, atol=1e-6)
+        pair = adapter.factors[module]
+        assert pair.embedding == (module == EMBED)
+        torch.testing.assert_close(pair.delta().mT if pair.embedding else pair.delta(), delta, rtol=1e-6, atol=1e-6)
+    assert read_shapes(tmp_path).embeddings == {EMBED} & set(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -104,20 +118,24 @@ def test_read_keeps_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def mixed_factors() -> dict[str, LoraFactors]:
-    """Different ranks, layers 1 and 11 (one name begins like the other), a head, and a scaling that is not 1."""
+    """Different ranks, layers 1 and 11 (one name begins like the other), a head and an embedding with scalings not 1."""
     generator = torch.Generator().manual_seed(2)
     shapes = {
         "model.layers.1.self_attn.q_proj": (32, 32, 5),
         "model.layers.11.self_attn.q_proj": (32, 32, 2),
         "model.layers.11.mlp.down_proj": (32, 48, 7),
         "lm_head": (64, 32, 3),
+        EMBED: (32, 64, 4),
     }
     factors = {
         name: LoraFactors(torch.randn(r, d_in, generator=generator), torch.randn(d_out, r, generator=generator) * 0.1)
         for name, (d_out, d_in, r) in shapes.items()
     }
-    head = factors["lm_head"]
-    return factors | {"lm_head": LoraFactors(head.A, head.B, 0.5)}
+    head, embed = factors["lm_head"], factors[EMBED]
+    return factors | {
+        "lm_head": LoraFactors(head.A, head.B, 0.5),
+        EMBED: LoraFactors(embed.A, embed.B, 2.0, embedding=True),
+    }
 
 
 def test_written_folder_is_the_dense_change(tmp_path: Path) -> None:
@@ -127,7 +145,7 @@ def test_written_folder_is_the_dense_change(tmp_path: Path) -> None:
     dense = tiny_llama()
     with torch.no_grad():
         for name, pair in factors.items():
-            dense.get_submodule(name).weight += pair.delta()
+            dense.get_submodule(name).weight += pair.delta().mT if pair.embedding else pair.delta()
         expected = dense(TOKENS).logits
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # PEFT warns about missing keys and unmatched patterns
@@ -147,3 +165,51 @@ def test_written_folder_has_scaling_one(tmp_path: Path) -> None:
     assert config["rank_pattern"] == config["alpha_pattern"]
     assert config["rank_pattern"][r"^model\.layers\.1\.self_attn\.q_proj$"] == 5
     assert {pair.scaling for pair in read_adapter(tmp_path / "out").factors.values()} == {1.0}
+
+
+def test_what_peft_saves_comes_back_to_peft_the_same(tmp_path: Path) -> None:
+    """PEFT writes, we read and write, PEFT loads: the same tensors under the same names, and the same logits."""
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    model = peft.get_peft_model(tiny_llama(), config)
+    fill(model)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    write_adapter(tmp_path / "ours", read_adapter(tmp_path / "theirs").factors, base_model=None)
+    theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert set(ours) == set(theirs)
+    assert f"base_model.model.{EMBED}.lora_embedding_A" in ours
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+def test_a_tied_embedding_changes_alone_as_in_peft(tmp_path: Path) -> None:
+    """PEFT's forward pass leaves the head as it is; `ensure_weight_tying` trains and saves one change of both."""
+    tied = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+
+    def base() -> "transformers.LlamaForCausalLM":
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(tied).eval()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the layers are tied
+        alone = peft.get_peft_model(base(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["embed_tokens"]))
+        both = peft.get_peft_model(
+            base(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["embed_tokens"], ensure_weight_tying=True)
+        )
+    for name, model in (("alone", alone), ("both", both)):
+        fill(model)
+        model.save_pretrained(tmp_path / name)
+    adapter, pair = read_adapter(tmp_path / "alone"), read_adapter(tmp_path / "both")
+    assert set(adapter.factors) == {EMBED}
+    assert set(pair.factors) == {EMBED, "lm_head"}
+    torch.testing.assert_close(pair.factors["lm_head"].delta(), pair.factors[EMBED].delta().mT)
+
+    for model, read in ((alone, adapter), (both, pair)):
+        separate = base()  # with a head of its own, that only changes where the adapter says so
+        separate.lm_head.weight = torch.nn.Parameter(separate.lm_head.weight.detach().clone())
+        with torch.no_grad():
+            for module, change in read.factors.items():
+                delta = change.delta().mT if change.embedding else change.delta()
+                separate.get_submodule(module).weight += delta
+            torch.testing.assert_close(separate(TOKENS).logits, model.eval()(TOKENS).logits, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.adapters_in_memory import SHAPES, map_factors, random_adapter, three
 from vllm_merge import Adapter, LoraFactors
+from vllm_merge.adapters.places import ABSENT
 from vllm_merge.adapters.stacking import (
     ModuleGroup,
     Sources,
@@ -155,16 +156,28 @@ def copied_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("copied_apart")
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 20])
 def test_an_address_is_where_a_factor_lies(keep_bytes: int) -> None:
-    """Of a run, of a tensor by itself, of columns of a wider one, and of one whose columns lie apart."""
+    """Of a run, of tensors by themselves, of columns of wider ones, of ones whose columns lie apart, and of other dtypes."""
     run = in_one_run(random_adapter("x", 4, 1))
-    sources = Sources(CPU, keep_bytes, [run, run.named("again")])
     wide = torch.randn(6, 40)
-    for pair in run.factors.values():
-        assert (sources.address(pair.A)[0] == pair.A.data_ptr()) == (keep_bytes == 0)
-    for factor in (*(f.B for f in run.factors.values()), torch.randn(5, 7), wide[:, 3:20], wide[:, ::2], wide.mT):
-        address, stride = sources.address(factor)
-        gc.collect()
-        assert torch.equal(at_address(address, stride, factor.shape), factor)
+    apart = {
+        "alone": LoraFactors(torch.randn(5, 7), torch.randn(9, 5)),
+        "columns": LoraFactors(wide[:, 3:20], wide[:5, 10:16]),
+        "turned": LoraFactors(wide[:, ::2], wide.mT[:, :6]),
+        "double": LoraFactors(torch.randn(3, 4).double(), torch.randn(4, 3).double()),
+    }
+    sources = Sources(CPU, keep_bytes, [run, run.named("again")])
+    for adapter in (run, Adapter("apart", apart)):
+        places = adapter.places
+        at = places.positions([*adapter.factors, "no such module"])
+        assert at.tolist() == [*range(len(adapter.factors)), ABSENT]
+        for side in (0, 1):
+            addresses, strides = sources.addresses(places, at[:-1], side)
+            gc.collect()
+            for pair, address, stride in zip(adapter.factors.values(), addresses, strides, strict=True):
+                factor = (pair.A, pair.B)[side]
+                assert torch.equal(at_address(int(address), int(stride), factor.shape), factor.float())
+                if adapter is run:
+                    assert (address == factor.data_ptr()) == (keep_bytes == 0)
 
 
 @pytest.mark.usefixtures("copied_apart")

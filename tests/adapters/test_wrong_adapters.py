@@ -145,8 +145,10 @@ def tensors(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
 
 
 ONLY_PLAIN = "only plain LoRA adapters can be merged"
+EMBED = "base_model.model.model.embed_tokens"
+VALUES = ("NaN", "infinite", "NaN in an embedding")  # what is not seen in a header
 EMPTY = "a rank of 0 or an empty factor usually means that sharded weights were not gathered before saving"
-LINEAR = "only linear layers, whose factors have two dimensions, can be merged"
+LINEAR = "only linear layers and embeddings, whose factors have two dimensions, can be merged"
 NO_EMBEDDINGS = "only LoRA factors can be merged: save the adapter with save_embedding_layers=False"
 WRONG_TENSORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "nothing": ({}, "no lora_A and lora_B tensors; this adapter changes nothing"),
@@ -182,10 +184,34 @@ WRONG_TENSORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         tensors(**{f"{Q}.lora_magnitude_vector": torch.ones(5)}),
         f"tensor '{Q}.lora_magnitude_vector' is a DoRA magnitude, which is not a low-rank update; {ONLY_PLAIN}",
     ),
-    "embedding": (
-        tensors(**{"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 9)}),
-        "tensor 'base_model.model.model.embed_tokens.lora_embedding_A' is LoRA on an embedding, which is "
-        "not supported yet; " + ONLY_PLAIN,
+    "half an embedding": (
+        tensors(**{f"{EMBED}.lora_embedding_A": torch.ones(4, 9)}),
+        "module 'model.embed_tokens' has lora_embedding_A but no lora_embedding_B; save the adapter again",
+    ),
+    "an embedding transposed": (
+        tensors(**{f"{EMBED}.lora_embedding_A": torch.ones(9, 4), f"{EMBED}.lora_embedding_B": torch.ones(4, 6)}),
+        "module 'model.embed_tokens': lora_embedding_B [4, 6] · lora_embedding_A [9, 4] do not multiply; expected "
+        "(features, r) and (r, tokens)",
+    ),
+    "an embedding's rank": (
+        tensors(**{f"{EMBED}.lora_embedding_A": torch.ones(2, 9), f"{EMBED}.lora_embedding_B": torch.ones(6, 2)}),
+        "module 'model.embed_tokens' has rank 2 and adapter_config.json says 4; correct r or rank_pattern, on which "
+        "the scaling depends",
+    ),
+    "an embedding twice": (
+        tensors(**{f"{EMBED}.lora_embedding_A{end}": torch.ones(4, 9) for end in ("", ".default")}),
+        f"module 'model.embed_tokens' has two lora_embedding_A, '{EMBED}.lora_embedding_A' and "
+        f"'{EMBED}.lora_embedding_A.default'; save one adapter per file",
+    ),
+    "linear and embedding at once": (
+        tensors(B=None, **{f"{Q}.lora_embedding_B": torch.ones(5, 4)}),
+        f"module '{MODULE}' has lora_A and lora_embedding_B but no lora_B; save the adapter again",
+    ),
+    "NaN in an embedding": (
+        tensors(
+            **{f"{EMBED}.lora_embedding_A": torch.ones(4, 9), f"{EMBED}.lora_embedding_B": torch.full((6, 4), torch.nan)}
+        ),
+        "module 'model.embed_tokens': lora_embedding_B has 24 NaN or infinite values; train or save the adapter again",
     ),
     "whole embedding": (
         tensors(**{"base_model.model.model.embed_tokens.weight": torch.ones(9, 6)}),
@@ -198,12 +224,14 @@ WRONG_TENSORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "foreign tensor": (
         tensors(**{"model.q_proj.lora_A.weight": torch.ones(4, 6)}),
         "tensor 'model.q_proj.lora_A.weight' is not part of a LoRA adapter; expected names are "
-        "base_model.model.<module>.lora_A.weight and base_model.model.<module>.lora_B.weight",
+        "base_model.model.<module>.lora_A.weight and base_model.model.<module>.lora_B.weight, of an embedding "
+        "lora_embedding_A and lora_embedding_B",
     ),
     "bias": (
         tensors(**{f"{Q}.lora_B.bias": torch.ones(5)}),
         f"tensor '{Q}.lora_B.bias' is not part of a LoRA adapter; expected names are "
-        "base_model.model.<module>.lora_A.weight and base_model.model.<module>.lora_B.weight",
+        "base_model.model.<module>.lora_A.weight and base_model.model.<module>.lora_B.weight, of an embedding "
+        "lora_embedding_A and lora_embedding_B",
     ),
     "two adapters in one file": (
         tensors(**{f"{Q}.lora_A.other.weight": torch.ones(4, 6)}),
@@ -227,7 +255,7 @@ def test_tensors(case: str, folder: MakeFolder) -> None:
     assert refusal(folder(tensors=content)) == WEIGHTS + message
 
 
-@pytest.mark.parametrize("case", [name for name in WRONG_TENSORS if name not in ("NaN", "infinite")])
+@pytest.mark.parametrize("case", [name for name in WRONG_TENSORS if name not in VALUES])
 def test_headers_alone_are_checked_alike(case: str, folder: MakeFolder) -> None:
     content, message = WRONG_TENSORS[case]
     path = folder(tensors=content)

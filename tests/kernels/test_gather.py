@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.adapters_in_memory import map_factors
 from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
+from vllm_merge import Adapter, LoraFactors
+from vllm_merge.adapters.stacking import Sources, fill_on_gpu, group_modules, stack_group
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -100,6 +103,38 @@ def check_what_does_not_fit_is_flagged(device: str) -> None:
         out = torch.zeros(2, 80, 80, dtype=target, device=device)
         pieces: list[tuple[Tensor | None, int, int, float]] = [(source, 70, 70, scale), (source[:3], 3, 70, 1.0)]
         assert gathered(pieces, out, torch.float32) == flag, (value, scale, target)
+
+
+def check_whole_adapters(device: str) -> None:
+    """Stacks of adapters of several dtypes and ranks that lack modules, with and without weights, as torch makes them."""
+    generator = torch.Generator().manual_seed(2)
+
+    def adapter(name: str, rank: int, dtype: torch.dtype, *modules: int) -> Adapter:
+        def factors(index: int) -> LoraFactors:
+            a = torch.randn(rank + index, 20, generator=generator).to(dtype)
+            b = torch.randn(12, 2 * (rank + index), generator=generator)[:, : rank + index]
+            return LoraFactors(a, b, 0.5 + index)
+
+        return Adapter(name, {f"layers.{index}.up": factors(index) for index in modules})
+
+    cpu = torch.device("cpu")
+    adapters = [
+        adapter("a", 3, torch.float16, 0, 1, 2),
+        adapter("b", 2, torch.float32, 1),
+        adapter("c", 5, torch.bfloat16, 0, 2),
+    ]
+    (group,) = group_modules(adapters)
+    weights = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    moved = [map_factors(a, lambda f: LoraFactors(f.A.to(device), f.B.to(device), f.scaling)) for a in adapters]
+    for given, factor in ((None, torch.ones(3, 3)), (weights, weights)):
+        expected = stack_group(group, adapters, cpu)
+        a = torch.full_like(expected.A, 7.0, device=device)
+        b = torch.full_like(expected.B, 7.0, device=device)
+        sources = Sources(torch.device(device), 0)
+        assert int(fill_on_gpu(group, moved, sources, a, b, None if given is None else given.numpy())) == 0
+        columns = [factor[:, i, None].expand(-1, slot.stop - slot.start) for i, slot in enumerate(group.slots)]
+        assert torch.equal(a.cpu(), expected.A)
+        torch.testing.assert_close(b.cpu(), expected.B * torch.cat(columns, 1)[:, None, :].float())
 
 
 @pytest.mark.gpu

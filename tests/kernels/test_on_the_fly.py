@@ -11,7 +11,8 @@ import torch
 
 from tests.adapters_in_memory import map_factors, random_adapter, three
 from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
-from vllm_merge import Adapter, LoraFactors, MergedAdapter, engine, merge
+from vllm_merge import Adapter, LoraFactors, MergedAdapter, merge
+from vllm_merge.engine.job import Job
 
 
 def merged(adapters: list[Adapter], space: str, parameters: dict[str, object], device: str) -> MergedAdapter:
@@ -19,7 +20,7 @@ def merged(adapters: list[Adapter], space: str, parameters: dict[str, object], d
     ask = {"merge_method": "ties", "space": space, "parameters": parameters, "rank": "lossless", "device": device}
     if device == "cuda":
         return merge(adapters, **ask)
-    with patch.object(engine._Job, "_on_the_fly", True):
+    with patch.object(Job, "on_the_fly", True):
         return merge(adapters, **ask)
 
 

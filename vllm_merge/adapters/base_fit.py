@@ -2,7 +2,7 @@
 """Whether adapters fit a base model, from the headers of its weight files alone."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,13 @@ _HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class BaseShapes:
-    """What a model folder says of its weights. matrices: weight name -> (d_out, d_in); vocabulary: tokens, if told."""
+    """What a model folder says of its weights. matrices: weight name -> (d_out, d_in); vocabulary: tokens, if told; tied:
+    whether the head's weight is the token embedding's."""
 
     folder: Path
     matrices: Mapping[str, tuple[int, int]]
     vocabulary: int | None
+    tied: bool = False
 
 
 def read_base_shapes(folder: Path) -> BaseShapes:
@@ -28,20 +30,32 @@ def read_base_shapes(folder: Path) -> BaseShapes:
         matrices: dict[str, tuple[int, int]] = {}
         for file in sorted(folder.glob("*.safetensors")):
             matrices.update(read_matrices(file))
-        return BaseShapes(folder, matrices, _vocabulary(folder / "config.json"))
+        config = _config(folder / "config.json")
+        size, tied = config.get("vocab_size"), config.get("tie_word_embeddings") is True
+        return BaseShapes(folder, matrices, size if isinstance(size, int) else None, tied)
     except OSError as error:
         raise UserInputError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
-def misfit(base: BaseShapes, modules: Mapping[str, tuple[int, int, int]]) -> str | None:
+def misfit(
+    base: BaseShapes, modules: Mapping[str, tuple[int, int, int]], embeddings: Collection[str] = ()
+) -> str | None:
     """Why an adapter with these modules {name: (d_out, d_in, rank)} cannot be of this base model; None if it may be.
 
+    embeddings: which of the modules are embeddings, (features, tokens, rank).
     Only what is certain counts: a module whose weight is a plain matrix of another shape in both orientations (some
-    models keep it transposed), or a head over another vocabulary. Renamed and quantised weights are not judged.
+    models keep it transposed), an embedding of other tokens or features, or a head over another vocabulary. Renamed and
+    quantised weights are not judged.
     """
     for module, (d_out, d_in, _) in modules.items():
         shape = base.matrices.get(f"{module}.weight")
-        if module == _HEAD or module.endswith(f".{_HEAD}"):
+        if module in embeddings:
+            if shape is not None and (d_in, d_out) != shape:
+                return (
+                    f"{module} embeds {d_in:,} tokens in {d_out:,} features and that of {base.folder} {shape[0]:,} in "
+                    f"{shape[1]:,}; the adapter was trained on a model with another vocabulary or width"
+                )
+        elif module == _HEAD or module.endswith(f".{_HEAD}"):
             if base.vocabulary is not None and d_out != base.vocabulary:
                 return (
                     f"{module} has {d_out:,} tokens and the vocabulary of {base.folder} has {base.vocabulary:,}; "
@@ -61,14 +75,26 @@ def unknown_modules(base: BaseShapes, modules: Mapping[str, tuple[int, int, int]
     return [module for module in modules if module not in known] if base.matrices else []
 
 
-def _vocabulary(config: Path) -> int | None:
-    if not config.is_file():
+def tied_embedding(base: BaseShapes, modules: Collection[str], embeddings: Collection[str]) -> str | None:
+    """What to know of an adapter for the token embedding of a model whose head has the same weight; None for others.
+
+    PEFT's `ensure_weight_tying` trains one change of both and saves it for both; such an adapter needs no word.
+    """
+    if not base.tied or not embeddings or any(module.rpartition(".")[2] == _HEAD for module in modules):
         return None
+    return (
+        f"{min(embeddings)} shares its weight with the head of {base.folder}, and the adapter changes the embedding alone. "
+        "So does what is served, as PEFT does; merged into the model's weights it would change the head too"
+    )
+
+
+def _config(config: Path) -> dict[str, object]:
+    if not config.is_file():
+        return {}
     with config.open("rb") as file:
         raw = file.read(MAX_CONFIG_BYTES)
     try:
         fields = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise UserInputError(f"{config}: not valid JSON ({error}); the base model's folder is damaged") from None
-    size = fields.get("vocab_size") if isinstance(fields, dict) else None
-    return size if isinstance(size, int) else None
+    return fields if isinstance(fields, dict) else {}

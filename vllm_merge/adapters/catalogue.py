@@ -40,13 +40,14 @@ class AdapterSummary:
 @dataclass(frozen=True)
 class RegisteredAdapter:
     """An adapter of the catalogue; `shapes` is {module: (d_out, d_in, rank)}. continues: the sequential method that can
-    go on from it, if one made it."""
+    go on from it, if one made it. embeddings: which of the modules are embeddings."""
 
     name: str
     path: Path
     summary: AdapterSummary
     shapes: Mapping[str, tuple[int, int, int]]
     continues: str | None = None
+    embeddings: frozenset[str] = frozenset()
 
 
 class Catalogue:
@@ -79,7 +80,7 @@ class Catalogue:
             dtypes=found.dtypes,
             warnings=found.warnings,
         )
-        adapter = RegisteredAdapter(name, folder, summary, found.modules, found.continues)
+        adapter = RegisteredAdapter(name, folder, summary, found.modules, found.continues, found.embeddings)
         with self._lock:
             self._adapters[name] = adapter
         return adapter

@@ -6,17 +6,21 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vllm_merge.errors import UserInputError
+
+if TYPE_CHECKING:
+    from vllm_merge.adapters.places import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +28,15 @@ class LoraFactors:
     """The weight change of one module, ΔW = scaling · B @ A.
 
     A: (r, d_in), B: (d_out, r), any floating dtype, on any one device. scaling: alpha / r, or alpha / √r for rsLoRA.
+    embedding: the module is an embedding, a linear map of one-hot tokens: d_in tokens, d_out features. ΔW then is the
+    transpose of what PEFT adds to the embedding's weight, which has a row for each token.
     Raises UserInputError when the shapes do not fit together or the scaling is not finite.
     """
 
     A: Tensor
     B: Tensor
     scaling: float = 1.0
+    embedding: bool = False
 
     def __post_init__(self) -> None:
         found = f"found A {tuple(self.A.shape)} {self.A.dtype}, B {tuple(self.B.shape)} {self.B.dtype}"
@@ -67,7 +74,7 @@ class LoraFactors:
         """The same ΔW with the scaling multiplied into B, in the dtype of B."""
         if self.scaling == 1.0:
             return self
-        return LoraFactors(self.A, self.B * self.scaling, 1.0)
+        return LoraFactors(self.A, self.B * self.scaling, 1.0, self.embedding)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -128,6 +135,16 @@ class Adapter:
         self.known_hash = content_hash
         """The content hash that was given, if one was."""
         self._computed_hash: str | None = None
+        self._places: Places | None = None
+
+    @property
+    def places(self) -> Places:
+        """Where the factors lie in memory."""
+        if self._places is None:
+            from vllm_merge.adapters.places import Places
+
+            self._places = Places.of(self.factors)
+        return self._places
 
     @property
     def content_hash(self) -> str:
@@ -163,3 +180,18 @@ class Adapter:
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, {len(self.factors)} modules, rank {self.rank})"
+
+
+def embeddings_of(adapters: Sequence[Adapter]) -> frozenset[str]:
+    """The modules that are embeddings. Raises UserInputError where one adapter says so of a module and another does not."""
+    says: dict[str, tuple[str, bool]] = {}
+    for adapter in adapters:
+        for module, pair in adapter.factors.items():
+            first, embedding = says.setdefault(module, (adapter.name, pair.embedding))
+            if embedding != pair.embedding:
+                one, other = (first, adapter.name) if embedding else (adapter.name, first)
+                raise UserInputError(
+                    f"module {module!r} is an embedding in adapter {one!r} and a linear layer in {other!r}; adapters to "
+                    "be merged must be of the same base model"
+                )
+    return frozenset(module for module, (_, embedding) in says.items() if embedding)

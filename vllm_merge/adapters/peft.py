@@ -24,32 +24,22 @@ from vllm_merge.adapters.folders import new_folder
 from vllm_merge.adapters.peft_config import MAX_CONFIG_BYTES, LoraConfig, parse_config
 from vllm_merge.adapters.sequence_state import canonical_state, read_state
 from vllm_merge.adapters.tensor_file import MAX_FILE_BYTES, TensorEntry, parse_header, read_header, tensor_view
+from vllm_merge.adapters.tensor_names import BASE_COPY, FULL_WEIGHT_HINT, PREFIX, Part, TensorName, parse_name
 from vllm_merge.adapters.words import shown
 from vllm_merge.errors import MergeError, UserInputError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-MAX_NAME = 512  # characters of a module's name
-
-_PREFIX = "base_model.model."
 _HASH_DOMAIN = b"vllm-merge adapter 1\n"
-# PEFT saves the weight itself beside the factors where an embedding or the language model's head is a target.
-_BASE_COPY = ".base_layer.weight"
-_FULL_WEIGHT_HINT = "only LoRA factors can be merged: save the adapter with save_embedding_layers=False"
 _CHUNK_BYTES = 4 * 2**20
-_UNSUPPORTED_PARTS = {
-    "lora_magnitude_vector": "a DoRA magnitude, which is not a low-rank update",
-    "lora_embedding_A": "LoRA on an embedding, which is not supported yet",
-    "lora_embedding_B": "LoRA on an embedding, which is not supported yet",
-    "modules_to_save": "a whole module saved beside the LoRA factors",
-}
 
 
 @dataclass(frozen=True)
 class AdapterShapes:
     """A PEFT folder without its values. modules: name -> (d_out, d_in, rank); size_bytes: of the safetensors file;
-    continues: the sequential method that can go on from it, if one wrote it."""
+    continues: the sequential method that can go on from it, if one wrote it; embeddings: which modules are embeddings,
+    (features, tokens, rank)."""
 
     config: LoraConfig
     modules: Mapping[str, tuple[int, int, int]]
@@ -57,10 +47,19 @@ class AdapterShapes:
     size_bytes: int
     warnings: tuple[str, ...]
     continues: str | None = None
+    embeddings: frozenset[str] = frozenset()
 
 
-# module -> {"A" or "B": (tensor name, entry)}
-_Pairs = Mapping[str, Mapping[str, tuple[str, TensorEntry]]]
+@dataclass(frozen=True)
+class _Factor:
+    """A tensor of the file."""
+
+    key: str
+    name: TensorName
+    entry: TensorEntry
+
+
+_Pairs = Mapping[str, Mapping[Part, _Factor]]
 
 
 def read_adapter(path: str | Path, name: str | None = None, *, expected_hash: str | None = None) -> Adapter:
@@ -122,9 +121,11 @@ def parse_adapter(read: ReadAdapter, *, check_values: bool = True) -> Adapter:
     with _naming(read.name):
         header = parse_header(read.data.numpy().data, folder / WEIGHTS_FILE)
         pairs, warnings = _checked_pairs(header, config, folder)
-        scalings = config.scalings({module: pair["A"][1].shape[0] for module, pair in pairs.items()})
+        scalings = config.scalings({module: pair["A"].entry.shape[0] for module, pair in pairs.items()})
         factors = {
-            module: LoraFactors(*_tensors(read.data, pair, module, folder, check_values), scalings[module])
+            module: LoraFactors(
+                *_tensors(read.data, pair, module, folder, check_values), scalings[module], pair["A"].name.embedding
+            )
             for module, pair in pairs.items()
         }
     metadata = {
@@ -159,9 +160,10 @@ def read_shapes(path: str | Path, name: str | None = None) -> AdapterShapes:
         pairs, warnings = _checked_pairs(read_header(folder / WEIGHTS_FILE), config, folder)
         state = read_state(folder)
         size = (folder / WEIGHTS_FILE).stat().st_size
-    shapes = {m: (pair["B"][1].shape[0], pair["A"][1].shape[1], pair["A"][1].shape[0]) for m, pair in pairs.items()}
-    dtypes = sorted({entry.dtype for pair in pairs.values() for _, entry in pair.values()})
-    return AdapterShapes(config, shapes, tuple(dtypes), size, tuple(warnings), state.get("method"))
+    shapes = {m: (pair["B"].entry.shape[0], *pair["A"].entry.shape[::-1]) for m, pair in pairs.items()}
+    dtypes = sorted({factor.entry.dtype for pair in pairs.values() for factor in pair.values()})
+    embeddings = frozenset(module for module, pair in pairs.items() if pair["A"].name.embedding)
+    return AdapterShapes(config, shapes, tuple(dtypes), size, tuple(warnings), state.get("method"), embeddings)
 
 
 def write_adapter(folder: str | Path, factors: Mapping[str, LoraFactors], *, base_model: str | None) -> None:
@@ -177,17 +179,20 @@ def write_adapter(folder: str | Path, factors: Mapping[str, LoraFactors], *, bas
     ranks: dict[str, int] = {}
     for module, pair in sorted(factors.items()):
         ranks[module] = pair.rank
-        for part, tensor in (("A", pair.A), ("B", pair.folded().B)):
+        factors_by_part: Mapping[Part, torch.Tensor] = {"A": pair.A, "B": pair.folded().B}
+        for part, tensor in factors_by_part.items():
+            name = TensorName(module, part, pair.embedding)
             if not _is_finite(tensor):
-                raise MergeError(f"{folder}: lora_{part} of module {module!r} is not finite; nothing was written")
-            tensors[f"{_PREFIX}{module}.lora_{part}.weight"] = tensor.detach().cpu().contiguous()
+                raise MergeError(f"{folder}: {name.kind} of module {module!r} is not finite; nothing was written")
+            tensors[str(name)] = tensor.detach().cpu().contiguous()
     with new_folder(Path(folder)) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = json.dumps(_written_config(ranks, base_model), indent=2, sort_keys=True)
+        config = json.dumps(written_config(ranks, base_model), indent=2, sort_keys=True)
         (temporary / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
 
 
-def _written_config(ranks: Mapping[str, int], base_model: str | None) -> dict[str, object]:
+def written_config(ranks: Mapping[str, int], base_model: str | None) -> dict[str, object]:
+    """What adapter_config.json says of an adapter with scaling 1. ranks: {module: its rank}."""
     largest = max(ranks.values())
     # Anchored and escaped, so that a key matches its module and no other under PEFT's matching of name endings.
     smaller = {f"^{_escape(module)}$": rank for module, rank in sorted(ranks.items()) if rank != largest}
@@ -268,75 +273,57 @@ def _content_hash(config: LoraConfig, feed: "Callable[[hashlib._Hash], None]", s
 def _checked_pairs(entries: Mapping[str, TensorEntry], config: LoraConfig, folder: Path) -> tuple[_Pairs, list[str]]:
     """The A and B of every module, their shapes checked against each other and the configuration; and the warnings."""
     where = folder / WEIGHTS_FILE
-    pairs: dict[str, dict[str, tuple[str, TensorEntry]]] = {}
-    copies = {key for key in entries if key.endswith(_BASE_COPY)}
+    pairs: dict[str, dict[Part, _Factor]] = {}
+    copies = {key for key in entries if key.endswith(BASE_COPY)}
     for key, entry in sorted(entries.items()):
         if key in copies:
             continue
-        module, part = _split_key(key, where)
-        pair = pairs.setdefault(module, {})
-        if part in pair:
+        name = parse_name(key, where)
+        pair = pairs.setdefault(name.module, {})
+        if (other := pair.get(name.part)) is not None:
             raise UserInputError(
-                f"{where}: module {module!r} has two lora_{part}, {shown(pair[part][0])} and {shown(key)}; "
+                f"{where}: module {name.module!r} has two {name.kind}, {shown(other.key)} and {shown(key)}; "
                 "save one adapter per file"
             )
-        pair[part] = (key, entry)
+        pair[name.part] = _Factor(key, name, entry)
     if not pairs:
         raise UserInputError(f"{where}: no lora_A and lora_B tensors; this adapter changes nothing")
     ranks = config.ranks(pairs)
     for module, pair in pairs.items():
         _check_pair(module, pair, ranks[module], where)
     for key in copies:
-        module = key.removeprefix(_PREFIX).removesuffix(_BASE_COPY)
+        module = key.removeprefix(PREFIX).removesuffix(BASE_COPY)
         if module not in pairs:
             raise UserInputError(
-                f"{where}: tensor {shown(key)} is a weight of a module without LoRA; {_FULL_WEIGHT_HINT}"
+                f"{where}: tensor {shown(key)} is a weight of a module without LoRA; {FULL_WEIGHT_HINT}"
             )
     ignored = [f"tensor {shown(key)} is a copy of a base weight and is ignored" for key in sorted(copies)]
     return pairs, ignored + config.warnings(pairs)
 
 
-def _split_key(key: str, where: Path) -> tuple[str, str]:
-    """`base_model.model.<module>.lora_A[.<adapter name>].weight` as (module, "A")."""
-    for part, meaning in _UNSUPPORTED_PARTS.items():
-        if part in key.split("."):
-            raise UserInputError(f"{where}: tensor {shown(key)} is {meaning}; only plain LoRA adapters can be merged")
-    for part in ("A", "B"):
-        module, found, rest = key.rpartition(f".lora_{part}.")
-        if found and module.startswith(_PREFIX) and (rest == "weight" or rest.endswith(".weight")):
-            module = module.removeprefix(_PREFIX)
-            if not (0 < len(module) <= MAX_NAME and module.isprintable()):
-                raise UserInputError(
-                    f"{where}: tensor {shown(key)} is of no module; a name has 1 to {MAX_NAME} printable characters"
-                )
-            return module, part
-    if key.endswith((".embed_tokens.weight", ".lm_head.weight")):
-        raise UserInputError(f"{where}: tensor {shown(key)} is a whole weight; {_FULL_WEIGHT_HINT}")
-    raise UserInputError(
-        f"{where}: tensor {shown(key)} is not part of a LoRA adapter; expected names are "
-        f"{_PREFIX}<module>.lora_A.weight and {_PREFIX}<module>.lora_B.weight"
-    )
-
-
-def _check_pair(module: str, pair: Mapping[str, tuple[str, TensorEntry]], expected: int, where: Path) -> None:
-    for part, other in ("A", "B"), ("B", "A"):
-        if part not in pair:
-            found = f"lora_{other} but no lora_{part}"
-            raise UserInputError(f"{where}: module {module!r} has {found}; save the adapter again")
-    shape_a, shape_b = pair["A"][1].shape, pair["B"][1].shape
+def _check_pair(module: str, pair: Mapping[Part, _Factor], expected: int, where: Path) -> None:
+    kinds = sorted(factor.name.kind for factor in pair.values())
+    embedding = next(iter(pair.values())).name.embedding
+    wanted = [TensorName(module, "A", embedding).kind, TensorName(module, "B", embedding).kind]
+    if kinds != wanted:
+        missing = [kind for kind in wanted if kind not in kinds]
+        found = f"{' and '.join(kinds)} but no {' and '.join(missing)}"
+        raise UserInputError(f"{where}: module {module!r} has {found}; save the adapter again")
+    shape_a, shape_b = pair["A"].entry.shape, pair["B"].entry.shape
+    both = f"{wanted[0]} {list(shape_a)} and {wanted[1]} {list(shape_b)}"
     if len(shape_a) != 2 or len(shape_b) != 2:
         raise UserInputError(
-            f"{where}: module {module!r} has lora_A {list(shape_a)} and lora_B {list(shape_b)}; only linear layers, "
-            "whose factors have two dimensions, can be merged"
+            f"{where}: module {module!r} has {both}; only linear layers and embeddings, whose factors have two "
+            "dimensions, can be merged"
         )
     if shape_a[0] != shape_b[1]:
         raise UserInputError(
-            f"{where}: module {module!r}: lora_B {list(shape_b)} · lora_A {list(shape_a)} do not multiply; "
-            "expected (d_out, r) and (r, d_in)"
+            f"{where}: module {module!r}: {wanted[1]} {list(shape_b)} · {wanted[0]} {list(shape_a)} do not multiply; "
+            f"expected {'(features, r) and (r, tokens)' if embedding else '(d_out, r) and (r, d_in)'}"
         )
     if 0 in shape_a + shape_b:
         raise UserInputError(
-            f"{where}: module {module!r} has lora_A {list(shape_a)} and lora_B {list(shape_b)}; a rank of 0 or an "
+            f"{where}: module {module!r} has {both}; a rank of 0 or an "
             "empty factor usually means that sharded weights were not gathered before saving"
         )
     if shape_a[0] != expected:
@@ -353,15 +340,15 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _tensors(
-    data: torch.Tensor, pair: Mapping[str, tuple[str, TensorEntry]], module: str, folder: Path, check_values: bool
+    data: torch.Tensor, pair: Mapping[Part, _Factor], module: str, folder: Path, check_values: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of a module, as views of the file's bytes."""
-    tensors = {part: tensor_view(data, entry) for part, (_, entry) in pair.items()}
+    tensors = {part: tensor_view(data, factor.entry) for part, factor in pair.items()}
     for part, tensor in tensors.items():
         if check_values and not _is_finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
             raise UserInputError(
-                f"{folder / WEIGHTS_FILE}: module {module!r}: lora_{part} has {count} NaN or infinite values; "
+                f"{folder / WEIGHTS_FILE}: module {module!r}: {pair[part].name.kind} has {count} NaN or infinite values; "
                 "train or save the adapter again"
             )
     return tensors["A"], tensors["B"]

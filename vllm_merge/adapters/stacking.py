@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_merge.adapters.factors import Adapter, Layout, natural_key
+from vllm_merge.adapters.places import ABSENT, DTYPES, Places
 from vllm_merge.errors import UserInputError
 
 
@@ -187,30 +190,35 @@ class Sources:
         """Forget what was copied for the batch before."""
         self._passing = []
 
-    def address(self, factor: Tensor) -> tuple[int, int]:
-        """Address on the device, and elements from row to row; elements of a row are adjacent."""
-        if factor.stride(1) != 1:
-            factor = factor.contiguous()
-        if factor.is_cuda:
-            self._passing.append(factor)
-            return factor.data_ptr(), factor.stride(0)
-        host = factor.data_ptr()
+    def addresses(
+        self, places: Places, at: NDArray[np.int64], side: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Addresses on the device, and elements from row to row, of the A (side 0) or B (side 1) at these positions."""
+        address, stride = places.address[at, side], places.stride[at, side]
+        elsewhere = places.on_host[at, side] & (at != ABSENT)
+        if not elsewhere.any():
+            return address, stride
+        moved = address.copy()
         for first, last, distance in self._moved:
-            if first <= host < last:
-                return host + distance, factor.stride(0)
-        there = factor.to(self._device, non_blocking=True)
-        self._passing.append(there)
-        return there.data_ptr(), there.stride(0)
+            inside = elsewhere & (first <= address) & (address < last)
+            moved[inside] += distance
+            elsewhere &= ~inside
+        for index in elsewhere.nonzero()[0]:
+            there = places.factors[at[index]][side].to(self._device, non_blocking=True).contiguous()
+            self._passing.append(there)
+            moved[index], stride[index] = there.data_ptr(), there.stride(0)
+        return moved, stride
 
 
 def _run_of_bytes(adapter: Adapter) -> Tensor | None:
     """The bytes from an adapter's first factor in host memory to its last, if there is little else in between."""
-    tensors = [tensor for pair in adapter.factors.values() for tensor in (pair.A, pair.B)]
-    if not tensors or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors):
+    places = adapter.places
+    if not len(places.factors) or not places.on_host.all() or (places.stride != places.columns).any():
         return None
-    storage = tensors[0].untyped_storage()
-    first = min(tensor.data_ptr() for tensor in tensors)
-    last = max(tensor.data_ptr() + tensor.nbytes for tensor in tensors)
+    storage = places.factors[0][0].untyped_storage()
+    sizes = np.array([dtype.itemsize for dtype in DTYPES])[places.dtype]
+    first = int(places.address.min())
+    last = int((places.address + places.rows * places.columns * sizes).max())
     if not storage.data_ptr() <= first <= last <= storage.data_ptr() + storage.nbytes():
         return None
     if last - first > 2 * adapter.nbytes:
@@ -239,7 +247,7 @@ def side_by_side(
         return a, b, bool(a.isfinite().all() & b.isfinite().all())
     a = torch.empty(count, group.stacked_rank, d_in, dtype=dtype, device=device)
     b = torch.empty(count, d_out, group.stacked_rank, dtype=dtype, device=device)
-    overflow = fill_on_gpu(group, adapters, sources or Sources(device, 0), a, b, shares.tolist())
+    overflow = fill_on_gpu(group, adapters, sources or Sources(device, 0), a, b, shares.numpy())
     return a, b, not bool(overflow)
 
 
@@ -249,52 +257,55 @@ def fill_on_gpu(
     sources: Sources,
     a: Tensor,
     b: Tensor,
-    weights: Sequence[Sequence[float]] | None = None,
+    weights: NDArray[np.float64] | None = None,
 ) -> Tensor:
-    """Write the stacked A (modules, K, d_in) and B (modules, d_out, K), of any dtype, B times scaling and weights[m][i].
+    """Write the stacked A (modules, K, d_in) and B (modules, d_out, K), of any dtype, B times scaling and weights[m, i].
 
     Returns one int32, not 0 where a value is not finite in the dtype of the stack.
     """
     from vllm_merge.kernels.gather import gather
 
     sources.begin_batch()
-    (d_out, d_in), stacked = group.shape, group.stacked_rank
-    pieces: dict[torch.dtype, list[tuple[tuple[int, ...], tuple[int, ...], float]]] = {}
+    (d_out, d_in), stacked, count = group.shape, group.stacked_rank, len(group.modules)
+    each = np.arange(count)
+    tables: dict[tuple[int, int], list[NDArray[np.int64]]] = {}  # by side and dtype
+    scales: dict[tuple[int, int], list[NDArray[np.float64]]] = {}
     for index, (adapter, slot) in enumerate(zip(adapters, group.slots, strict=True)):
-        width, start = slot.stop - slot.start, slot.start
         sources.pause()
-        for m, module in enumerate(group.modules if width else ()):
-            at_a, at_b = (m * stacked + start) * d_in, m * d_out * stacked + start
-            pair = adapter.factors.get(module)
-            if pair is None:
-                nothing = ((0, 0, 0, 0, width, d_in, at_a), (0, 0, 0, 0, d_out, width, at_b), 0.0)
-                pieces.setdefault(torch.float32, []).append(nothing)
-                continue
-            a_i, b_i, scaling = pair.A, pair.B, pair.scaling
-            if a_i.dtype != b_i.dtype:
-                a_i, b_i = a_i.float(), b_i.float()
-            (where_a, stride_a), (where_b, stride_b) = sources.address(a_i), sources.address(b_i)
-            rank = a_i.shape[0]
-            from_a = (where_a, rank, d_in, stride_a, width, d_in, at_a)
-            from_b = (where_b, d_out, rank, stride_b, d_out, width, at_b)
-            share = scaling if weights is None else scaling * weights[m][index]
-            pieces.setdefault(a_i.dtype, []).append((from_a, from_b, share))
+        width = slot.stop - slot.start
+        if not width:
+            continue
+        places = adapter.places
+        at = places.positions(group.modules)
+        there = at != ABSENT
+        shares = places.scaling[at] * (1.0 if weights is None else weights[:, index])
+        for side, (rows, columns, first, scale) in enumerate(
+            (
+                (width, d_in, (each * stacked + slot.start) * d_in, np.ones(count)),
+                (d_out, width, each * d_out * stacked + slot.start, shares),
+            )
+        ):
+            address, stride = sources.addresses(places, at, side)
+            found = [address, places.rows[at, side], places.columns[at, side], stride]
+            write = [np.full(count, rows), np.full(count, columns), first]
+            table = np.stack([*(np.where(there, column, 0) for column in found), *write], axis=1)
+            dtypes = places.dtype[at, side]
+            for dtype in set(dtypes.tolist()):
+                mine = dtypes == dtype
+                tables.setdefault((side, dtype), []).append(table[mine])
+                scales.setdefault((side, dtype), []).append(np.where(there, scale, 0.0)[mine])
     overflow = torch.zeros(1, dtype=torch.int32, device=a.device)
     widest = max(slot.stop - slot.start for slot in group.slots)
-    for dtype, mine in pieces.items():
-        rows_a, rows_b, shares = zip(*mine, strict=True)
-        for rows, factors, stride, out, size in (
-            (rows_a, (1.0,) * len(mine), d_in, a, widest * d_in),
-            (rows_b, shares, stacked, b, widest * d_out),
-        ):
-            table = torch.tensor([*chain.from_iterable(rows), stride], dtype=torch.int64)
-            scales = torch.tensor(factors, dtype=torch.float32)
-            gather(
-                table.to(a.device, non_blocking=True),
-                scales.to(a.device, non_blocking=True),
-                out,
-                overflow,
-                size,
-                dtype,
-            )
+    for (side, dtype), pieces in tables.items():
+        out, stride_out, size = ((a, d_in, widest * d_in), (b, stacked, widest * d_out))[side]
+        numbers = np.append(np.concatenate(pieces).ravel(), stride_out)
+        factors = np.concatenate(scales[side, dtype]).astype(np.float32)
+        gather(
+            torch.from_numpy(numbers).to(a.device, non_blocking=True),
+            torch.from_numpy(factors).to(a.device, non_blocking=True),
+            out,
+            overflow,
+            size,
+            DTYPES[dtype],
+        )
     return overflow

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a merge: groups modules by shape, works in batches and tiles within a workspace, cuts the result to its rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vllm_merge.adapters.factors import Adapter, LoraFactors, embeddings_of
+from vllm_merge.algebra.coordinates import task_norm
+from vllm_merge.algebra.overview import Overview
+from vllm_merge.algebra.ranks import RankPolicy
+from vllm_merge.algebra.tiles import default_tile_entries
+from vllm_merge.algebra.workspace import Workspace
+from vllm_merge.artifact import MergedAdapter, MergeReport
+from vllm_merge.engine.job import Job
+from vllm_merge.errors import UserInputError
+from vllm_merge.methods.preconditions import Context, resolve_preconditions
+from vllm_merge.methods.registry import default_registry
+from vllm_merge.methods.resolve import resolve_parameters
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    *,
+    merge_method: str,
+    space: str | None = None,
+    weights: Sequence[float | Mapping[str, float]] | None = None,
+    parameters: Mapping[str, object] | None = None,
+    adapter_parameters: Sequence[Mapping[str, float | Mapping[str, float]]] | None = None,
+    precondition: Sequence[str | Mapping[str, object]] = (),
+    rank: int | str | Mapping[str, float] = "auto",
+    max_rank: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    workspace_bytes: int = 2 << 30,
+    report: Literal["full", "brief"] = "full",
+    progress: Callable[[str, int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    name: str = "merged",
+) -> MergedAdapter:
+    """Merge adapters into one.
+
+    merge_method, space: see `list_methods()`; every method has a default space.
+    weights: one per adapter, short for the per-adapter parameter `weight`; a value may be {module: float}.
+    parameters, adapter_parameters: of the recipe, and of each adapter; the latter come first, then the recipe's, then
+    the method's defaults. Every method has `lambda`, which multiplies the result.
+    precondition: names, or {name: parameters}, of what is done to the adapters before, in order.
+    rank: `auto` (at most max_rank, or Σ r_i of each module without one), `lossless`, the largest rank, or {energy: x},
+    the smallest rank of each module that keeps the share x of ‖ΔW‖²_F. dtype: of the result's factors.
+    device: where to work and leave the result; the default is where the first adapter's factors are.
+    workspace_bytes: bound on what is held at once beside inputs and result. report: `brief` leaves out what the merge
+    does not need itself: cosines, overlaps, effective ranks, and the sign conflict of methods that elect no signs.
+    progress(stage, modules done, modules), cancelled(): called at every batch of modules and every tile.
+
+    Raises UserInputError for arguments that are wrong, MergeError for factors or results that are not finite, and
+    MergeCancelled as soon as cancelled() is true.
+    """
+    if not adapters:
+        raise UserInputError("there is no adapter to merge; give at least one")
+    spec = default_registry().get(merge_method)
+    chosen = spec.check_space(space)
+    policy = RankPolicy.parse(rank, max_rank)
+    names = [adapter.name for adapter in adapters]
+    embeddings = embeddings_of(adapters)
+    resolve_parameters(spec, chosen, names, weights, parameters, adapter_parameters)  # all are checked, dropped or not
+    provenance = {
+        "merge_method": merge_method,
+        "method_version": spec.version,
+        "space": chosen,
+        "adapters": [{"name": adapter.name, "content_hash": adapter.known_hash} for adapter in adapters],
+        "weights": None if weights is None else list(weights),
+        "parameters": dict(parameters or {}),
+        "adapter_parameters": None if adapter_parameters is None else [dict(mine) for mine in adapter_parameters],
+        "precondition": list(precondition),
+        "rank": rank if isinstance(rank, int | str) else dict(rank),
+        "max_rank": max_rank,
+        "seed": seed,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    changes = resolve_preconditions(precondition)
+    zero = _zero_adapters(adapters)
+    used = [index for index in range(len(adapters)) if index not in zero]
+
+    def those(values: Sequence[Any] | None) -> list[Any] | None:
+        return None if values is None else [values[index] for index in used]
+
+    resolved = resolve_parameters(
+        spec, chosen, [names[i] for i in used], those(weights), parameters, those(adapter_parameters)
+    )
+    target = torch.device(device) if device is not None else _device_of(adapters)
+    context = Context(target, seed, workspace_bytes)
+    kept: Sequence[Adapter] = [adapters[index] for index in used]
+    for change in changes:
+        kept = change(kept, context)
+    if spec.prepare is not None:
+        kept = spec.prepare(kept, context, chosen, resolved)
+    job = Job(
+        adapters=list(kept),
+        spec=spec,
+        space=chosen,
+        parameters=resolved,
+        policy=policy,
+        seed=seed,
+        device=target,
+        dtype=dtype,
+        workspace=Workspace(workspace_bytes, default_tile_entries(target, workspace_bytes)),
+        notify=progress or (lambda stage, done, total: None),
+        cancelled=cancelled or (lambda: False),
+        report=MergeReport(merge_method, chosen, adapters=[names[index] for index in used]),
+        overview=Overview(len(used)) if report == "full" else None,
+    )
+    job.report.dropped_adapters = [adapter.name for i, adapter in enumerate(adapters) if i not in used]
+    merged = job.run() if used else {}
+    factors = {m: replace(pair, embedding=True) if m in embeddings else pair for m, pair in merged.items()}
+    bases = {adapter.base_model for adapter in adapters}
+    return MergedAdapter(name, factors, job.report, provenance, bases.pop() if len(bases) == 1 else None)
+
+
+def _zero_adapters(adapters: Sequence[Adapter]) -> set[int]:
+    """Which adapters are ΔW = 0 at every module. A module of each settles nearly all; two reads of the device do."""
+    modules = {index: list(adapter.factors.values()) for index, adapter in enumerate(adapters)}
+    device = _device_of(adapters)
+    zero = set(modules)
+    for some in (slice(0, 1), slice(1, None)):
+        norms = {index: [_norm(pair) for pair in modules[index][some]] for index in zero if modules[index][some]}
+        if norms:
+            largest = torch.stack([torch.stack(found).amax().to(device) for found in norms.values()])
+            zero -= {index for index, norm in zip(norms, largest.tolist(), strict=True) if norm != 0}
+    return zero
+
+
+def _norm(factors: LoraFactors) -> Tensor:
+    a, b = factors.A.double(), factors.B.double()
+    return task_norm(a @ a.mT, b.mT @ b) * abs(factors.scaling)
+
+
+def _device_of(adapters: Sequence[Adapter]) -> torch.device:
+    return next((f.A.device for adapter in adapters for f in adapter.factors.values()), torch.device("cpu"))

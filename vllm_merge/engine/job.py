@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One merge at work: its batches of modules, what a method is given of them, and the merged coordinates of each."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_merge.adapters.factors import Adapter, LoraFactors
+from vllm_merge.adapters.stacking import ModuleGroup, Sources, Stack, group_modules, stack_group
+from vllm_merge.algebra.coordinates import Coordinates, Grams, coordinates, core_coordinates
+from vllm_merge.algebra.cores import Cores
+from vllm_merge.algebra.factorwise import NOT_EXACT, FactorTasks
+from vllm_merge.algebra.overview import Overview
+from vllm_merge.algebra.ranks import RankPolicy
+from vllm_merge.algebra.tiles import Part, Tile, parts
+from vllm_merge.algebra.truncation import truncate
+from vllm_merge.algebra.workspace import ModuleCost, Workspace
+from vllm_merge.artifact import MergeReport
+from vllm_merge.engine import finish, side_by_side
+from vllm_merge.engine.passes import JobPasses
+from vllm_merge.errors import MergeCancelled, MergeError
+from vllm_merge.methods.registry import MethodSpec
+from vllm_merge.methods.resolve import ResolvedParameters
+
+LOW_ENERGY = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Modules that are worked on at once. start: the position of the first among all modules of the merge."""
+
+    group: ModuleGroup
+    start: int
+    cost: ModuleCost
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch on the device, with its parameters: per adapter (modules, n) float64, λ (modules,) float64.
+
+    product: in space `factors`, the one task that its method has made of all; the coordinates then are of it.
+    """
+
+    batch: Batch
+    stack: Stack
+    grams: Grams
+    coordinates: Coordinates
+    parameters: Mapping[str, Tensor]
+    lam: Tensor
+    product: Stack | None = None
+
+    def parameters_of(self, modules: slice, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Per-adapter parameters as a method gets them, (modules, n, 1, 1)."""
+        return {name: value[modules, :, None, None].to(dtype) for name, value in self.parameters.items()}
+
+
+@dataclass
+class Job:
+    """One merge, its arguments checked."""
+
+    adapters: list[Adapter]
+    spec: MethodSpec
+    space: str
+    parameters: ResolvedParameters
+    policy: RankPolicy
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    workspace: Workspace
+    notify: Callable[[str, int, int], None]
+    cancelled: Callable[[], bool]
+    report: MergeReport
+    overview: Overview | None
+
+    def run(self) -> dict[str, LoraFactors]:
+        """Statistics over all modules, then batch by batch: merged entries, rank, factors."""
+        statistics: Any = None
+        if self.spec.statistics is not None:
+            passes = JobPasses(self)
+            with self.timed("statistics"):
+                statistics = self.spec.statistics(passes, **self.parameters.per_recipe)
+        factors: dict[str, LoraFactors] = {}
+        for batch in self.batches:
+            if not side_by_side.fits(self, batch.group):
+                factors.update(self._merge_batch(self.prepared(batch), statistics))
+                continue
+            if self.overview is not None:  # which needs the singular values of the result
+                dropped = list(self.report.dropped_modules)
+                self._merge_batch(self.prepared(batch), statistics)
+                self.report.dropped_modules = dropped
+            factors.update(side_by_side.merged(self, batch))
+        conflict = getattr(statistics, "sign_conflict", None)
+        if conflict is not None:
+            self.report.sign_conflict = dict(zip(self.modules, conflict.tolist(), strict=True))
+        if self.overview is not None:
+            with self.timed("report"):
+                by_module, overall = self.overview.read()
+            self.report.describe(self.modules, by_module.listed(), overall.listed())
+        self.report.continuation = getattr(statistics, "continuation", {})
+        if self.space == "factors":
+            self.report.warnings.append(NOT_EXACT)
+        low = {module: kept for module, kept in self.report.energy_kept.items() if kept is not None}
+        low = {module: kept for module, kept in low.items() if kept < LOW_ENERGY}
+        if low:
+            worst = min(low, key=low.__getitem__)
+            self.report.warnings.append(
+                f"{len(low)} of {len(self.modules)} modules keep under {LOW_ENERGY:.0%} of their energy at this rank, "
+                f"least {low[worst]:.1%} at {worst}; a larger rank keeps more"
+            )
+        self.report.peak_workspace_bytes = self.workspace.peak
+        return factors
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """All modules, in batches of one shape."""
+        groups = group_modules(self.adapters)
+        if self.spec.coefficients is not None:
+            groups = [piece for group in groups for piece in group.by_ranks()]
+        costs = [ModuleCost.of(g, self.space, self.policy, whole_modules=self.spec.whole_modules) for g in groups]
+        if self.spec.statistics is not None and self.spec.coefficients is None:
+            self.workspace.hold_if_fits(sum(c.held * len(g.modules) for g, c in zip(groups, costs, strict=True)))
+        batches: list[Batch] = []
+        start = 0
+        for group, cost in zip(groups, costs, strict=True):
+            alone = self.overview is None and side_by_side.fits(self, group)  # nothing is held but the result
+            for piece in group.batches(len(group.modules) if alone else self.workspace.modules_at_once(cost)):
+                batches.append(Batch(piece, start, cost))
+                start += len(piece.modules)
+        return batches
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """All modules, in the order of the batches."""
+        return [module for batch in self.batches for module in batch.group.modules]
+
+    @cached_property
+    def _held(self) -> dict[int, Prepared] | None:
+        """Prepared batches, kept from the first pass where a method needs several and they fit."""
+        return {} if self.batches and self.workspace.held else None
+
+    @cached_property
+    def sources(self) -> Sources | None:
+        if self.device.type != "cuda":
+            return None
+        return Sources(self.device, self.workspace.limit, self.adapters, self.go_on)
+
+    @cached_property
+    def on_the_fly(self) -> bool:
+        """Whether the method makes the entries itself, in the GPU's kernels."""
+        return self.spec.on_the_fly and self.device.type == "cuda" and self.space in ("delta", "knots")
+
+    def go_on(self) -> None:
+        """Stop if that is wanted."""
+        if self.cancelled():
+            raise MergeCancelled("the merge was cancelled")
+
+    def step(self, stage: str, done: int) -> None:
+        """Report progress; stop if that is wanted."""
+        if self.cancelled():
+            raise MergeCancelled(f"the merge was cancelled ({stage}, {done} of {len(self.modules)} modules)")
+        self.notify(stage, done, len(self.modules))
+
+    def prepared(self, batch: Batch) -> Prepared:
+        if self._held is not None and batch.start in self._held:
+            return self._held[batch.start]
+        self.step("prepare", batch.start)
+        with self.timed("prepare"):
+            stack = stack_group(batch.group, self.adapters, self.device, self.sources)
+            grams = Grams.of(stack)
+            self.check_inputs(batch, grams.norms)
+            space = coordinates(self.space, stack, grams, singular=self.spec.entrywise)
+            modules = batch.group.modules
+            prepared = Prepared(
+                batch,
+                stack,
+                grams,
+                space,
+                self.parameters.tensors(modules, self.device),
+                self.parameters.lambdas(modules, self.device),
+            )
+        self.workspace.count(batch.cost.stack * len(modules))
+        if self._held is not None:
+            self._held[batch.start] = prepared
+        return prepared
+
+    def check_inputs(self, batch: Batch, norms: Tensor) -> None:
+        found = norms.tolist()
+        for module, row in zip(batch.group.modules, found, strict=True):
+            for adapter, norm in zip(self.adapters, row, strict=True):
+                if not norm < float("inf"):
+                    raise MergeError(
+                        f"adapter '{adapter.name}', module '{module}': its factors hold values that are not finite; "
+                        "the adapter is broken and cannot be merged"
+                    )
+        self.report.input_norms.update(zip(batch.group.modules, found, strict=True))
+
+    def parts(self, prepared: Prepared) -> Iterator[Part]:
+        """What a batch is merged by."""
+        limit = self.workspace.tile_entries * (16 if self.on_the_fly else 1)  # entries that are never all there
+        return parts(prepared.coordinates, limit, whole=self.spec.whole_modules)
+
+    def tile(self, prepared: Prepared, part: Part) -> Tile:
+        """What a method is given for one part of a batch."""
+        space, start = prepared.coordinates, prepared.batch.start
+        return Tile(
+            space=self.space,
+            values=space.values(part.modules, part.rows, part.cols, made=not self.on_the_fly),
+            modules=slice(start + part.modules.start, start + part.modules.stop),
+            entries=space.entries[part.modules],
+            parameters=prepared.parameters_of(part.modules, torch.float32),
+            rows=part.rows,
+            cols=part.cols,
+            left=space.left[part.modules],
+            right=space.right[part.modules],
+            slots=space.group.slots,
+        )
+
+    def cores(self, prepared: Prepared, part: Part) -> Cores:
+        """What a method of whole modules is given for one part of a batch."""
+        parameters = prepared.parameters_of(part.modules, torch.float64)
+        return Cores.of(prepared.coordinates, part.modules, prepared.batch.start, parameters)
+
+    def _product(self, prepared: Prepared, statistics: Any) -> Prepared:
+        """The batch as one task in `core`, the product of the A and the B that a method of space `factors` makes."""
+        parameters = prepared.parameters_of(slice(None), torch.float64)
+        tasks = FactorTasks.of(prepared.stack, self.adapters, prepared.batch.start, parameters)
+        with self.timed("merge"):
+            stack = tasks.product(*self.spec.apply(tasks, statistics, **parameters, **self.parameters.per_recipe))
+        return replace(prepared, product=stack, coordinates=core_coordinates(stack, Grams.of(stack), False))
+
+    def _merge_batch(self, prepared: Prepared, statistics: Any) -> dict[str, LoraFactors]:
+        if self.space == "factors":
+            prepared = self._product(prepared, statistics)
+        batch, space = prepared.batch, prepared.coordinates
+        modules, _, rows, cols = space.shape
+        tall = rows >= cols
+        elects = getattr(statistics, "sign_conflict", None) is not None  # and counts itself what disagrees
+        self.workspace.count(batch.cost.total * modules)
+
+        def merged_parts() -> Iterator[tuple[Part, Tensor]]:
+            for part in self.parts(prepared):
+                self.step("merge", batch.start + part.modules.start)
+                if self.space == "factors":
+                    values = space.values(part.modules, part.rows, part.cols)[:, 0]
+                else:
+                    if self.spec.whole_modules:
+                        tile: Tile | Cores = self.cores(prepared, part)
+                    else:
+                        tile = self.tile(prepared, part)
+                        if self.overview is not None and not (elects or self.on_the_fly):
+                            self.overview.count_signs(tile, batch.start, modules)
+                    values = self.spec.apply(tile, statistics, **tile.parameters, **self.parameters.per_recipe)
+                if not self.parameters.unscaled:
+                    values = values * prepared.lam[part.modules, None, None].to(values.dtype)
+                self._check_result(batch, part, values)
+                yield part, values
+
+        def strips_of(whole: Tensor) -> Iterator[Tensor]:
+            lines = max(1, self.workspace.tile_entries // (modules * min(rows, cols)))
+            for start in range(0, max(rows, cols), lines):
+                self.step("truncate", batch.start)
+                piece = slice(start, start + lines)
+                yield whole[:, piece] if tall else whole[:, :, piece].mT
+
+        if self.workspace.holds_merged(batch.cost):
+            with self.timed("merge"):
+                pieces = merged_parts()
+                part, whole = next(pieces)
+                if whole.shape != (modules, rows, cols):
+                    first, whole = whole, torch.empty(modules, rows, cols, dtype=whole.dtype, device=self.device)
+                    whole[part.modules, part.rows, part.cols] = first
+                    for part, values in pieces:
+                        whole[part.modules, part.rows, part.cols] = values
+            strips: Callable[[], Iterator[Tensor]] = lambda: strips_of(whole)
+        else:
+            strips = lambda: (v if tall else v.mT for _, v in merged_parts())
+        with self.timed("truncate"):
+            sums = torch.tensor([sum(ranks) for ranks in batch.group.ranks], device=self.device)
+            cut = truncate(strips, min(rows, cols), self.policy, sums, self.seed)
+            described = cut
+            if self.overview is not None and not cut.singular:
+                described = truncate(strips, min(rows, cols), self.policy, sums, self.seed, singular=True)
+        with self.timed("factors"):
+            return finish.factors(self, prepared, cut, described, tall)
+
+    def _check_result(self, batch: Batch, part: Part, values: Tensor) -> None:
+        finite = values.sum((-1, -2), dtype=torch.float64).isfinite().tolist()
+        for module, good in zip(batch.group.modules[part.modules], finite, strict=True):
+            if not good:
+                raise MergeError(f"module '{module}': the merged weight change is not finite; check weights and lambda")
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds = defaultdict(float, self.report.seconds)
+        seconds[stage] += time.perf_counter() - start
+        self.report.seconds = dict(seconds)
