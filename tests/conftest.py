@@ -27,13 +27,16 @@ servers = _load("vllm_merge_demo_server", DEMO / "server.py")
 
 
 SERVER_FIXTURES = {
+    "ab_server",
     "api_servers",
     "apis",
     "demo_server",
+    "full_server",
     "live_server",
     "method_server",
     "offline_report",
     "parallel_server",
+    "pooling_server",
     "small_server",
     "tight_server",
 }
@@ -60,7 +63,8 @@ def demo_server(tmp_path_factory):
     """`vllm-merge serve` with the demo's model and recipes, in float32; `.runtime` is the folder of the workers' sockets."""
     runtime = tmp_path_factory.mktemp("runtime")
     command = servers.merge_serve(DEMO / "model", CONFIG, "--max-loras", "4", "--max-lora-rank", "64")
-    with servers.running(command, {"VLLM_MERGE_RUNTIME_DIR": str(runtime), "VLLM_PLUGINS": "another_plugin"}) as server:
+    environment = {"VLLM_MERGE_RUNTIME_DIR": str(runtime), "VLLM_PLUGINS": "another_plugin", "VLLM_MERGE_ADHOC": "on"}
+    with servers.running(command, environment) as server:
         server.runtime = runtime
         yield server
 

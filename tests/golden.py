@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests import golden_do, golden_mergekit, golden_peft, golden_sota
+from tests import golden_do, golden_mergekit, golden_peft, golden_sota, golden_tuning
 from vllm_merge import Adapter, LoraFactors
 
 FOLDER = Path(__file__).parent / "golden"
@@ -148,7 +148,13 @@ def _truncated_sum(entry: Entry) -> dict[str, Any]:
     }
 
 
-_OTHERS = (golden_do.recipe_for, golden_mergekit.recipe_for, golden_peft.recipe_for, golden_sota.recipe_for)
+_OTHERS = (
+    golden_do.recipe_for,
+    golden_mergekit.recipe_for,
+    golden_peft.recipe_for,
+    golden_sota.recipe_for,
+    golden_tuning.recipe_for,
+)
 
 _RULES: dict[str, Callable[[Entry], dict[str, Any] | None]] = {
     "ta_": _task_arithmetic,

@@ -99,7 +99,10 @@ class MergedAdapter:
         self.base_model = base_model
 
     def delta(self, module: str) -> Tensor:
-        """ΔW of a module as a dense (d_out, d_in) float32 matrix. KeyError for a module that is not in the result."""
+        """ΔW of a module as a dense (d_out, d_in) float32 matrix, of an embedding (features, tokens).
+
+        KeyError for a module that is not in the result.
+        """
         return self.factors[module].delta()
 
     @property

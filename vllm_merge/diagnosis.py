@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from vllm_merge.adapters.base_fit import misfit, read_base_shapes
+from vllm_merge.adapters.base_fit import misfit, read_base_shapes, tied_weight
 from vllm_merge.adapters.base_model import WEIGHT_SUFFIXES, base_model_folder
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError, UserInputError
@@ -167,7 +167,10 @@ def check_base(model: str | None, catalogue: Catalogue | None = None) -> Iterato
     yield Check("base model", "ok", str(folder))
     registered = catalogue or Catalogue()
     for name in registered.names():
-        reason = misfit(base, registered.get(name).shapes)
+        adapter = registered.get(name)
+        reason = misfit(base, adapter.shapes, adapter.embeddings)
         if reason is not None:
             advice = f"take another adapter or base model: {reason}"
             yield Check(f"fit of {name}", "problem", "not of this base model", advice)
+        elif (tied := tied_weight(base, adapter.shapes, adapter.embeddings)) is not None:
+            yield Check(f"fit of {name}", "warning", "a tied weight", tied)

@@ -108,7 +108,7 @@ def _as_it_is(plan: Plan, adapter: Adapter, device: torch.device, dtype: torch.d
     factors = {}
     for module, pair in adapter.factors.items():
         b = pair.B.to(device, torch.float32) * pair.scaling
-        factors[module] = LoraFactors(pair.A.to(device, dtype), b.to(dtype))
+        factors[module] = LoraFactors(pair.A.to(device, dtype), b.to(dtype), embedding=pair.embedding)
     report = MergeReport(
         method="none",
         space="factors",

@@ -9,6 +9,7 @@ from vllm_merge.methods.preconditions import resolve_preconditions
 from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe import loading
 from vllm_merge.recipe.file import RecipeFile
+from vllm_merge.recipe.problems import Problem
 
 
 def load_recipes(path: str | Path, *, registered: Collection[str] = ()) -> RecipeFile:
@@ -18,6 +19,13 @@ def load_recipes(path: str | Path, *, registered: Collection[str] = ()) -> Recip
     `file:line: key: message` for each mistake.
     """
     return loading.load_recipes(path, default_registry(), registered=registered, check_precondition=check_precondition)
+
+
+def problems_of(text: str, file: Path, *, registered: Collection[str] = ()) -> tuple[Problem, ...]:
+    """Every mistake in a recipe file of the content `text`; what it names is not looked for. `file`: for messages."""
+    return loading.problems_of(
+        text, file, default_registry(), registered=registered, check_precondition=check_precondition
+    )
 
 
 def check_precondition(precondition: Mapping[str, Mapping[str, Any]]) -> None:

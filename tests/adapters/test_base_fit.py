@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_merge.adapters.base_fit import misfit, read_base_shapes, tied_embedding, unknown_modules
+from vllm_merge.adapters.base_fit import misfit, read_base_shapes, tied_weight, unknown_modules
 from vllm_merge.errors import UserInputError
 
 
@@ -72,16 +72,21 @@ def test_misfit_of_an_embedding(case: str, base: Path) -> None:
         (True, ("embed", "q"), ("embed",), True),
         (True, ("embed", "lm_head"), ("embed",), False),  # PEFT's ensure_weight_tying saves both
         (True, ("q",), (), False),
+        (True, ("q", "lm_head"), (), True),
         (False, ("embed",), ("embed",), False),
     ],
 )
-def test_a_tied_embedding_is_told_of(
+def test_a_tied_weight_is_told_of(
     tied: bool, modules: tuple[str, ...], embeddings: tuple[str, ...], told: bool, base: Path
 ) -> None:
     (base / "config.json").write_text(json.dumps({"vocab_size": 9, "tie_word_embeddings": tied}))
-    word = tied_embedding(read_base_shapes(base), modules, embeddings)
+    word = tied_weight(read_base_shapes(base), modules, embeddings)
     assert (word is not None) == told
-    assert word is None or word.startswith(f"embed shares its weight with the head of {base}, and the adapter changes")
+    alone, other = ("embed", "the head") if embeddings else ("lm_head", "the token embedding")
+    assert word is None or word == (
+        f"{alone} shares its weight with {other} of {base}, and the adapter changes {alone} alone. So does what is served, "
+        f"as PEFT does; merged into the model's weights it would change {other} too"
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -209,7 +209,10 @@ WRONG_TENSORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "NaN in an embedding": (
         tensors(
-            **{f"{EMBED}.lora_embedding_A": torch.ones(4, 9), f"{EMBED}.lora_embedding_B": torch.full((6, 4), torch.nan)}
+            **{
+                f"{EMBED}.lora_embedding_A": torch.ones(4, 9),
+                f"{EMBED}.lora_embedding_B": torch.full((6, 4), torch.nan),
+            }
         ),
         "module 'model.embed_tokens': lora_embedding_B has 24 NaN or infinite values; train or save the adapter again",
     ),

@@ -111,7 +111,7 @@ def test_wrong_input(run: Run, recipe: Path, tmp_path: Path) -> None:
             ("inspect", tmp_path / "x"),
             f"adapter 'x': {tmp_path}/x is not a folder; give a PEFT folder with adapter_config.json",
         ),
-        (("validate", tmp_path / "x.yaml"), f"{tmp_path}/x.yaml:1: cannot be read: No such file or directory"),
+        (("validate", tmp_path / "x.yaml"), f"{tmp_path}/x.yaml: there is no such file; check the path"),
     ]
     for arguments, message in cases:
         assert run(*arguments) == (2, "", f"Error: {message}\n")
@@ -223,7 +223,7 @@ def test_as_a_process(recipe: Path) -> None:
     assert (right.returncode, right.stderr) == (0, "")
     wrong = subprocess.run([*command, "validate", "nothing.yaml"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "Error: nothing.yaml:1: cannot be read: No such file or directory\n"
+    assert wrong.stderr == "Error: nothing.yaml: there is no such file; check the path\n"
 
 
 def test_starting_is_quick() -> None:
@@ -264,7 +264,7 @@ def test_serve_says_what_is_wrong_before_vllm_starts(run: Run, recipe: Path, tmp
         ),
         (
             ("serve", base, "--config", tmp_path / "none.yaml", "--port", "1"),
-            f"{tmp_path}/none.yaml:1: cannot be read: No such file or directory",
+            f"{tmp_path}/none.yaml: there is no such file; check the path",
         ),
         (
             ("serve", base, "--config", recipe),

@@ -3,6 +3,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,27 @@ def test_same_answers_as_peft(model: OfflineModel) -> None:
     expected = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     factors = Adapter.from_peft(DEMO / "adapters/sort").factors
     assert model.answers(factors, PROMPTS[:4], lambda done: None) == expected
+
+
+def test_an_embedding_changes_the_input_alone(model: OfflineModel) -> None:
+    """The demo's head has the embedding's weight; the answers are PEFT's, whose forward pass leaves the head as it is."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO / "model", padding_side="left")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the head is tied
+        wrapped = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=4, target_modules=["embed_tokens"])).eval()
+    layer = wrapped.base_model.model.model.embed_tokens
+    generator = torch.Generator().manual_seed(0)
+    for factors in (layer.lora_embedding_A, layer.lora_embedding_B):
+        factors["default"].data.normal_(0, 1.0, generator=generator)
+    batch = tokenizer(PROMPTS[:4], return_tensors="pt", padding=True)
+    tokens = wrapped.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    expected = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    a, b = (factors["default"].detach() for factors in (layer.lora_embedding_A, layer.lora_embedding_B))
+    changed = {"model.embed_tokens": LoraFactors(a, b, embedding=True)}
+    assert model.answers(changed, PROMPTS[:4], lambda done: None) == expected
+    assert model.answers({}, PROMPTS[:4], lambda done: None) != expected
 
 
 def test_modules_that_the_model_does_not_have(model: OfflineModel) -> None:

@@ -98,13 +98,15 @@ def test_the_recipes_that_are_served_are_valid(demo: SimpleNamespace, tmp_path: 
     assert {recipe.load for recipe in file.recipes.values()} == {"lazy"}
 
 
-def test_the_page_has_what_was_measured(demo: SimpleNamespace) -> None:
+def test_the_pages_have_what_was_measured(demo: SimpleNamespace) -> None:
     results = json.loads(demo.methods.RESULTS.read_text(encoding="utf-8"))
-    page = demo.methods.PAGE.read_text(encoding="utf-8")
-    assert demo.methods.renewed(page, demo.methods.table(results["rows"])) == page
+    for path, block in ((demo.methods.PAGE, demo.methods.table), (demo.methods.CHOOSING, demo.methods.choices)):
+        page = path.read_text(encoding="utf-8")
+        assert demo.methods.renewed(page, block(results["rows"])) == page
     whole = [row for row in results["rows"] if len(row["tasks"]) == len(demo.tasks.TASKS)]
     assert max(row["kept"] for row in whole) >= demo.methods.KEPT
     for row in whole:
+        assert demo.methods.table([row]).count(f"| {100 * row['kept']:.1f} |") == 1
         mean = sum(row["accuracy"].values()) / sum(row["adapters"].values())
         assert row["kept"] == pytest.approx(mean, abs=1e-3)
         assert row["lambda"] in {float(lam) for lam in row["validation"]}

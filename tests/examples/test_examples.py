@@ -26,6 +26,10 @@ def output_of(server, *command: str) -> str:
         ("chat.py", ["weighted (weighted@", "assistant (weighted@", "reverse (reverse@", "enots"]),
         ("stream.py", ["aaeggr"]),
         ("many.py", ["weighted: STONE", "task-arithmetic: STONE", "knots-ties: STONE", "upper: STONE"]),
+        (
+            "adhoc.py",
+            ["recipe (adhoc@", "STONE", "name: the same artifact", "listed: True", "error: column 29", "'reverse'?"],
+        ),
         ("headers.py", ["asked for assistant answered by weighted@", "error: The model `asistant` does not exist"]),
     ],
 )
@@ -49,7 +53,7 @@ def test_export_example(tmp_path):
 
 
 def test_every_example_is_run_by_a_test():
-    run = {"chat.py", "stream.py", "many.py", "headers.py", "ask.sh", "export.py", "offline.py"}
+    run = {"adhoc.py", "chat.py", "stream.py", "many.py", "headers.py", "ask.sh", "export.py", "offline.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")} == run
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"({name})" in readme for name in run)

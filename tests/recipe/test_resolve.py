@@ -34,6 +34,21 @@ def test_depths() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("model.embed_tokens", 0.0),
+        ("transformer.wte", 0.0),
+        ("embeddings.word_embeddings", 0.0),
+        ("lm_head", 1.0),
+        ("model.embedder_gate.norm", 1.0),
+        ("newte", 1.0),
+    ],
+)
+def test_an_embedding_comes_before_the_layers(name: str, depth: float) -> None:
+    assert relative_depths([name, "model.layers.0.q", "model.layers.9.q"])[name] == depth
+
+
 def test_one_layer_is_the_first() -> None:
     assert relative_depths(["layers.0.q"]) == {"layers.0.q": 0.0}
 

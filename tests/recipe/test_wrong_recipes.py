@@ -66,12 +66,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "version: 1\nadapter: {}",
         [
             "2: adapter: unknown key, did you mean 'adapters'? (allowed: version, base_model, adapters, "
-            "recipes, aliases)"
+            "recipes, aliases, experiments)"
         ],
-    ),
-    "experiments": (
-        "version: 1\nexperiments: {}",
-        ["2: experiments: unknown key; experiments are not supported by this version"],
     ),
     "mergekit file": (
         "merge_method: ties\nmodels:\n  - model: a\ndtype: bfloat16\nversion: 1",
@@ -122,7 +118,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "long key": (
         f"version: 1\n{'k' * 300}: 1",
         [
-            f"2: {'k' * 100}…{'k' * 100}: unknown key (allowed: version, base_model, adapters, recipes, aliases)",
+            f"2: {'k' * 100}…{'k' * 100}: unknown key (allowed: version, base_model, adapters, recipes, aliases, experiments)",
         ],
     ),
     "version is a word": ("version: one", ["1: version: is 'one'; allowed is 1"]),
@@ -357,11 +353,11 @@ def test_many_problems_are_cut(load: Load) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"version: 1\n# \xff", "2: byte 0xff is not UTF-8"),
-        (b"#" * (2**18 + 1), "1: is larger than 262,144 bytes; split it"),
-        (b"version: 1\na: \x01", "2: not valid YAML: special characters are not allowed"),
-        (b"a: " + b"[" * 20_000, "1: is nested deeper than 32 levels"),
-        (None, "1: cannot be read: No such file or directory"),
+        (b"version: 1\n# \xff", ":2: byte 0xff is not UTF-8"),
+        (b"#" * (2**18 + 1), ": is larger than 262,144 bytes; split it"),
+        (b"version: 1\na: \x01", ":2: not valid YAML: special characters are not allowed"),
+        (b"a: " + b"[" * 20_000, ":1: is nested deeper than 32 levels"),
+        (None, ": there is no such file; check the path"),
     ],
 )
 def test_unreadable_files(content: bytes | None, message: str, tmp_path: Path, registry: Registry) -> None:
@@ -370,7 +366,13 @@ def test_unreadable_files(content: bytes | None, message: str, tmp_path: Path, r
         file.write_bytes(content)
     with pytest.raises(RecipeError) as caught:
         load_recipes(file, registry)
-    assert str(caught.value) == f"{file}:{message}"
+    assert str(caught.value) == f"{file}{message}"
+
+
+def test_a_folder_is_no_recipe_file(tmp_path: Path, registry: Registry) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipes(tmp_path, registry)
+    assert str(caught.value) == f"{tmp_path}: is a folder; give the recipe file itself"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import http.client
 import json
 import os
 import signal
+import tarfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ import pytest
 import yaml
 
 from tests.conftest import DEMO, Control, servers
+from tests.serving.scraping import samples, scraped, total
+from vllm_merge.adapters.factors import Adapter
 
 PROMPT = "upper: stone ->"
 TOKEN = "an-admin-token"
@@ -71,6 +75,10 @@ class Connection:
         body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
         return self.call("/v1/completions", body)["model"]
 
+    def text(self, path: str) -> str:
+        self._http.request("GET", path)
+        return self._http.getresponse().read().decode()
+
     def move(self, target: str) -> dict:
         return self.call("/v1/merge/aliases/assistant", {"target": target}, {"x-vllm-merge-admin-token": TOKEN})
 
@@ -109,6 +117,8 @@ def api_servers(tmp_path_factory):
     environment = {
         "VLLM_MERGE_RUNTIME_DIR": str(runtime),
         "VLLM_MERGE_ADMIN_TOKEN": TOKEN,
+        "VLLM_MERGE_ADHOC": "on",
+        "VLLM_MERGE_ADAPTER_ROOT": str(DEMO / "adapters"),
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
     with servers.running(servers.merge_serve(DEMO / "model", config, *options), environment) as server:
@@ -234,6 +244,81 @@ def test_moving_needs_the_token_and_a_target_that_is_there(apis):
         (right, "nobody", "assistant", 422),
     ):
         assert apis[1].first.send(f"/v1/merge/aliases/{alias}", {"target": target}, headers)[0] == status
+
+
+def test_metrics_sum_what_the_processes_counted_and_say_each_workers_numbers_once(api_servers, apis, worker):
+    def requests() -> float:
+        return total(scraped(api_servers), "vllm_merge_requests_total", recipe="a", outcome="ok")
+
+    before = requests()
+    at_once([lambda c=connection: c.ask("a") for connection in all_of(apis)])
+    deadline = time.monotonic() + 60
+    while requests() != before + len(all_of(apis)):  # counted when an answer has ended, which is after it was read
+        assert time.monotonic() < deadline
+    while any(total(samples(api.first.text("/metrics")), "vllm_merge_worker_up") != 1 for api in apis):
+        assert time.monotonic() < deadline  # each asks the worker itself, within a time limit
+    merges = worker.call("status")["merges"]
+    for connection in [api.first for api in apis]:  # whichever process answers
+        found = samples(connection.text("/metrics"))
+        assert total(found, "vllm_merge_merges_total", outcome="done") == merges
+        assert total(found, "vllm_merge_worker_up") == 1
+        assert total(found, "vllm_merge_requests_total", recipe="a", outcome="ok") == before + len(all_of(apis))
+
+
+def test_a_merge_of_a_request_is_one_artifact_at_every_process(apis, worker):
+    pair = [{"adapter": "upper"}, {"adapter": "sort"}]
+    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    merge = {"merge_method": "task_arithmetic", "adapters": pair}
+    in_body = {**body, "model": "whatever", "merge": merge}
+    as_name = {**body, "model": "merge:task_arithmetic(upper,sort)"}
+    before = worker.call("status")["merges"]
+    calls = [(api.connections[i], asked) for api in apis for i, asked in enumerate((in_body, as_name))]
+    answers = at_once([lambda c=c, asked=asked: c.call("/v1/completions", asked) for c, asked in calls])
+    (label,) = {answer["model"] for answer in answers}
+    assert label.startswith("adhoc@")
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+    assert worker.call("status")["merges"] - before == 1
+    by_label = {api.first.call("/v1/completions", {**body, "model": label})["choices"][0]["text"] for api in apis}
+    assert by_label == {answers[0]["choices"][0]["text"]}
+    for api in apis:
+        (listed,) = [model for model in api.first.call("/v1/models")["data"] if model["id"] == label]
+        assert listed["parent"] == str(DEMO / "model")
+    chat = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4, "model": "any", "merge": merge}
+    assert apis[0].first.call("/v1/chat/completions", chat)["model"] == label
+    status, wrong = apis[1].first.send("/v1/completions", {**in_body, "merge": {**merge, "path": "/etc"}})
+    assert (status, wrong["error"]["param"]) == (400, "merge.path")
+
+
+def test_events_of_one_process_are_heard_at_another_and_a_download_is_what_answers(api_servers, apis, tmp_path):
+    headers = {"x-vllm-merge-admin-token": TOKEN}
+    with urllib.request.urlopen(f"{api_servers.url}/v1/merge/events", timeout=60) as events:
+        assert events.readline().startswith(b"id: ")
+        target = "b" if apis[0].first.call("/v1/merge/aliases")["data"][0]["target"] == "a" else "a"
+        apis[3].first.move(target)
+        while not (line := events.readline()).startswith(b"event: alias"):
+            assert line, "the stream ended before the move was told"
+        assert json.loads(events.readline().removeprefix(b"data: "))["target"] == target
+    assert apis[2].first.call("/v1/merge/aliases/assistant/back", {}, headers)["target"] != target
+    request = urllib.request.Request(f"{api_servers.url}/v1/merge/artifacts/b/download", headers=headers)
+    with urllib.request.urlopen(request) as reply, tarfile.open(fileobj=reply, mode="r|") as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    assert Adapter.from_peft(folder).factors
+    assert json.loads((folder / "merge_report.json").read_text())["method"] == "task_arithmetic"
+    described = apis[0].first.call("/openapi.json")["paths"]
+    assert {"/v1/merge/events", "/v1/merge/recipes/plan", "/v1/merge/adapters/{name}"} <= set(described)
+    status, answer = apis[0].first.send("/v1/merge/adapters/upper", {}, headers)
+    assert (status, answer["error"]["code"]) == (409, 409), "a name of the file, in the shape of vLLM's errors"
+
+
+@pytest.mark.full
+def test_every_route_keeps_its_promises_whatever_it_is_sent(api_servers, apis):
+    pytest.importorskip("schemathesis")
+    from tests.serving.fuzzing import fuzz, operations
+
+    for operation in operations(api_servers.url):
+        assert fuzz(operation) > 1
+    assert len({api.first.ask("a") for api in apis}) == 1
 
 
 @pytest.mark.full

@@ -4,6 +4,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +58,30 @@ def equal(factors, original: ResidentArtifact) -> bool:
         for module in factors
         for got, want in zip(factors[module], original.factors[module], strict=True)
     )
+
+
+def embedding(name: str) -> ResidentArtifact:
+    """An artifact with an embedding beside a linear layer."""
+    made = artifact(name)
+    pairs = {"model.embed_tokens": (torch.randn(2, 40), torch.randn(33, 2)), **made.factors}
+    storage, factors = flat_copy(pairs, CPU, torch.bfloat16)
+    sha = factors_sha256({module: LoraFactors(a, b) for module, (a, b) in factors.items()})
+    embeddings = frozenset({"model.embed_tokens"})
+    return replace(made, storage=storage, factors=factors, tensors_sha256=sha, embeddings=embeddings)
+
+
+def test_an_embedding_stays_one_in_every_tier(tmp_path):
+    original = embedding("a")
+    host, disk = HostTier(1 << 20, CPU), DiskTier(str(tmp_path / "disk"), 1 << 20)
+    host.put(Packed.of(original))
+    with host.borrow(original.digest) as packed:
+        assert packed.embeddings == original.embeddings
+        disk.write(packed)
+    stored = disk.read(original.digest)
+    assert equal(stored.factors(), original)
+    assert stored.embeddings == original.embeddings
+    read = read_adapter(tmp_path / "disk" / original.digest)
+    assert {module for module, pair in read.factors.items() if pair.embedding} == original.embeddings
 
 
 # -- host memory --------------------------------------------------------------------------------------------------------

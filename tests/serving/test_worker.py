@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ class PlayedVllm:
             "slot_ids": lambda manager: [],
             "mend_prompt_logprobs": lambda: None,
             "mend_rows_without_lora": lambda: False,
-            "place": lambda config: {},
+            "place": lambda config: {"engine": 0, "rank": 0, "workers": 1},
             "packed_lora_model": lambda manager, number, factors: SimpleNamespace(id=number, factors=factors),
         }[name]
 
@@ -90,7 +91,7 @@ def merges(monkeypatch):
     def plan(text):
         kind = "adapter" if text.startswith("plain") else "recipe"
         return SimpleNamespace(
-            name=text, digest=digest(text), artifact_name=f"{text}@{digest(text)[:12]}", adapters={}, kind=kind
+            name=text, digest=digest(text), artifact_name=f"{text}@{digest(text)[:12]}", adapters={}, stages=[], kind=kind
         )
 
     monkeypatch.setattr(worker_module, "Plan", SimpleNamespace(from_json=plan))
@@ -160,7 +161,7 @@ def test_an_artifact_that_left_the_cache_comes_back_without_a_merge(serve, merge
         assert (await prepare(link, "a"))["tier"] == "cache"
         await prepare(link, "b")  # a goes to host memory
         again = await prepare(link, "a")
-        assert again == {**first, "tier": "host"}
+        assert again == {**first, "tier": "host", "steps": []}
         await written(service, tmp_path, "a", "b")
         assert (await prepare(link, "b"))["tier"] == "disk", "host memory was taken by a, which was coming back"
         await prepare(link, "c")
@@ -186,7 +187,8 @@ def test_a_damaged_disk_entry_is_merged_anew(serve, merges, tmp_path):
         await written(service, tmp_path, "a")
         weights = tmp_path / digest("a") / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-        assert await prepare(link, "a") == {**first, "tier": "merge", "seconds": pytest.approx(0, abs=5)}
+        again = {**first, "tier": "merge", "seconds": pytest.approx(0, abs=5), "steps": ANY}
+        assert await prepare(link, "a") == again
         assert merges.started == ["a", "b", "a"]
 
     talk(service, scenario)
@@ -206,7 +208,8 @@ def test_many_that_come_back_at_once_come_back_once(serve, merges, tmp_path):
     talk(service, scenario)
 
 
-def test_a_full_cache_of_leases_is_said_and_nothing_is_lost(serve, merges):
+def test_a_full_cache_of_leases_is_said_and_nothing_is_lost(serve, merges, monkeypatch):
+    monkeypatch.setattr(worker_module, "ROOM_SECONDS", 0.1)
     service = serve(cache_bytes=SIZE, host_bytes=4 * SIZE)
 
     async def scenario(link):
@@ -218,6 +221,20 @@ def test_a_full_cache_of_leases_is_said_and_nothing_is_lost(serve, merges):
             assert error.value.kind == "busy"
         await link.call("release", digest=digest("b"))
         assert (await prepare(link, "a"))["tier"] == "host"
+
+    talk(service, scenario)
+
+
+def test_what_finds_no_room_waits_until_a_request_has_ended(serve, merges):
+    service = serve(cache_bytes=SIZE)
+
+    async def scenario(link):
+        await prepare(link, "a", lease=True)
+        waiting = asyncio.create_task(prepare(link, "b"))
+        await until(lambda: merges.ended == ["a", "b"])
+        assert not waiting.done()
+        await link.call("release", digest=digest("a"))
+        assert (await waiting)["tier"] == "merge"
 
     talk(service, scenario)
 

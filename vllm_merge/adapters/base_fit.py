@@ -75,16 +75,18 @@ def unknown_modules(base: BaseShapes, modules: Mapping[str, tuple[int, int, int]
     return [module for module in modules if module not in known] if base.matrices else []
 
 
-def tied_embedding(base: BaseShapes, modules: Collection[str], embeddings: Collection[str]) -> str | None:
-    """What to know of an adapter for the token embedding of a model whose head has the same weight; None for others.
+def tied_weight(base: BaseShapes, modules: Collection[str], embeddings: Collection[str]) -> str | None:
+    """What to know of an adapter that changes one of the two modules with one weight, embedding and head; None for others.
 
     PEFT's `ensure_weight_tying` trains one change of both and saves it for both; such an adapter needs no word.
     """
-    if not base.tied or not embeddings or any(module.rpartition(".")[2] == _HEAD for module in modules):
+    heads = [module for module in modules if module.rpartition(".")[2] == _HEAD]
+    if not base.tied or bool(heads) == bool(embeddings):
         return None
+    changed, other = (min(embeddings), "the head") if embeddings else (heads[0], "the token embedding")
     return (
-        f"{min(embeddings)} shares its weight with the head of {base.folder}, and the adapter changes the embedding alone. "
-        "So does what is served, as PEFT does; merged into the model's weights it would change the head too"
+        f"{changed} shares its weight with {other} of {base.folder}, and the adapter changes {changed} alone. So does what "
+        f"is served, as PEFT does; merged into the model's weights it would change {other} too"
     )
 
 

@@ -160,7 +160,8 @@ def read_shapes(path: str | Path, name: str | None = None) -> AdapterShapes:
         pairs, warnings = _checked_pairs(read_header(folder / WEIGHTS_FILE), config, folder)
         state = read_state(folder)
         size = (folder / WEIGHTS_FILE).stat().st_size
-    shapes = {m: (pair["B"].entry.shape[0], *pair["A"].entry.shape[::-1]) for m, pair in pairs.items()}
+    entries = {module: (pair["A"].entry, pair["B"].entry) for module, pair in pairs.items()}
+    shapes = {module: (b.shape[0], a.shape[1], a.shape[0]) for module, (a, b) in entries.items()}
     dtypes = sorted({factor.entry.dtype for pair in pairs.values() for factor in pair.values()})
     embeddings = frozenset(module for module, pair in pairs.items() if pair["A"].name.embedding)
     return AdapterShapes(config, shapes, tuple(dtypes), size, tuple(warnings), state.get("method"), embeddings)

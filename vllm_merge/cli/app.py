@@ -10,13 +10,16 @@ import typer
 from vllm_merge.cli.convert import convert
 from vllm_merge.cli.doctor import doctor
 from vllm_merge.cli.eval import eval_
+from vllm_merge.cli.experiment import experiment
 from vllm_merge.cli.inspect import inspect
 from vllm_merge.cli.merge import merge
 from vllm_merge.cli.methods import methods
+from vllm_merge.cli.osrm import ListsCommand, osrm
 from vllm_merge.cli.output import print_error, print_text
 from vllm_merge.cli.plan import plan
 from vllm_merge.cli.schema import schema
 from vllm_merge.cli.serve import PASS_ON, serve
+from vllm_merge.cli.tune import tune
 from vllm_merge.cli.validate import validate
 from vllm_merge.errors import MergeError, UserInputError
 
@@ -45,6 +48,9 @@ app.command(short_help="Make a recipe of a mergekit, PEFT or LoRAX merge.")(conv
 app.command(short_help="Show what is in an adapter.")(inspect)
 app.command(short_help="Check everything that serving needs.")(doctor)
 app.command("eval", short_help="Count what recipes get right on tasks.")(eval_)
+app.add_typer(experiment, name="experiment", short_help="Read what experiments say, and decide.")
+app.command(short_help="Learn a recipe from prompts.")(tune)
+app.command(cls=ListsCommand, short_help="Start adapters where other tasks' inputs are not.")(osrm)
 
 
 def _version(wanted: bool) -> None:

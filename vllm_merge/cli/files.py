@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_merge.adapters.base_fit import misfit, read_base_shapes, unknown_modules
+from vllm_merge.adapters.base_fit import misfit, read_base_shapes, tied_weight, unknown_modules
 from vllm_merge.adapters.base_model import base_model_folder, base_model_hash
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.cli.output import ProgressBar
@@ -56,11 +56,13 @@ def check_fit(model: str, catalogue: Catalogue) -> list[str]:
     base = read_base_shapes(folder)
     problems, odd = [], []
     for name in catalogue.names():
-        modules = catalogue.get(name).shapes
-        if reason := misfit(base, modules):
+        modules, embeddings = catalogue.get(name).shapes, catalogue.get(name).embeddings
+        if reason := misfit(base, modules, embeddings):
             problems.append(f"adapter {name!r} does not fit the base model: {reason}")
         elif (unknown := unknown_modules(base, modules)) and len(unknown) == len(modules):
             odd.append(f"adapter {name!r}: {folder} has no weight of that name for any of its modules ({unknown[0]} …)")
+        elif tied := tied_weight(base, modules, embeddings):
+            odd.append(f"adapter {name!r}: {tied}")
     if problems:
         raise UserInputError("\n".join(problems))
     return odd

@@ -21,6 +21,7 @@ from vllm_merge.cli.output import (
     size,
     table,
 )
+from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.dtypes import Dtype
 
 if TYPE_CHECKING:
@@ -38,11 +39,31 @@ def plan(
             autocompletion=recipe_names,
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the result.")] = "float32",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the result: float32; with --server, the model's.", show_default=False)
+    ] = None,
     max_rank: Annotated[
         int | None, typer.Option(min=1, help="The highest LoRA rank of the server; what `rank: auto` means.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where it would be merged: cpu, cuda, cuda:1, …")] = "cpu",
+    server: Annotated[
+        bool,
+        typer.Option("--server", help="Plan a server for the whole file instead: memory by use, and whether it fits."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="--server: the base model's folder or config.json, if not the file's.")
+    ] = None,
+    max_loras: Annotated[int | None, typer.Option(min=1, help="--server: slots, as of vLLM.", show_default="4")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="--server: GPUs that share each layer.")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="--server: GPUs that share the layers.")] = 1,
+    gpu_memory: Annotated[str | None, typer.Option(help="--server: of one GPU, such as 80GiB.")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0.01, max=1, help="--server: the share that vLLM may use.")
+    ] = 0.9,
+    other: Annotated[str, typer.Option(help="--server: what vLLM itself takes (activations, graphs).")] = "2GiB",
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="--server: the longest sequence.", show_default="the model's")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
     """Show what a recipe would make and cost: rank, energy kept, bytes, seconds, slots, and what to be careful about.
@@ -54,14 +75,34 @@ def plan(
     Examples:
       vllm-merge plan recipe.yaml
       vllm-merge plan recipe.yaml support --max-rank 64 --dtype bfloat16 --json
+      vllm-merge plan recipe.yaml --server --gpu-memory 80GiB --max-loras 8 --max-rank 64
     """
+    if server:
+        from vllm_merge.cli.plan_server import ServerOptions, plan_server
+
+        if name is not None:
+            raise UserInputError("--server plans for the whole file; leave NAME out")
+        options = ServerOptions(
+            model=model,
+            dtype=dtype,
+            max_loras=max_loras,
+            max_rank=max_rank,
+            tensor=tensor_parallel_size,
+            pipeline=pipeline_parallel_size,
+            gpu_memory=gpu_memory,
+            utilization=gpu_memory_utilization,
+            other=other,
+            max_length=max_model_len,
+        )
+        plan_server(recipe_file, options, json)
+        return
     from vllm_merge.cli.device import checked_device
     from vllm_merge.cli.files import planned
     from vllm_merge.cli.outlook import outlook
 
     target = checked_device(device)
     with progress_bar("Reading the recipe") as bar:
-        prepared = planned(recipe_file, name, dtype, max_rank, bar)
+        prepared = planned(recipe_file, name, dtype or "float32", max_rank, bar)
         found = outlook(prepared, target, bar)
     if json:
         summaries = {a: prepared.catalogue.get(a).summary.to_dict() for a in prepared.plan.adapters}

@@ -33,8 +33,14 @@ def validate(
                 "adapters": list(file.adapters),
                 "recipes": {name: recipe.merge_method for name, recipe in file.recipes.items()},
                 "aliases": dict(file.aliases),
+                "experiments": {name: list(found.arms) for name, found in file.experiments.items()},
             }
         )
         return
-    counts = (("adapter", file.adapters), ("recipe", file.recipes), ("alias", file.aliases))
+    counts = (
+        ("adapter", file.adapters),
+        ("recipe", file.recipes),
+        ("alias", file.aliases),
+        *([("experiment", file.experiments)] if file.experiments else []),
+    )
     print_text(f"{recipe_file}: valid: " + ", ".join(counted(len(items), word) for word, items in counts))

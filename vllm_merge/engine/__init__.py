@@ -19,7 +19,7 @@ from vllm_merge.algebra.workspace import Workspace
 from vllm_merge.artifact import MergedAdapter, MergeReport
 from vllm_merge.engine.job import Job
 from vllm_merge.errors import UserInputError
-from vllm_merge.methods.preconditions import Context, resolve_preconditions
+from vllm_merge.methods.preconditions import Context, Precondition, resolve_preconditions
 from vllm_merge.methods.registry import default_registry
 from vllm_merge.methods.resolve import resolve_parameters
 
@@ -32,7 +32,7 @@ def merge(
     weights: Sequence[float | Mapping[str, float]] | None = None,
     parameters: Mapping[str, object] | None = None,
     adapter_parameters: Sequence[Mapping[str, float | Mapping[str, float]]] | None = None,
-    precondition: Sequence[str | Mapping[str, object]] = (),
+    precondition: Sequence[str | Mapping[str, object] | Precondition] = (),
     rank: int | str | Mapping[str, float] = "auto",
     max_rank: int | None = None,
     seed: int = 0,
@@ -50,7 +50,8 @@ def merge(
     weights: one per adapter, short for the per-adapter parameter `weight`; a value may be {module: float}.
     parameters, adapter_parameters: of the recipe, and of each adapter; the latter come first, then the recipe's, then
     the method's defaults. Every method has `lambda`, which multiplies the result.
-    precondition: names, or {name: parameters}, of what is done to the adapters before, in order.
+    precondition: names, or {name: parameters}, of what is done to the adapters before, in order; or functions that do it,
+    such as `vllm_merge.tuning.correction.ssr_correction(inputs)`.
     rank: `auto` (at most max_rank, or Σ r_i of each module without one), `lossless`, the largest rank, or {energy: x},
     the smallest rank of each module that keeps the share x of ‖ΔW‖²_F. dtype: of the result's factors.
     device: where to work and leave the result; the default is where the first adapter's factors are.
@@ -77,7 +78,7 @@ def merge(
         "weights": None if weights is None else list(weights),
         "parameters": dict(parameters or {}),
         "adapter_parameters": None if adapter_parameters is None else [dict(mine) for mine in adapter_parameters],
-        "precondition": list(precondition),
+        "precondition": [repr(entry) if callable(entry) else entry for entry in precondition],
         "rank": rank if isinstance(rank, int | str) else dict(rank),
         "max_rank": max_rank,
         "seed": seed,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers from a model in this process, through transformers, with LoRA factors added to its linear layers."""
+"""Answers from a model in this process, through transformers, with LoRA factors added to its layers."""
 
 from __future__ import annotations
 
@@ -94,7 +94,11 @@ def _added(pair: LoraFactors, device: torch.device, dtype: torch.dtype) -> Calla
     folded = pair.folded()
     a, b = folded.A.to(device, dtype).mT, folded.B.to(device, dtype).mT
 
-    def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def linear(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + inputs[0].to(dtype) @ a @ b
 
-    return hook
+    def embedding(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        scale = getattr(module, "embed_scale", 1.0)  # some embeddings multiply what they look up
+        return output + torch.nn.functional.embedding(inputs[0], a) @ b * scale
+
+    return embedding if pair.embedding else linear

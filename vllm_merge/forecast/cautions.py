@@ -16,7 +16,12 @@ ALIKE = 0.98
 
 def cautions(plan: Plan, overlap: Overlap, modules: Mapping[str, Collection[str]]) -> list[str]:
     """The sentences for `plan`. modules: {adapter: its modules}."""
-    return [*_norms(overlap), *_directions(plan, overlap), *_missing(modules), *_densities(plan)]
+    return [*_norms(overlap), *_directions(plan, overlap), *cautions_of_shapes(plan, modules)]
+
+
+def cautions_of_shapes(plan: Plan, modules: Mapping[str, Collection[str]]) -> list[str]:
+    """Those of `cautions` that no adapter has to be read for."""
+    return [*_missing(modules), *_densities(plan)]
 
 
 def _norms(overlap: Overlap) -> Iterator[str]:

@@ -97,8 +97,8 @@ def precondition_names() -> list[str]:
     return default_registry().precondition_names()
 
 
-def resolve_preconditions(requested: Sequence[str | Mapping[str, object]]) -> list[Precondition]:
-    """The functions of the requested preconditions, each a name or {name: parameters}.
+def resolve_preconditions(requested: Sequence[str | Mapping[str, object] | Precondition]) -> list[Precondition]:
+    """The functions of the requested preconditions, each a name, {name: parameters}, or such a function itself.
 
     Raises UserInputError for a name or parameter that is not known, a value that is not allowed, or an entry of another
     form.
@@ -106,6 +106,9 @@ def resolve_preconditions(requested: Sequence[str | Mapping[str, object]]) -> li
     registry = default_registry()
     functions: list[Precondition] = []
     for entry in requested:
+        if callable(entry):
+            functions.append(entry)
+            continue
         named: Mapping[str, object] = {entry: {}} if isinstance(entry, str) else entry
         if len(named) != 1:
             raise UserInputError(f"a precondition is a name or {{name: parameters}}; found {entry!r}")

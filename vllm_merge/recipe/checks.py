@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.continuation import continuations
+from vllm_merge.recipe.experiment_checks import check_experiments
 from vllm_merge.recipe.file import absolute_path, is_local
 from vllm_merge.recipe.problems import Finding, KeyPath, listed, nearest
 from vllm_merge.recipe.protocols import CheckPrecondition, MethodSpec, Registry
@@ -19,30 +20,46 @@ def check_document(
     registry: Registry,
     registered: Collection[str],
     check_precondition: CheckPrecondition,
-    directory: Path,
+    directory: Path | None,
 ) -> Iterator[Finding]:
     """Every (key, message) that is wrong. `registered`: names of adapters that are known from elsewhere;
-    `directory`: where relative paths are taken from."""
+    `directory`: where relative paths are taken from; None: paths are not looked at."""
     known = dict.fromkeys([*document.adapters, *registered, *document.recipes])
     yield from _names(document, registered)
-    yield from _adapters(document, directory)
+    if directory is not None:
+        yield from _adapters(document, directory)
     yield from _aliases(document, registered)
-    for name, recipe in document.recipes.items():
-        yield from _method(("recipes", name), recipe, registry)
-        yield from _references(document, name, recipe, known)
-        yield from continuations(document, name, registry, known)
-        yield from _serving(document, name, recipe, known)
-        for index, precondition in enumerate(recipe.precondition):
-            try:
-                check_precondition(precondition)
-            except UserInputError as error:
-                yield ("recipes", name, "precondition", index), str(error)
+    for name in document.recipes:
+        yield from check_recipe(document, name, registry, known, check_precondition)
     yield from _cycles(document.recipes)
+    yield from check_experiments(document, registered)
+
+
+def check_recipe(
+    document: RecipeDocument,
+    name: str,
+    registry: Registry,
+    known: Mapping[str, None],
+    check_precondition: CheckPrecondition,
+) -> Iterator[Finding]:
+    """Every (key, message) that is wrong with one recipe of a document, but not circles of several. known: names of
+    adapters and recipes."""
+    recipe = document.recipes[name]
+    yield from _method(("recipes", name), recipe, registry)
+    yield from _references(document, name, recipe, known)
+    yield from continuations(document, name, registry, known)
+    yield from _serving(document, name, recipe, known)
+    for index, precondition in enumerate(recipe.precondition):
+        try:
+            check_precondition(precondition)
+        except UserInputError as error:
+            yield ("recipes", name, "precondition", index), str(error)
 
 
 def _names(document: RecipeDocument, registered: Collection[str]) -> Iterator[Finding]:
     owners = dict.fromkeys(registered, "a registered adapter")
-    for section, kind in (("adapters", "an adapter"), ("recipes", "a recipe"), ("aliases", "an alias")):
+    kinds = {"adapters": "an adapter", "recipes": "a recipe", "aliases": "an alias", "experiments": "an experiment"}
+    for section, kind in kinds.items():
         for name in getattr(document, section):
             if not NAME.fullmatch(name):
                 yield (section, name), f"{name!r} is not a name; a name is {NAME_RULE}"

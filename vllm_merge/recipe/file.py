@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vllm_merge.errors import UserInputError
+from vllm_merge.recipe.experiments import Experiment
 from vllm_merge.recipe.problems import listed, nearest
 from vllm_merge.recipe.schema import AdapterEntry, Recipe
 
@@ -25,11 +26,13 @@ class RecipeFile:
     aliases: Mapping[str, str]
     continue_lines: Mapping[str, int] = field(default_factory=dict)
     """The line of `continue` of every recipe that has it, for what is found when its source is looked at."""
+    experiments: Mapping[str, Experiment] = field(default_factory=dict)
+    experiment_lines: Mapping[str, int] = field(default_factory=dict)
 
     def with_adapters(self, adapters: Mapping[str, AdapterEntry]) -> "RecipeFile":
         """The file with further registered adapters. Raises UserInputError where a name is taken."""
         for name in adapters:
-            if name in self.adapters or name in self.recipes or name in self.aliases:
+            if any(name in names for names in (self.adapters, self.recipes, self.aliases, self.experiments)):
                 raise UserInputError(f"{self.path}: the name {name!r} is that of a registered adapter too; rename one")
         return replace(self, adapters={**self.adapters, **adapters})
 

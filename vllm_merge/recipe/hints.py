@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from vllm_merge.recipe.experiments import Experiment, Guardrail, Namespace, Primary
 from vllm_merge.recipe.problems import KeyPath, listed, nearest
+from vllm_merge.recipe.safety import Safety
 from vllm_merge.recipe.schema import AdapterEntry, Recipe, RecipeDocument, RecipeInput
 from vllm_merge.recipe.values import shown
 
@@ -20,7 +22,9 @@ _HINTS = {
     ("file", "merge_method"): _RECIPE_KEY,
     ("file", "parameters"): _RECIPE_KEY,
     ("file", "slices"): "slices of layers are not merged; a parameter may be a list, a gradient over the layers",
-    ("file", "experiments"): "experiments are not supported by this version",
+    ("file", "arms"): "an experiment stands under `experiments:`, then its name",
+    ("experiment", "variants"): "the key is `arms`: {NAME: WEIGHT, …}",
+    ("experiment", "weights"): "each arm has its weight: `arms: {NAME: WEIGHT, …}`",
     ("file", "dtype"): "the server's dtype is used; offline, give `vllm-merge merge --dtype`",
     ("recipe", "models"): _MERGEKIT_MODELS,
     ("recipe", "base_model"): "the base model is the same for all recipes: put it at the top of the file",
@@ -38,6 +42,8 @@ _HINTS = {
 _TYPES = {
     "string_type": "text",
     "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
     "list_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
@@ -64,6 +70,10 @@ def _allowed(kind: str, context: Mapping[str, Any], fallback: str) -> str:
     match kind:
         case "literal_error":
             return f"allowed is {context['expected']}"
+        case "greater_than":
+            return f"allowed is more than {context['gt']}"
+        case "less_than":
+            return f"allowed is less than {context['lt']}"
         case "greater_than_equal":
             return f"allowed is at least {context['ge']}"
         case "less_than_equal":
@@ -85,8 +95,18 @@ def _place(path: KeyPath) -> tuple[str, tuple[str, ...]]:
             return "recipe", tuple(field.alias or name for name, field in Recipe.model_fields.items())
         case ("recipes", _, "adapters", _):
             return "input", tuple(RecipeInput.model_fields)
+        case ("recipes", _, "safety"):
+            return "safety", tuple(Safety.model_fields)
         case ("adapters", _):
             return "adapter", tuple(AdapterEntry.model_fields)
+        case ("experiments", _):
+            return "experiment", tuple(Experiment.model_fields)
+        case ("experiments", _, "guardrails", _):
+            return "guardrail", tuple(Guardrail.model_fields)
+        case ("experiments", _, "namespace"):
+            return "namespace", tuple(Namespace.model_fields)
+        case ("experiments", _, "primary"):
+            return "primary", tuple(Primary.model_fields)
     return "file", _TOP
 
 
@@ -104,6 +124,8 @@ def _missing_key(path: KeyPath) -> str:
             return "is missing; begin the file with `version: 1`"
         case (*_, "merge_method"):
             return "is missing; `vllm-merge methods` lists the merge methods"
+        case ("experiments", _, "arms"):
+            return "is missing; give each arm's weight: `arms: {NAME: WEIGHT, …}`"
         case ("adapters", _, "path"):
             return "is missing; give the adapter's folder or Hub repository"
         case _:

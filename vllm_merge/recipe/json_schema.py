@@ -15,7 +15,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def recipe_schema(registry: Registry, preconditions: Sequence[str] = ()) -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe file with the methods of `registry`, and preconditions of these names."""
     schema = RecipeDocument.model_json_schema()
-    for section in ("adapters", "recipes", "aliases"):
+    for section in ("adapters", "recipes", "aliases", "experiments"):
         schema["properties"][section]["propertyNames"] = {"pattern": f"^{NAME.pattern}$"}
     recipe = schema["$defs"]["Recipe"]
     specs = [registry.get(name) for name in registry.names()]

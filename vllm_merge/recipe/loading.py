@@ -52,6 +52,22 @@ def parse_recipes(
     return _checked(parse_yaml(text, file), file, registry, registered, check_precondition)
 
 
+def problems_of(
+    text: str,
+    file: Path,
+    registry: Registry,
+    *,
+    registered: Collection[str] = (),
+    check_precondition: CheckPrecondition = knows_none,
+) -> tuple[Problem, ...]:
+    """Every mistake in a recipe file of this content. Nothing that it names is looked for on this machine."""
+    try:
+        _document(parse_yaml(text, file), file, registry, registered, check_precondition, None)
+    except RecipeError as error:
+        return error.problems
+    return ()
+
+
 def _checked(
     tree: YamlTree,
     file: Path,
@@ -59,6 +75,35 @@ def _checked(
     registered: Collection[str],
     check_precondition: CheckPrecondition,
 ) -> RecipeFile:
+    document = _document(tree, file, registry, registered, check_precondition, file.parent)
+    adapters = {
+        name: entry.model_copy(update={"path": absolute_path(entry.path, file.parent)})
+        for name, entry in document.adapters.items()
+    }
+    base_model = base_model_path(document.base_model, file.parent) if document.base_model else None
+    lines = {name: tree.line(("recipes", name, "continue")) for name, r in document.recipes.items() if r.continues}
+    experiment_lines = {name: tree.line(("experiments", name)) for name in document.experiments}
+    return RecipeFile(
+        file,
+        base_model,
+        adapters,
+        document.recipes,
+        document.aliases,
+        lines,
+        document.experiments,
+        experiment_lines,
+    )
+
+
+def _document(
+    tree: YamlTree,
+    file: Path,
+    registry: Registry,
+    registered: Collection[str],
+    check_precondition: CheckPrecondition,
+    directory: Path | None,
+) -> RecipeDocument:
+    """directory: where relative paths are taken from; None: paths are not looked at."""
     if not isinstance(tree.data, dict):
         raise RecipeError(file, [Problem((), 1, "is not a mapping; a recipe file begins with `version: 1`")])
     try:
@@ -67,14 +112,8 @@ def _checked(
         errors = error.errors(include_url=False, include_context=True)
         findings = [message(details) for details in errors[:MAX_FINDINGS]]
     else:
-        found = check_document(document, registry, registered, check_precondition, file.parent)
+        found = check_document(document, registry, registered, check_precondition, directory)
         findings = list(islice(found, MAX_FINDINGS))
     if findings:
         raise RecipeError(file, [Problem(path, tree.line(path), text) for path, text in findings])
-    adapters = {
-        name: entry.model_copy(update={"path": absolute_path(entry.path, file.parent)})
-        for name, entry in document.adapters.items()
-    }
-    base_model = base_model_path(document.base_model, file.parent) if document.base_model else None
-    lines = {name: tree.line(("recipes", name, "continue")) for name, r in document.recipes.items() if r.continues}
-    return RecipeFile(file, base_model, adapters, document.recipes, document.aliases, lines)
+    return document

@@ -18,10 +18,10 @@ MAX_HINTED_NAMES = 1000  # beyond this many names, looking for a near one takes 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the key it is at (empty: the whole file), its line (1-based), and the message."""
+    """One mistake: the key it is at (empty: the whole file), its line (1-based; None: of no line), and the message."""
 
     path: KeyPath
-    line: int
+    line: int | None
     message: str
 
 
@@ -30,7 +30,7 @@ class RecipeError(UserInputError):
 
     def __init__(self, file: Path, problems: Sequence[Problem]) -> None:
         self.file = file
-        self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
+        self.problems = tuple(sorted(problems, key=lambda problem: problem.line or 0))
         lines = [_text(file, problem) for problem in self.problems[:MAX_SHOWN]]
         if len(self.problems) > MAX_SHOWN:
             lines.append(f"{file}: and {len(self.problems) - MAX_SHOWN} more")
@@ -39,7 +39,8 @@ class RecipeError(UserInputError):
 
 def _text(file: Path, problem: Problem) -> str:
     key, message = cut(dotted(problem.path), MAX_KEY), cut(problem.message, MAX_MESSAGE)
-    return f"{file}:{problem.line}: {key}: {message}" if key else f"{file}:{problem.line}: {message}"
+    where = f"{file}:{problem.line}" if problem.line else str(file)
+    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
 
 
 def cut(text: str, length: int) -> str:

@@ -12,6 +12,7 @@ from vllm_merge.recipe.values import Scalar
 Value: TypeAlias = Any
 
 _FIRST_NUMBER = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)$")
 
 
 def varies(parameter: ParameterSpec) -> bool:
@@ -66,14 +67,18 @@ def relative_depths(modules: Iterable[str]) -> dict[str, float]:
 
     The layer is the first number in the module's name, counted among the modules whose names are equal before it
     (`model.layers` and `vision.blocks` are stacks of their own, each as deep as its highest number). A module without a
-    number, such as `lm_head`, comes after the layers: 1. With a single layer, that layer is 0.
+    number, such as `lm_head`, comes after the layers: 1; an embedding, by its name, before them: 0. With a single layer,
+    that layer is 0.
     """
     names = list(modules)
     layers = {name: (match[1], int(match[2])) for name in names if (match := _FIRST_NUMBER.match(name))}
     last: dict[str, int] = {}
     for stack, index in layers.values():
         last[stack] = max(last.get(stack, 0), index)
-    return {name: layers[name][1] / max(last[layers[name][0]], 1) if name in layers else 1.0 for name in names}
+    return {
+        name: layers[name][1] / max(last[layers[name][0]], 1) if name in layers else float(not _EMBEDDING.search(name))
+        for name in names
+    }
 
 
 def recipe_parameters(spec: MethodSpec, given: Mapping[str, Value]) -> dict[str, Value]:

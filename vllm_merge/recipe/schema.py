@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_merge.recipe.experiments import Experiment
+from vllm_merge.recipe.safety import Safety
 from vllm_merge.recipe.values import MAX_SEED, Continued, ParameterValue, Precondition, Rank
 
 
@@ -63,6 +65,9 @@ class Recipe(_Strict):
         "degraded",
         description="When an eager merge fails at the start. stop: the server does not start. degraded: the rest is served.",
     )
+    safety: Safety | None = Field(
+        None, description="Its measured safety score and the floor; under it, the recipe is neither served nor promoted."
+    )
 
     @property
     def continued(self) -> str | None:
@@ -84,3 +89,6 @@ class RecipeDocument(_Strict):
     adapters: dict[str, AdapterEntry] = Field({}, description="Registered adapters by name.")
     recipes: dict[str, Recipe] = Field({}, description="Recipes by name; the name is what clients ask for.")
     aliases: dict[str, Text] = Field({}, description="Names that point to a recipe or an adapter.")
+    experiments: dict[str, Experiment] = Field(
+        {}, description="Experiments by name; clients ask for the name, and each unit gets one of the arms."
+    )

@@ -52,10 +52,15 @@ def read_yaml(file: Path) -> YamlTree:
     try:
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise RecipeError(file, [Problem((), None, "there is no such file; check the path")]) from None
+    except IsADirectoryError:
+        raise RecipeError(file, [Problem((), None, "is a folder; give the recipe file itself")]) from None
     except OSError as error:
-        raise RecipeError(file, [Problem((), 1, f"cannot be read: {error.strerror}")]) from None
+        message = f"cannot be read: {error.strerror}; correct its permissions, or the path"
+        raise RecipeError(file, [Problem((), None, message)]) from None
     if len(raw) > MAX_BYTES:
-        raise RecipeError(file, [Problem((), 1, f"is larger than {MAX_BYTES:,} bytes; split it")])
+        raise RecipeError(file, [Problem((), None, f"is larger than {MAX_BYTES:,} bytes; split it")])
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -59,11 +59,11 @@ def page(facts: Mapping[str, Any]) -> str:
         *_figures(facts),
     ]
     if report.get("overall"):
-        parts += ["<h2>Adapters</h2>", _table(*adapter_rows(report))]
-    parts += ["<h2>Modules</h2>", _table(*module_rows(facts))]
+        parts += ["<h2>Adapters</h2>", html_table(*adapter_rows(report))]
+    parts += ["<h2>Modules</h2>", html_table(*module_rows(facts))]
     if report.get("seconds"):
         rows = [[stage, f"{seconds:.3f}"] for stage, seconds in report["seconds"].items()]
-        parts += ["<h2>Time</h2>", _table(["stage", "seconds"], rows)]
+        parts += ["<h2>Time</h2>", html_table(["stage", "seconds"], rows)]
     if "provenance" in facts:
         text = json.dumps(facts["provenance"], indent=2, ensure_ascii=False)
         parts += [f"<h2>Recipe</h2><details><summary>as it was resolved</summary><pre>{escape(text)}</pre></details>"]
@@ -140,20 +140,26 @@ def _headline(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _figures(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Each figure twice, for light and for dark pages; the browser shows the one that fits."""
+    """Each figure twice, for light and for dark pages."""
     drawn = {
         theme: {name: rendered(figure, "svg") for name, figure in figures(facts, colors)}
         for theme, colors in THEMES.items()
     }
     for name in drawn["light"]:
-        light, dark = (f"data:image/svg+xml;base64,{base64.b64encode(drawn[t][name]).decode()}" for t in THEMES)
-        yield (
-            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{escape(name)}"></picture><figcaption>{CAPTIONS[name]}</figcaption></figure>'
-        )
+        yield html_figure(name, drawn["light"][name], drawn["dark"][name], CAPTIONS[name])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_figure(name: str, light: bytes, dark: bytes, caption: str) -> str:
+    """A figure for light and one for dark pages, both SVG; the browser shows the one that fits. caption: HTML."""
+    source, other = (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in (light, dark))
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{other}">'
+        f'<img src="{source}" alt="{escape(name)}"></picture><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text cells."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = ("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     body = "\n".join(lines)

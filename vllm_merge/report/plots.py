@@ -61,7 +61,7 @@ def figures(facts: Mapping[str, Any], theme: Theme) -> Iterator[tuple[str, Figur
 
     Raises UserInputError, saying what to install, where matplotlib is not there.
     """
-    with _style(theme):
+    with figure_style(theme):
         squares = list(arranged.squares(facts))
         if squares:
             yield "similarity", _similarity(squares, theme)
@@ -80,7 +80,7 @@ def rendered(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
 
 
 @contextmanager
-def _style(theme: Theme) -> Iterator[None]:
+def figure_style(theme: Theme) -> Iterator[None]:
     try:
         import matplotlib as mpl
     except ImportError:

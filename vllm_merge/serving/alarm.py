@@ -27,11 +27,11 @@ class Alarm:
         path.chmod(0o600)
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), SIZE)
-        self._count = 0
+        self.count = 0
 
     def ring(self) -> None:
-        self._count += 1
-        self._memory[:] = struct.pack("<Q", self._count)
+        self.count += 1
+        self._memory[:] = struct.pack("<Q", self.count)
 
 
 class Watch:

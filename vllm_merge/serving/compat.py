@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_merge.adapters.tensor_names import TensorName
+from vllm_merge.serving.experts import DOWN, projections, whole_experts
 from vllm_merge.serving.slots import SlotBuffer
 
 Loader = Callable[[Any, Any], Any]
@@ -61,12 +63,13 @@ def mend_rows_without_lora() -> bool:
     """On the CPU, make vLLM's LoRA kernels leave base-model rows alone; says whether there was anything to mend.
 
     The torch kernels take the row index -1, "no LoRA", as the last slot. Zeroing those rows after the shrink by A is
-    enough: what the expand by B then adds to them is zero.
+    enough: what the expand by B then adds to them is zero. Embeddings have no shrink: there they are zeroed before the
+    expand.
     """
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
-    original = lora_ops.bgmv_shrink
+    original, expand = lora_ops.bgmv_shrink, lora_ops.bgmv_expand
     probe = torch.zeros(1, 1)
     original(torch.ones(1, 1), torch.ones(1, 1, 1, 1), probe, torch.tensor([-1]), 1.0)
     if not probe.any():
@@ -77,7 +80,12 @@ def mend_rows_without_lora() -> bool:
         original(inputs, weights, output, indices, scaling)
         output[indices < 0] = 0
 
+    @functools.wraps(expand)
+    def bgmv_expand(inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, add_inputs: bool = True) -> None:
+        expand(inputs * (indices >= 0)[:, None], weights, output, indices, add_inputs)
+
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
+    lora_ops.bgmv_expand = punica_cpu.bgmv_expand = bgmv_expand
     return True
 
 
@@ -132,13 +140,15 @@ def max_rank(worker_manager: Any) -> int:
     return int(worker_manager.lora_config.max_lora_rank)
 
 
-def peft_names(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def _peft_names(worker_manager: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """{module: (A, B)} as {PEFT tensor name: tensor}, A before B."""
-    return {
-        f"base_model.model.{module}.lora_{letter}.weight": tensor
-        for module, pair in factors.items()
-        for letter, tensor in zip("AB", pair, strict=True)
-    }
+    layers = worker_manager._adapter_manager.modules
+    names: dict[str, Tensor] = {}
+    for module, (a, b) in factors.items():
+        embedding = _keeps_tokens(layers.get(_inside_name(worker_manager, module)))
+        names[str(TensorName(module, "A", embedding))] = a
+        names[str(TensorName(module, "B", embedding))] = b
+    return names
 
 
 def lora_model(worker_manager: Any, lora_id: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
@@ -151,7 +161,7 @@ def lora_model(worker_manager: Any, lora_id: int, factors: Mapping[str, tuple[Te
     device = next(iter(factors.values()))[0].device
     return LoRAModel.from_lora_tensors(
         lora_model_id=lora_id,
-        tensors=peft_names(factors),
+        tensors=_peft_names(worker_manager, factors),
         peft_helper=PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),  # alpha = r: scaling 1 everywhere
         device=str(device),
         dtype=slot_dtype(worker_manager),
@@ -163,8 +173,15 @@ def lora_model(worker_manager: Any, lora_id: int, factors: Mapping[str, tuple[Te
 
 def packed_lora_model(worker_manager: Any, lora_id: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
     """A LoRAModel over these tensors as vLLM has them when it fills a slot by its own copies: slices of a layer together."""
-    model = lora_model(worker_manager, lora_id, factors)
-    worker_manager._adapter_manager._create_merged_loras_inplace(model)
+    from vllm.lora.lora_weights import LoRALayerWeights
+
+    manager, model = worker_manager._adapter_manager, lora_model(worker_manager, lora_id, factors)
+    for place, parts in manager.packed_modules.items():
+        if place.endswith(".experts"):
+            pairs = {part: (w.lora_a, w.lora_b) for part in parts if (w := model.loras.get(part)) is not None}
+            for part, (a, b) in whole_experts(parts, pairs).items():
+                model.loras[part] = LoRALayerWeights(part, a.shape[0], a.shape[0], a, b)
+    manager._create_merged_loras_inplace(model)
     return model
 
 
@@ -240,6 +257,7 @@ def slot_buffers(worker_manager: Any) -> list[SlotBuffer] | None:
         RowParallelLinearWithLoRA.set_lora,  # that of every linear layer of one slice
         MergedColumnParallelLinearWithLoRA.set_lora,
         LogitsProcessorWithLoRA.set_lora,
+        VocabParallelEmbeddingWithLoRA.set_lora,
     }
     manager = worker_manager._adapter_manager
     buffers = []
@@ -272,9 +290,10 @@ def slot_views(
     for name in {places[module] for module in here}:
         parts = manager.packed_modules.get(name, [name])
         pairs = [inside.get(part, (None, None)) for part in parts]
-        views[name, "A"], views[name, "B"] = _sliced(
-            manager.modules[name], [a for a, _ in pairs], [b for _, b in pairs]
-        )
+        layer = manager.modules[name]
+        views[name, "A"], views[name, "B"] = _sliced(layer, [a for a, _ in pairs], [b for _, b in pairs])
+        if _keeps_tokens(layer):  # a row for each token: the layer's A is the transpose
+            views[name, "A"] = [None if a is None else a.mT.contiguous() for a in views[name, "A"]]
     taken = {key: iter(value) for key, value in views.items()}
     return [next(taken[b.layer, b.letter]) if (b.layer, b.letter) in taken else None for b in buffers]
 
@@ -288,6 +307,12 @@ def _sliced(
     if len(a) > 1:
         return layer.slice_lora_a(a), layer.slice_lora_b(b)
     return [layer.slice_lora_a(a[0])], [layer.slice_lora_b(b[0])]
+
+
+def _keeps_tokens(layer: Any) -> bool:
+    """Whether a layer is an embedding, whose stacked A is (slots, tokens, rank)."""
+    stacked = getattr(layer, "lora_a_stacked", None)
+    return isinstance(stacked, Tensor) and stacked.ndim == 3
 
 
 def wrap_activation(fill: Callable[[Any, int], Any | None]) -> None:
@@ -386,7 +411,13 @@ def misfits(worker_manager: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -
                 "Restart it with a higher one, or give the recipe `rank: auto` or a rank that fits."
             )
         elif inside not in places:
-            if not _on_another_stage(manager.model, inside):
+            if (kind := _vocabulary_layer(manager.model, inside)) is not None:
+                last = module.rpartition(".")[2]
+                reasons.append(
+                    f"{module} is {kind}, and vLLM applies no LoRA to it in {type(manager.model).__name__}. Leave it out "
+                    f"of the merge (a weight of 0 for `filter: {last}`), or serve a base model into which it is merged."
+                )
+            elif not _on_another_stage(manager.model, inside):
                 reasons.append(
                     f"{module} is not a module of {type(manager.model).__name__} that LoRA can be applied to here "
                     f"(supported: {', '.join(sorted(_supported_suffixes(manager)))})."
@@ -401,6 +432,19 @@ def _supported_suffixes(manager: Any) -> set[str]:
     for module in manager.supported_lora_modules:
         suffixes.update(manager.packed_modules_mapping.get(module, [module]))
     return suffixes
+
+
+def _vocabulary_layer(model: torch.nn.Module, module: str) -> str | None:
+    """What a module with a row for each token is called, which vLLM's model has but takes no LoRA for; else None."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    try:
+        layer = model.get_submodule(module)
+    except AttributeError:
+        return None
+    if not isinstance(layer, VocabParallelEmbedding):
+        return None
+    return "the model's head" if isinstance(layer, ParallelLMHead) else "an embedding"
 
 
 def _on_another_stage(model: torch.nn.Module, module: str) -> bool:
@@ -419,9 +463,24 @@ def _on_another_stage(model: torch.nn.Module, module: str) -> bool:
 
 
 def _slot_problem(manager: Any, place: tuple[str, int], a: Tensor, b: Tensor) -> str | None:
+    from vllm.lora.layers import FusedMoEWithLoRA
+
     name, index = place
     layer = manager.modules[name]
+    if isinstance(layer, FusedMoEWithLoRA):  # slices by itself, all experts together
+        inner, hidden = layer.intermediate_size_per_partition * layer.tp_size, layer.hidden_size
+        down = index % projections(manager.packed_modules[name]) == DOWN
+        wanted = (inner, hidden) if down else (hidden, inner)
+        return None if (a.shape[1], b.shape[0]) == wanted else _other_features(a, b, wanted, "")
     stacks_a, stacks_b = layer.lora_a_stacked, layer.lora_b_stacked
+    if _keeps_tokens(layer):
+        tokens, features = stacks_a.shape[1], stacks_b.shape[-2]
+        if (a.shape[1], b.shape[0]) != (tokens, features):
+            return (
+                f"it embeds {a.shape[1]} tokens in {b.shape[0]} features, but the base model's layer {tokens} in {features}. "
+                "The adapter was trained on a model with another vocabulary or width."
+            )
+        return None
     if isinstance(stacks_a, Tensor):  # lm_head keeps one tensor; its B has a row per token of the vocabulary
         stacks_a, stacks_b = (stacks_a,), (stacks_b,)
         if b.shape[0] != manager.vocab_size:
@@ -436,29 +495,40 @@ def _slot_problem(manager: Any, place: tuple[str, int], a: Tensor, b: Tensor) ->
     assert meta_a is not None
     assert meta_b is not None
     if (meta_a.shape[1], meta_b.shape[0]) != (want_in, want_out):
-        return (
-            f"it maps {a.shape[1]} to {b.shape[0]} features, but the base model's layer maps {want_in} to {want_out} "
-            "(per tensor-parallel rank). The adapter was trained on another base model."
-        )
+        return _other_features(a, b, (want_in, want_out), " (per tensor-parallel rank)")
     return None
+
+
+def _other_features(a: Tensor, b: Tensor, wanted: tuple[int, int], of: str) -> str:
+    return (
+        f"it maps {a.shape[1]} to {b.shape[0]} features, but the base model's layer maps {wanted[0]} to {wanted[1]}{of}. "
+        "The adapter was trained on another base model."
+    )
 
 
 # -- in the API process -------------------------------------------------------------------------------------------------
 
 
-def wrap_engine(engine_client: Any, lease: Callable[[Any], Any]) -> None:
+def wrap_engine(
+    engine_client: Any,
+    lease: Callable[[Any], Any],
+    counter: Callable[[], Callable[[Any], None] | None] = lambda: None,
+) -> None:
     """Hold `lease(lora_request)` (an async context manager giving the request to use) around generate and encode.
 
-    lease(request) is None for requests that are not ours; those go straight through.
+    lease(request) is None for requests that are not ours; those go straight through. counter() gives what is to be called
+    with every output, or None.
     """
     for name in ("generate", "encode"):
         original = getattr(engine_client, name, None)
         if original is not None and not getattr(original, "_vllm_merge", False):
-            setattr(engine_client, name, _leased(original, lease))
+            setattr(engine_client, name, _leased(original, lease, counter))
 
 
 def _leased(
-    original: Callable[..., AsyncGenerator[Any, None]], lease: Callable[[Any], Any]
+    original: Callable[..., AsyncGenerator[Any, None]],
+    lease: Callable[[Any], Any],
+    counter: Callable[[], Callable[[Any], None] | None],
 ) -> Callable[..., AsyncGenerator[Any, None]]:
     signature = inspect.signature(original)
 
@@ -466,18 +536,30 @@ def _leased(
     def call(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         bound = signature.bind(*args, **kwargs)
         held = lease(bound.arguments.get("lora_request"))
-        if held is None:
-            return original(*args, **kwargs)
-        return run(bound, held)
+        count = counter()
+        if held is not None:
+            return run(bound, held, count)
+        outputs = original(*args, **kwargs)
+        return outputs if count is None else counted(outputs, count)
 
-    async def run(bound: inspect.BoundArguments, held: Any) -> AsyncGenerator[Any, None]:
+    async def run(
+        bound: inspect.BoundArguments, held: Any, count: Callable[[Any], None] | None
+    ) -> AsyncGenerator[Any, None]:
         async with held as holder:
             bound.arguments["lora_request"] = holder.lora_request
             # Closed here and now, so that a client that left aborts its request before the lease ends.
             async with contextlib.aclosing(original(*bound.args, **bound.kwargs)) as outputs:
                 async for output in outputs:
                     await holder.check()
+                    if count is not None:
+                        count(output)
                     yield output
+
+    async def counted(outputs: AsyncGenerator[Any, None], count: Callable[[Any], None]) -> AsyncGenerator[Any, None]:
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                count(output)
+                yield output
 
     call._vllm_merge = True  # type: ignore[attr-defined]
     return call

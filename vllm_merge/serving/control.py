@@ -28,6 +28,7 @@ logger = logging.getLogger("vllm_merge.control")
 
 RUNTIME_DIR_VARIABLE = "VLLM_MERGE_RUNTIME_DIR"
 MAX_LINE = 32 << 20  # bytes; a plan of thousands of adapters is far below
+MAX_UNREAD = 1 << 20  # bytes that wait for a process, beyond which it is told no more news
 
 Message = dict[str, Any]
 
@@ -48,6 +49,11 @@ class Session:
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
+
+    def tell(self, message: Message) -> None:
+        """`send`, unless too much waits already for a process that does not read: what need not arrive is left out."""
+        if self._writer.transport.get_write_buffer_size() < MAX_UNREAD:
+            self.send(message)
 
     def send(self, message: Message) -> None:
         if not self._writer.is_closing():
@@ -144,6 +150,10 @@ class ControlServer:
                 task.add_done_callback(tasks.discard)
         except (ConnectionError, ValueError) as error:
             logger.warning("closing a control connection: %s", error)
+        except asyncio.CancelledError:
+            if not self._stopping.is_set():
+                raise
+            # The server stops. asyncio's streams would report a handler that ends as cancelled as an error.
         finally:
             for task in tasks:
                 task.cancel()
@@ -231,6 +241,8 @@ class WorkerLink:
             raise ControlError("disconnected", f"the worker at {self.path.name} is gone: {error}") from error
         finally:
             self._waiting.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # it was looked at, even if what was raised is another error
 
     def post(self, op: str, **fields: Any) -> None:
         """Send a request whose answer nobody waits for."""

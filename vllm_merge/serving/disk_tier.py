@@ -4,6 +4,7 @@
     ROOT/<digest>/adapter_config.json, adapter_model.safetensors     the adapter, for any PEFT program
     ROOT/<digest>/artifact.json                                      its name, and the SHA-256 of its tensors
     ROOT/<digest>/used                                               when it was last used, seconds since 1970
+    ROOT/.merging/<digest>                                           who is merging it (reservations.py)
 
 A local folder appears by one rename. Elsewhere artifact.json is written last, and what has none is not there. Whatever is
 read is compared with the SHA-256; what differs is removed, so that it is merged anew.
@@ -32,8 +33,10 @@ from vllm_merge.adapters.factors import LoraFactors, factors_sha256
 from vllm_merge.adapters.folders import new_folder
 from vllm_merge.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from vllm_merge.adapters.tensor_file import MAX_FILE_BYTES, parse_header, tensor_view
+from vllm_merge.adapters.tensor_names import parse_name
 from vllm_merge.errors import MergeError
 from vllm_merge.serving.packed import Packed
+from vllm_merge.serving.reservations import Reservations
 
 logger = logging.getLogger("vllm_merge.disk")
 
@@ -43,7 +46,7 @@ FORMAT = 1
 ABANDONED_SECONDS = 3600  # a folder without a record that is older was left by a writer that ended
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_FOLDER = re.compile(r"\.?[0-9a-f]{64}(\.\w+)?")  # of an entry, or what a writer that ended has left of one
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Stored:
     pairs: Mapping[str, tuple[Tensor, Tensor]]
     tensors_sha256: str
     seconds: float
+    embeddings: frozenset[str] = frozenset()
+    report: Mapping[str, Any] | None = None
 
     def factors(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """{module: (A, B)} on the CPU."""
@@ -73,23 +78,31 @@ class DiskTier:
         self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
         self.place, self.budget_bytes = place, budget_bytes
         self.bytes = 0  # as of the last write
+        self.evicted = 0  # by this process
         self._fs.makedirs(self._root, exist_ok=True)
 
+    def reservations(self, owner: str) -> Reservations:
+        """Who merges what, among all that share the place."""
+        return Reservations(self._fs, self._root, local=self._local, owner=owner)
+
     def holds(self, digest: str) -> bool:
-        return bool(self._fs.exists(self._path(digest, RECORD_FILE)))
+        return _is_digest(digest) and bool(self._fs.exists(self._path(digest, RECORD_FILE)))
 
     def write(self, packed: Packed) -> bool:
         """Store an artifact, unless it is there; False if it is larger than the budget. Raises OSError."""
         if packed.nbytes > self.budget_bytes:
             return False
+        if not _is_digest(packed.digest):
+            raise ValueError(f"{packed.digest!r} is no digest")
         if not self.holds(packed.digest):
-            factors = {module: LoraFactors(a, b) for module, (a, b) in packed.factors().items()}
+            factors = packed.lora_factors()
             record = {
                 "format": FORMAT,
                 "digest": packed.digest,
                 "name": packed.name,
                 "seconds": packed.seconds,
                 "tensors_sha256": packed.tensors_sha256,
+                "report": packed.report,
             }
             if self._local:
                 self._write_local(packed.digest, factors, record)
@@ -101,6 +114,8 @@ class DiskTier:
 
     def read(self, digest: str) -> Stored | None:
         """The artifact if it is here and whole; a damaged one is removed. Raises OSError where the place fails."""
+        if not _is_digest(digest):
+            return None
         try:
             record = self._fs.cat_file(self._path(digest, RECORD_FILE))
             path = self._path(digest, WEIGHTS_FILE)
@@ -123,13 +138,15 @@ class DiskTier:
         return stored
 
     def touch(self, digest: str) -> None:
-        """Remember that an artifact is in use."""
-        if self.holds(digest):
-            with contextlib.suppress(FileNotFoundError):  # another replica has just removed it
+        """Remember that an artifact is in use, where the place can: not if it is full, read-only, or has just removed it."""
+        with contextlib.suppress(Exception):  # whatever a file system raises; what is read or written is so all the same
+            if self.holds(digest):
                 self._fs.pipe_file(self._path(digest, USED_FILE), f"{time.time():.3f}".encode())
 
     def remove(self, digest: str) -> None:
-        """The record goes first: from then on the entry is not there."""
+        """The record goes first: from then on the entry is not there. Raises ValueError for what is no entry's name."""
+        if not _FOLDER.fullmatch(digest):
+            raise ValueError(f"{digest!r} is no digest")
         for path in (self._path(digest, RECORD_FILE), self._path(digest)):
             try:
                 self._fs.rm(path, recursive=True)
@@ -137,7 +154,12 @@ class DiskTier:
                 continue  # another replica was quicker
 
     def describe(self) -> dict[str, Any]:
-        return {"place": self.place, "bytes": self.bytes, "budget_bytes": self.budget_bytes}
+        return {
+            "place": self.place,
+            "bytes": self.bytes,
+            "budget_bytes": self.budget_bytes,
+            "evicted": self.evicted,
+        }
 
     def _path(self, *parts: str) -> str:
         return "/".join((self._root, *parts))
@@ -167,7 +189,7 @@ class DiskTier:
         for path, info in self._fs.find(self._root, detail=True).items():
             folder, _, file = str(path)[len(self._root) :].lstrip("/").partition("/")
             sizes[folder] += int(info.get("size") or 0)
-            if file == RECORD_FILE and _DIGEST.fullmatch(folder):
+            if file == RECORD_FILE and _is_digest(folder):
                 whole.add(folder)
         used = {folder: self._last_used(folder) for folder in whole - {newest}}
         total = sum(sizes.values())
@@ -175,17 +197,20 @@ class DiskTier:
             if total <= self.budget_bytes:
                 break
             self.remove(folder)
+            self.evicted += 1
             total -= sizes[folder]
         for folder in set(sizes) - whole:
-            if _DIGEST.fullmatch(folder.lstrip(".")[:64]) and self._age(folder) > ABANDONED_SECONDS:
+            if _FOLDER.fullmatch(folder) and self._age(folder) > ABANDONED_SECONDS:
                 self.remove(folder)
                 total -= sizes[folder]
         self.bytes = total
 
     def _last_used(self, digest: str) -> float:
+        path = self._path(digest, USED_FILE)
         try:
-            return float(self._fs.cat_file(self._path(digest, USED_FILE)))
-        except (OSError, ValueError):
+            text = self._fs.cat_file(path)
+            return float(text) if text else float(self._fs.modified(path).timestamp())  # empty: the place was full
+        except (OSError, ValueError, NotImplementedError):
             return 0.0
 
     def _age(self, folder: str) -> float:
@@ -195,6 +220,11 @@ class DiskTier:
             return float(min(time.time() - self._fs.modified(path).timestamp() for path in files))
         except (OSError, ValueError, NotImplementedError):
             return 0.0
+
+
+def _is_digest(name: str) -> bool:
+    """Nothing else ever becomes part of a path."""
+    return _DIGEST.fullmatch(name) is not None
 
 
 def _write_folder(folder: Path, factors: Mapping[str, LoraFactors], record: Mapping[str, Any]) -> None:
@@ -208,18 +238,19 @@ def _checked(digest: str, text: bytes, weights: bytearray) -> Stored:
         if record["format"] != FORMAT or record["digest"] != digest:
             raise _Damaged(f"{RECORD_FILE} is of format {record['format']} and artifact {record['digest'][:12]}")
         pairs: dict[str, dict[str, Tensor]] = {}
+        embeddings: set[str] = set()
         header = parse_header(weights, Path(WEIGHTS_FILE))
         data = torch.frombuffer(weights, dtype=torch.uint8)
-        for name, entry in header.items():
-            match = _TENSOR.fullmatch(name)
-            if match is None:
-                raise _Damaged(f"{WEIGHTS_FILE} has a tensor {name!r}")
-            pairs.setdefault(match[1], {})[match[2]] = tensor_view(data, entry)
+        for key, entry in header.items():
+            name = parse_name(key, Path(WEIGHTS_FILE))
+            pairs.setdefault(name.module, {})[name.part] = tensor_view(data, entry)
+            if name.embedding:
+                embeddings.add(name.module)
         factors = {module: LoraFactors(pair["A"], pair["B"]) for module, pair in pairs.items()}
         found = factors_sha256(factors)
         if found != record["tensors_sha256"]:
             raise _Damaged(f"its tensors have the SHA-256 {found[:12]}, not {record['tensors_sha256'][:12]}")
         pairs_read = {module: (pair.A, pair.B) for module, pair in factors.items()}
-        return Stored(pairs_read, found, float(record["seconds"]))
+        return Stored(pairs_read, found, float(record["seconds"]), frozenset(embeddings), record.get("report"))
     except (ValueError, KeyError, TypeError, AttributeError, MergeError) as error:
         raise _Damaged(f"{type(error).__name__}: {error}") from None

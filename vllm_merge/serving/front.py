@@ -26,6 +26,7 @@ from vllm_merge.serving.control import ControlError, Message, WorkerLink
 from vllm_merge.serving.identity import lora_id, lora_path, parse_path
 from vllm_merge.serving.links import Links
 from vllm_merge.serving.names import Name, Names, resolve_names
+from vllm_merge.serving.tracing import waiting
 
 logger = logging.getLogger("vllm_merge")
 
@@ -52,7 +53,10 @@ class Artifact:
     state: str = "cold"  # cold | preparing | ready | failed
     reason: str = ""
     retry_at: float = 0.0  # a failure that will not pass by itself is not tried again before this (time.monotonic)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    retry: bool = False  # whether the last failure may pass by itself
+    retry_after: int | None = None
+    failures: int = 0  # attempts that failed
+    replies: list[Message] = field(default_factory=list)  # of the workers, when they had it ready
     users: int = 0
     leased: bool = False
     epoch: int = 0  # of the connections under which it was leased
@@ -64,6 +68,11 @@ class Artifact:
     @property
     def name(self) -> str:
         return self.plan.artifact_name
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the first worker says of it."""
+        return {key: value for key, value in self.replies[0].items() if key != "steps"} if self.replies else {}
 
     def lora_request(self, label: str) -> Any:
         """vLLM's request for this artifact under one of its names."""
@@ -98,6 +107,8 @@ class FrontDoor:
     def __init__(self, links: list[WorkerLink]) -> None:
         self.links = Links(links, self._lease_again)
         self.names: Mapping[str, Name] = {}
+        self.adhoc: dict[str, Name] = {}
+        """By label: merges that requests brought, beside the names of the file."""
         self.artifacts: dict[str, Artifact] = {}
         self._labels: dict[str, Name] = {}
         self._catalogue = Catalogue()
@@ -119,14 +130,15 @@ class FrontDoor:
 
     def adopt(self, resolved: Names) -> None:
         """Let every name stand for what was resolved, all at once. Requests that run keep the artifact they have."""
-        unused = set(self.artifacts) - set(resolved.plans)
-        for digest in unused:
+        kept = {*resolved.plans, *(name.digest for name in self.adhoc.values())}
+        for digest in set(self.artifacts) - kept:
             if not self.artifacts[digest].users and not self.artifacts[digest].leased:
                 del self.artifacts[digest]
         for digest, plan in resolved.plans.items():
             self.artifacts.setdefault(digest, Artifact(plan))
         self.names = resolved.names
-        self._labels = {n.label: n for n in self.names.values() if n.digest is not None and n.kind != "alias"}
+        own = (name for name in self.names.values() if name.digest is not None)
+        self._labels = {name.label: name for name in own if name.kind not in ("alias", "experiment")}
 
     async def load(self, config: Path, registered: Mapping[str, str] | None = None) -> None:
         """`resolve` and `adopt`."""
@@ -134,7 +146,7 @@ class FrontDoor:
 
     def known(self, name: str) -> Name | None:
         """What a name of ours (of a recipe, alias, adapter or artifact) is; None for others."""
-        return self.names.get(name) or self._labels.get(name)
+        return self.names.get(name) or self._labels.get(name) or self.adhoc.get(name)
 
     def find(self, name: str) -> tuple[Artifact, str] | None:
         """The artifact that a model name (of a recipe, alias, adapter or artifact) stands for, and its label; None if the
@@ -148,11 +160,25 @@ class FrontDoor:
         return self.artifacts[known.digest], known.label
 
     def lora_requests(self) -> dict[str, Any]:
-        """{name: LoRARequest} of every name that has an artifact, and of the artifacts' labels."""
-        return self.listed() | {label: self._request(name) for label, name in self._labels.items()}
+        """{name: LoRARequest} of every name of the file that has an artifact, and of the artifacts' labels."""
+        return self._named() | {label: self._request(name) for label, name in self._labels.items()}
 
     def listed(self) -> dict[str, Any]:
-        """{name: LoRARequest} for /v1/models: the names that people wrote, not the artifacts behind them."""
+        """{name: LoRARequest} for /v1/models: the names that people wrote, not the artifacts behind them, and what requests
+        brought, which has no other name.
+        """
+        return self._named() | {label: self._request(name) for label, name in self.adhoc.items()}
+
+    def drop(self, digest: str) -> None:
+        """Forget an artifact that nothing stands for any more; a request that runs keeps it."""
+        artifact = self.artifacts.get(digest)
+        stands = (name.digest == digest for name in (*self.names.values(), *self.adhoc.values()))
+        if artifact is None or artifact.users or any(stands):
+            return
+        self._give_back(artifact)
+        del self.artifacts[digest]
+
+    def _named(self) -> dict[str, Any]:
         return {name.name: self._request(name) for name in self.names.values() if name.digest is not None}
 
     def _request(self, name: Name) -> Any:
@@ -257,7 +283,9 @@ class FrontDoor:
                 # Goes on when this request is cancelled, so that a lease which comes late is seen and given back.
                 preparing = asyncio.ensure_future(self._prepare(artifact, lease=True))
                 preparing.add_done_callback(lambda done: done.cancelled() or done.exception())
-                await asyncio.shield(preparing)
+                with waiting(label) as wait:
+                    await asyncio.shield(preparing)
+                    wait.came(artifact.replies, [link.facts for link in self.links.all])
             yield
         finally:
             artifact.users -= 1
@@ -279,8 +307,12 @@ class FrontDoor:
             self.links.post("release", digest=artifact.plan.digest)
 
     async def _prepare(self, artifact: Artifact, *, lease: bool) -> None:
+        failures = artifact.failures
         try:
             async with asyncio.timeout(PREPARE_SECONDS), artifact.lock:
+                if artifact.state == "failed" and artifact.failures > failures:
+                    # What this request waited for has failed or was cancelled: it is not tried once more for every one that waited.
+                    raise ArtifactUnavailable(artifact.reason, retry=artifact.retry, retry_after=artifact.retry_after)
                 await self._prepare_alone(artifact, lease)
         except TimeoutError:
             reason = f"{artifact.name} was not ready within {PREPARE_SECONDS:.0f} s"
@@ -303,7 +335,7 @@ class FrontDoor:
         hashes = {reply["tensors_sha256"] for reply in replies} - {None}  # None: not taken yet
         if len(hashes) > 1:
             logger.warning("%s has different bytes on different workers: %s", artifact.name, sorted(hashes))
-        artifact.state, artifact.facts, artifact.leased = "ready", replies[0], lease
+        artifact.state, artifact.replies, artifact.leased = "ready", replies, lease
         self._linger(artifact)  # if whoever wanted it has left meanwhile
 
     async def _prepare_everywhere(self, artifact: Artifact, lease: bool) -> list[Message]:
@@ -330,6 +362,7 @@ class FrontDoor:
 
     def _failed(self, artifact: Artifact, reason: str, retry: bool, retry_after: int | None) -> NoReturn:
         artifact.state, artifact.reason = "failed", reason
+        artifact.retry, artifact.retry_after, artifact.failures = retry, retry_after, artifact.failures + 1
         artifact.retry_at = 0.0 if retry else time.monotonic() + FAILURE_SECONDS
         raise ArtifactUnavailable(reason, retry=retry, retry_after=retry_after)
 

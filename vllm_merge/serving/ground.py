@@ -183,7 +183,7 @@ GROUND: tuple[Ground, ...] = (
     ),
     Ground(
         ("vllm.lora.lora_weights:LoRALayerWeights",),
-        "its one weight",
+        "its one weight; experts that a merge lacks",
         "constructed",
         _SLOTS,
         takes=("module_name", "rank", "lora_alpha", "lora_a", "lora_b"),
@@ -281,6 +281,22 @@ GROUND: tuple[Ground, ...] = (
         )
     ),
     Ground(
+        (f"{_LAYERS}FusedMoEWithLoRA",),
+        "the features that experts map, whole: it slices by itself",
+        "read",
+        _VALIDATES,
+        keeps=("hidden_size", "intermediate_size_per_partition", "tp_size"),
+    ),
+    *(
+        Ground(
+            (f"vllm.model_executor.layers.vocab_parallel_embedding:{layer}",),
+            f"{what} that vLLM takes no LoRA for is named as such",
+            "read",
+            _VALIDATES,
+        )
+        for layer, what in (("VocabParallelEmbedding", "an embedding"), ("ParallelLMHead", "a head"))
+    ),
+    Ground(
         ("vllm.model_executor.models.utils:PPMissingLayer",),
         "a module of another pipeline stage is no misfit",
         "read",
@@ -345,6 +361,13 @@ GROUND: tuple[Ground, ...] = (
         "rows without LoRA (index −1) get the last slot's adapter: the base model answers wrongly beside adapters",
         "those rows are zeroed, on the CPU, only where a probe shows the fault",
         "vLLM #48421 or #49656 lands",
+        "worker",
+    ),
+    Ground(
+        ("vllm.lora.ops.torch_ops.lora_ops:bgmv_expand",),
+        "the same of embeddings, where no shrink comes before it",
+        "those rows are zeroed before it, as above",
+        "as above",
         "worker",
     ),
     Ground(

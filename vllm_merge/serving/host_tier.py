@@ -36,6 +36,7 @@ class HostTier:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # least recently used first
         self._borrowed: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._evicted = 0
 
     def put(self, packed: Packed) -> bool:
         """Copy an artifact in, over those that were not used for longest; False if there is no room for it."""
@@ -50,6 +51,7 @@ class HostTier:
                 if oldest is None:
                     return False
                 del self._kept[oldest]
+                self._evicted += 1
             target = self._block[start : start + packed.nbytes]
             with self._stream.use():
                 target.copy_(packed.data, non_blocking=True)
@@ -71,13 +73,23 @@ class HostTier:
                 with self._lock:
                     self._borrowed[digest] -= 1
 
+    def remove(self, digest: str) -> bool:
+        """Says whether it was here, and nobody was reading it."""
+        with self._lock:
+            return not self._borrowed[digest] and self._kept.pop(digest, None) is not None
+
     def holds(self, digest: str) -> bool:
         return digest in self._kept
 
     def describe(self) -> dict[str, Any]:
         kept = [entry.packed for entry in list(self._kept.values())]
         rows = [{"digest": p.digest, "name": p.name, "tier": "host", "bytes": p.nbytes} for p in kept]
-        return {"bytes": sum(p.nbytes for p in kept), "budget_bytes": self.budget_bytes, "artifacts": rows}
+        return {
+            "bytes": sum(p.nbytes for p in kept),
+            "budget_bytes": self.budget_bytes,
+            "evicted": self._evicted,
+            "artifacts": rows,
+        }
 
     def _hole(self, size: int) -> int | None:
         return first_hole(((kept.start, kept.stop) for kept in self._kept.values()), size, self.budget_bytes)

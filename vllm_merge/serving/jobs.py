@@ -32,13 +32,14 @@ class Job:
 
     plan: Plan
     future: asyncio.Future[ResidentArtifact]
-    status: str = "looking"  # looking (in the tiers) | queued | merging
+    status: str = "looking"  # looking (in the tiers) | queued | merging | elsewhere
     done: int = 0
     total: int = 0
     deadline: float = math.inf  # time.monotonic, from when it merges
     cancelled: threading.Event = field(default_factory=threading.Event)
     waiters: int = 0
     timer: asyncio.TimerHandle | None = None
+    queued: float = field(default_factory=time.time)  # when it began to wait for its merge, seconds since 1970
 
     @property
     def late(self) -> bool:
@@ -67,7 +68,7 @@ class Line:
                 raise TooManyMerges(
                     f"{self._limit} merges are waiting already (VLLM_MERGE_QUEUE)", self._seconds(merges)
                 )
-            job.status = "queued"
+            job.status, job.queued = "queued", time.time()
             self._waiting.append(job)
             self._changed.notify()
 

@@ -23,7 +23,7 @@ def accepted_rank(wanted: int) -> int | None:
 def environment(config: Path) -> dict[str, str]:
     """The variables to add: our config, and VLLM_PLUGINS with ours in it and nothing lost."""
     return {
-        CONFIG_VARIABLE: str(config.resolve()),
+        CONFIG_VARIABLE: str(config.absolute()),  # links are followed at every look: a ConfigMap's move
         PLUGINS_VARIABLE: extended_plugins(os.environ.get(PLUGINS_VARIABLE)),
     }
 

@@ -8,25 +8,20 @@ models pass through untouched. vLLM's API-key check stands outside of this, so n
 
 from __future__ import annotations
 
-import json
-import logging
+import time
 from contextlib import AsyncExitStack
-from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_merge.serving import outcome
+from vllm_merge.serving import adhoc, outcome
+from vllm_merge.serving.answers import AnswerFacts, Observed
+from vllm_merge.serving.bodies import Asked, read_body
+from vllm_merge.serving.experiments import Experiments
 from vllm_merge.serving.front import ArtifactUnavailable, FrontDoor
-from vllm_merge.serving.misses import Served, hold
-
-logger = logging.getLogger("vllm_merge")
-
-ARTIFACT_HEADER = "x-vllm-merge-artifact"
-NAME_HEADER = "x-vllm-merge-name"
-FALLBACK_HEADER = "x-vllm-merge-fallback"  # the artifact that a stand-in answers for
-RETRY_AFTER_SECONDS = 5  # where the reason does not tell
+from vllm_merge.serving.misses import hold
+from vllm_merge.serving.refusals import Refused
+from vllm_merge.serving.replies import Reply
 
 # What vLLM's API-key check covers in every version. Elsewhere (/pooling, /score, …) nothing of ours happens before vLLM has
 # let the request through: it reaches its artifact through the engine client, waits there, and is answered alike.
@@ -45,125 +40,63 @@ class MergeMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self._app(scope, receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path.startswith(_NO_ENGINE):
-            return await self._app(scope, receive, send)
         front: FrontDoor | None = getattr(scope["app"].state, "vllm_merge", None)
-        if front is None or "json" not in Headers(scope=scope).get("content-type", "json"):
+        of_json = "json" in Headers(scope=scope).get("content-type", "json")
+        if front is None or not of_json or path.startswith(_NO_ENGINE):
             return await self._app(scope, receive, send)
-        body, disconnected = await _read_body(receive)
-        if disconnected:
+        body = await read_body(receive)
+        if body is None:
             return None
-        request = _parse(body)
-        name = request.get("model") if request is not None else None
-        if request is None or not isinstance(name, str):
-            return await self._app(scope, _replay(body, receive), send)
-        answer = _Answer(name, outcome.begin(), scope, receive, send)
-        if not path.startswith(_GUARDED):
-            return await self._app(scope, _replay(body, receive), answer.send)
-        models = scope["app"].state.openai_serving_models
+        asked = Asked(scope, receive, body)
+        if (refused := await adhoc.admit(scope["app"].state, asked)) is not None:
+            return await refused.response(asked.scope, asked.receive, send)
+        name = asked.model
+        known = front.known(name) if name is not None else None
+        if name is None or known is None:
+            return await self._app(asked.scope, asked.receive, send)
+        experiments: Experiments | None = getattr(scope["app"].state, "vllm_merge_experiments", None)
+        facts = AnswerFacts(name, known.kind, "", known.name, "", time.monotonic(), time.time())
+        try:
+            chosen = experiments.choose(asked) if experiments is not None else None
+        except Refused as error:
+            return await error.response(asked.scope, asked.receive, send)
+        result = outcome.begin(name)
+        observed = Observed(facts, send)
+        try:
+            reply = Reply(asked, facts, result, observed.send)
+            if chosen is not None:
+                reply.choose(chosen)
+            if path.startswith(_GUARDED) and not (chosen is not None and chosen.serve is None):
+                await self._answer(front, asked, reply)
+            else:
+                if chosen is not None:
+                    asked.rename(chosen.artifact)
+                await self._app(asked.scope, asked.receive, reply.send)
+        finally:
+            facts.route = getattr(asked.scope.get("route"), "path", "")  # the router has put it there
+            observed.end(result)
+            if experiments is not None and chosen is not None:
+                experiments.record(facts, chosen)
+
+    async def _answer(self, front: FrontDoor, asked: Asked, reply: Reply) -> None:
+        """Lease what answers, and let vLLM answer with it."""
+        chosen = reply.facts.chosen
+        name = chosen.serve if chosen is not None and chosen.serve is not None else reply.facts.name
+        models = asked.scope["app"].state.openai_serving_models
         async with AsyncExitStack() as leases:
             while True:
                 known, current = front.known(name), models.lora_requests.get(name)
                 unloaded = current is None or not front.owns(current.lora_path)  # or vLLM's own again
                 if known is None or (known.digest is not None and unloaded):
-                    return await self._app(scope, _replay(body, receive), send)
+                    return await self._app(asked.scope, asked.receive, reply.send)
                 try:
-                    served = await hold(front, name, models.base_model_paths[0].name, leases)
+                    base = models.base_model_paths[0].name
+                    served = await hold(front, name, base, leases, always_wait=chosen is not None)
                 except ArtifactUnavailable as error:
-                    return await _unavailable(name, error)(scope, receive, send)
+                    return await reply.unavailable(error)
                 if served.instead_of or served.label in models.lora_requests:
                     break  # else the recipe file has changed while this request waited
                 await leases.aclose()
-            answer.use(served)
-            if name != served.label:
-                request["model"] = served.label
-                body = json.dumps(request).encode()
-                scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
-            return await self._app(scope, _replay(body, receive), answer.send)
-
-
-class _Answer:
-    """Sends a request's answer with our headers; one that failed for want of its artifact becomes a 503 or 500 that says so."""
-
-    def __init__(self, name: str, result: outcome.Outcome, scope: Scope, receive: Receive, send: Send) -> None:
-        self.served: Served | None = None
-        self._name, self._result = name, result
-        self._scope, self._receive, self._send = scope, receive, send
-        self._replaced = False
-
-    def use(self, served: Served) -> None:
-        """Who answers; what went wrong before that was settled is forgotten."""
-        self.served, self._result.error = served, None
-
-    async def send(self, message: Message) -> None:
-        if self._replaced:
-            return
-        error = self._result.error
-        if message["type"] == "http.response.start":
-            if isinstance(error, ArtifactUnavailable) and message["status"] >= 400:
-                self._replaced = True
-                await _unavailable(self._name, error)(self._scope, self._receive, self._send)
-                return
-            headers = MutableHeaders(scope=message)
-            served = self.served or (Served(self._result.label) if self._result.label else None)
-            if served is not None:
-                headers[ARTIFACT_HEADER] = served.label
-                headers[NAME_HEADER] = self._name
-                if served.instead_of is not None:
-                    headers[FALLBACK_HEADER] = served.instead_of
-        await self._send(message)
-
-
-async def _read_body(receive: Receive) -> tuple[bytes, bool]:
-    """The whole body, and whether the client left before its end."""
-    chunks = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return b"", True
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks), False
-
-
-def _parse(body: bytes) -> dict[str, Any] | None:
-    """The JSON object in the body; None for anything else, which vLLM then answers as it always does."""
-    try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return parsed if isinstance(parsed, dict) else None
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body that was read, and then whatever comes after it (a disconnect)."""
-    sent = False
-
-    async def replay() -> Message:
-        nonlocal sent
-        if not sent:
-            sent = True
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return replay
-
-
-def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
-    kept = [(key, value) for key, value in headers if key.lower() != b"content-length"]
-    return [*kept, (b"content-length", str(length).encode())]
-
-
-def _unavailable(name: str, error: ArtifactUnavailable) -> JSONResponse:
-    """OpenAI's error shape: 503 with Retry-After if asking again may help, else 500 that its client does not retry."""
-    status = 503 if error.retry else 500
-    kind = "merge_unavailable" if error.retry else "merge_failed"
-    detail = {
-        "message": f"The model `{name}` cannot be served: {error}",
-        "type": kind,
-        "param": "model",
-        "code": status,
-    }
-    seconds = error.retry_after or RETRY_AFTER_SECONDS
-    headers = {"retry-after": str(seconds)} if error.retry else {"x-should-retry": "false"}
-    return JSONResponse({"error": detail}, status_code=status, headers={**headers, NAME_HEADER: name})
+            reply.use(served)
+            asked.rename(served.label)
+            return await self._app(asked.scope, asked.receive, reply.send)

@@ -19,8 +19,9 @@ class Served:
     instead_of: str | None = None
 
 
-async def hold(front: FrontDoor, name: str, base: str, leases: AsyncExitStack) -> Served:
-    """Lease in `leases` whatever answers for `name`, a name of ours. base: what the base model is called here.
+async def hold(front: FrontDoor, name: str, base: str, leases: AsyncExitStack, *, always_wait: bool = False) -> Served:
+    """Lease in `leases` whatever answers for `name`, a name of ours. base: what the base model is called here. always_wait:
+    whatever the recipe says: no other may stand in for an arm of an experiment.
 
     A stand-in answers at once or not at all: one that is not in memory either is warmed, and the request is rejected.
     Raises ArtifactUnavailable.
@@ -28,9 +29,9 @@ async def hold(front: FrontDoor, name: str, base: str, leases: AsyncExitStack) -
     known = front.known(name)
     assert known is not None
     try:
-        return await _lease(front, known, known.on_miss == "wait", leases)
+        return await _lease(front, known, always_wait or known.on_miss == "wait", leases)
     except ArtifactUnavailable:
-        if known.on_miss != "fallback" or known.fallback is None:
+        if always_wait or known.on_miss != "fallback" or known.fallback is None:
             raise
     stand_in = front.names.get(known.fallback)
     wanted = known.label or known.name

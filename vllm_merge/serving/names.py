@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError
 from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe.continuation import check_states
+from vllm_merge.recipe.experiments import Experiment
 from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.plan import Plan, make_adapter_plan, make_plan
+from vllm_merge.recipe.safety import refusal
 from vllm_merge.recipe.schema import AdapterEntry
 from vllm_merge.recipe_files import load_recipes
+from vllm_merge.serving.arm_slots import check_slots
 
 logger = logging.getLogger("vllm_merge")
 
@@ -30,7 +34,7 @@ class Name:
     """
 
     name: str
-    kind: str  # recipe | alias | adapter
+    kind: str  # recipe | alias | adapter | experiment
     digest: str | None
     label: str = ""
     reason: str = ""
@@ -75,6 +79,9 @@ def resolve_names(config: Path, facts: Mapping[str, Any], catalogue: Catalogue, 
         try:
             if reasons:
                 raise MergeError("; ".join(reasons))
+            if unsafe := refusal(recipes.recipes, name):
+                logger.error("%s", unsafe)
+                raise MergeError(unsafe)
             if kind == "recipe":
                 check_states(recipes, recipes.stage_order(name), lambda adapter: catalogue.get(adapter).continues)
             plan = make(recipes, name, adapter_hashes=hashes, **server, **more)
@@ -95,7 +102,20 @@ def resolve_names(config: Path, facts: Mapping[str, Any], catalogue: Catalogue, 
         names[name] = replace(names[name], on_miss=recipe.on_miss, fallback=recipe.fallback)
     for alias, target in recipes.aliases.items():
         names[alias] = replace(names[target], name=alias, kind="alias")
+    if recipes.experiments:
+        check_slots(recipes, names, facts["max_loras"], datetime.now(UTC))
+    for name, experiment in recipes.experiments.items():
+        names[name] = _of_experiment(name, experiment, names)
     return Names(recipes, names, plans)
+
+
+def _of_experiment(name: str, experiment: Experiment, names: Mapping[str, Name]) -> Name:
+    """What stands for the experiment where nobody is assigned (in lists): control, or the first arm that is not the base."""
+    arms = [experiment.arms[experiment.control_arm], *experiment.arms.values()]
+    known = next((names[arm.serve] for arm in arms if arm.serve in names and names[arm.serve].digest is not None), None)
+    if known is None:
+        return Name(name, "experiment", None, reason="none of its arms has an artifact")
+    return Name(name, "experiment", known.digest, known.label)
 
 
 def missing_adapters(recipes: RecipeFile, name: str, broken: Mapping[str, str]) -> list[str]:

@@ -53,6 +53,8 @@ class StateOwner:
                 # Its answer is the newest state, which the process takes over before it serves anything.
                 self._members[session] = _Member(int(message["pid"]), self._number)
                 return {"number": self._number, "state": self._state}
+            case "lead":  # the member that joined first
+                return {"leads": next(iter(self._members), None) is session}
             case "take_turn":
                 await self._take_turn(session)
                 return {}

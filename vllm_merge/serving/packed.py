@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_merge.adapters.factors import LoraFactors
 from vllm_merge.serving.residency import ResidentArtifact
 
 
@@ -48,6 +50,8 @@ class Packed:
     data: Tensor
     tensors_sha256: str | None
     seconds: float
+    embeddings: frozenset[str] = frozenset()
+    report: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, artifact: ResidentArtifact) -> Packed:
@@ -69,11 +73,13 @@ class Packed:
             data,
             artifact.tensors_sha256,
             artifact.seconds,
+            artifact.embeddings,
+            artifact.report,
         )
 
     def at(self, data: Tensor) -> Packed:
         """The same artifact in other bytes, which hold what these hold."""
-        return Packed(self.digest, self.name, self.dtype, self.places, data, self.tensors_sha256, self.seconds)
+        return replace(self, data=data)
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +88,10 @@ class Packed:
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """{module: (A, B)} as views of the bytes."""
         return {module: (self._view(a), self._view(b)) for module, (a, b) in self.places.items()}
+
+    def lora_factors(self) -> dict[str, LoraFactors]:
+        """The same as an adapter has it, to be written as a PEFT folder."""
+        return {m: LoraFactors(a, b, embedding=m in self.embeddings) for m, (a, b) in self.factors().items()}
 
     def _view(self, place: Place) -> Tensor:
         rows, columns = place.shape

@@ -118,25 +118,42 @@ class MergeEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         if config_path() is None:
             return
-        from vllm_merge.serving.aliases import router as aliases
-        from vllm_merge.serving.artifact_routes import router as artifacts
+        from vllm_merge.serving import adapter_routes, aliases, artifact_routes, event_routes, routes
+        from vllm_merge.serving.experiment_routes import changes as experiment_changes
+        from vllm_merge.serving.experiment_routes import router as experiments
+        from vllm_merge.serving.metrics_scrape import ScrapeMiddleware
         from vllm_merge.serving.middleware import MergeMiddleware
-        from vllm_merge.serving.routes import router
+        from vllm_merge.serving.outcomes import router as outcomes
+        from vllm_merge.serving.page.routes import router as page
+        from vllm_merge.serving.route_errors import answer_errors
         from vllm_merge.serving.settings import admin_token
+        from vllm_merge.serving.tracing import TraceContextMiddleware
 
         app.add_middleware(MergeMiddleware)  # added before vLLM's own, so inside its API-key check
-        app.include_router(router)
-        app.include_router(aliases)
+        app.add_middleware(TraceContextMiddleware)
+        app.add_middleware(ScrapeMiddleware)
+        answer_errors(app)
+        for part in (routes, artifact_routes, aliases, adapter_routes, event_routes):
+            app.include_router(part.router)
+        app.include_router(experiments)
+        app.include_router(outcomes)
+        app.include_router(page)
         if admin_token() is not None:
-            app.include_router(artifacts)
+            for admin in (artifact_routes, aliases, adapter_routes):
+                app.include_router(admin.admin_router)
+            app.include_router(experiment_changes)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Runs before the server listens: when /health answers, every eager recipe is ready."""
         config = config_path()
         if config is None or engine_client is None:
             return
-        from vllm_merge.serving import compat, ground
+        from vllm_merge.serving import compat, ground, outcome
+        from vllm_merge.serving.accompany import Companions
+        from vllm_merge.serving.experiment_watch import begin as begin_experiments
+        from vllm_merge.serving.experiment_watch import watch as watch_experiments
         from vllm_merge.serving.front import FrontDoor
+        from vllm_merge.serving.metrics_scrape import observe
         from vllm_merge.serving.published import Published
         from vllm_merge.serving.workers import connect_workers, wanted_places
 
@@ -147,22 +164,29 @@ class MergeEndpoints:
         assert folder is not None
         front: FrontDoor
         published: Published
+        companions: Companions | None = None
 
         def on_event(event: Message) -> None:
             front.on_event(event)
             published.on_event(event)
+            if companions is not None:
+                companions.on_event(event)
 
         try:
             links = await connect_workers(folder, wanted_places(compat.parallel_config(engine_client)), on_event)
             front = FrontDoor(links)
             published = Published(front, state.openai_serving_models, config, links[0])
-            compat.wrap_engine(engine_client, front.lease)
+            compat.wrap_engine(engine_client, front.lease, outcome.counter)
             state.vllm_merge, state.vllm_merge_published = front, published
+            begin_experiments(state, published)
             await published.start()
+            state.vllm_merge_metrics = observe(front, published)
+            companions = Companions(state, front, published)
         except MergeError as error:
             print(f"vllm-merge: {error}", file=sys.stderr)
             raise
-        self._watching = asyncio.create_task(published.watch())
+        watches = [published.watch(), watch_experiments(published), *(watch() for watch in companions.watches())]
+        self._watching = [asyncio.ensure_future(watch) for watch in watches]
 
 
 def endpoint_plugin() -> MergeEndpoints:

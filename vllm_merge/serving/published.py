@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.serving import compat
 from vllm_merge.serving.control import ControlError, Message, WorkerLink
-from vllm_merge.serving.front import FrontDoor
+from vllm_merge.serving.experiments import Experiments
+from vllm_merge.serving.front import Artifact, FrontDoor
 from vllm_merge.serving.names import Names
 from vllm_merge.serving.shared import SharedState
 from vllm_merge.serving.state import Stamp, State
@@ -23,6 +26,7 @@ from vllm_merge.serving.state import Stamp, State
 logger = logging.getLogger("vllm_merge")
 
 WATCH_SECONDS = 1.0
+MAX_NAME = 256  # characters of a name that vLLM was given
 
 
 class Published:
@@ -38,6 +42,7 @@ class Published:
         self._ours: set[str] = set()
         self._given: dict[str, Any] = {}  # name -> the LoRARequest that vLLM made for it
         self._shared = SharedState(owner, self._adopt)
+        self.experiments = Experiments(front, lambda: str(serving_models.base_model_paths[0].name))
 
     async def start(self) -> None:
         """Serve what other API processes serve already, or read the file; warm what is eager.
@@ -49,13 +54,20 @@ class Published:
             async with self._shared.turn() as found:
                 if found is None:
                     stamp = _stamp(self._config)
-                    await self._shared.propose(State(1, await self._read(), stamp))
+                    names = await self._read()
+                    trials = await self.experiments.resolve(names)
+                    failed = await self.experiments.arms.hold(names.recipes.experiments, names)
+                    if failed:
+                        logger.error("arms that are not assigned, control answers instead: %s", _no_arms(failed))
+                    state = State(1, names, stamp).with_trials(replace(trials, failed=failed))
+                    await self._shared.propose(state)
         except ControlError as error:
             if self._shared.state is None:
                 raise
             logger.warning("%s", error)  # this process has the state; another is slow to take it over
         compat.publish(self._models, self._front.listed, self._front.owns)
         await self._front.warm_eager(self.state.names)
+        await self._hold_arms(self.state.names)
 
     @property
     def state(self) -> State:
@@ -63,6 +75,11 @@ class Published:
         state = self._shared.state
         assert state is not None, "start() comes first"
         return state
+
+    @property
+    def given(self) -> Collection[str]:
+        """Names of the adapters that vLLM was given itself."""
+        return self._given.keys()
 
     def as_of(self, number: int) -> State:
         """What every API process serves, by the owner's number of it."""
@@ -95,8 +112,11 @@ class Published:
         """Serve what the file says now, or keep everything and remember why not."""
         before, name = self.state, self._config.name
         try:
-            resolved = before.reread(await self._read(), stamp)
+            names = await self._read()
+            resolved = before.reread(names, stamp, await self.experiments.resolve(names))
             await self._front.warm_eager(resolved.names)  # raises for one that must not fail
+            if failed := await self.experiments.arms.hold(names.recipes.experiments, names):
+                raise MergeError(_no_arms(failed))
         except MergeError as error:
             logger.error("%s was changed and is wrong; what was served before stays:\n%s", name, error)
             await self._shared.propose(before.refused(str(error), stamp))
@@ -108,15 +128,46 @@ class Published:
         await self._shared.propose(resolved)
         logger.info("%s was changed: generation %d is served", name, resolved.generation)
 
+    async def _hold_arms(self, names: Names) -> None:
+        """Keep the arms of these, and no others."""
+        if names.recipes.experiments:
+            await asyncio.to_thread(self.experiments.open_store)
+        await self.experiments.arms.hold(names.recipes.experiments, names)
+        await self.experiments.arms.release(names.recipes.experiments, names)
+
+    async def take_decisions(self) -> State:
+        """Let every API process obey what the store says was decided. Raises MergeError, ControlError."""
+        decisions = await asyncio.to_thread(self.experiments.open_store().decisions)
+        async with self._shared.turn() as before:
+            assert before is not None
+            trials = before.trials.with_decisions(decisions)
+            if trials == before.trials:
+                return before
+            after = replace(before.with_trials(trials), generation=before.generation + 1)
+            await self._shared.propose(after)
+            return after
+
+    async def leads(self) -> bool:
+        """Whether this is the API process that does what one is to do for all."""
+        return await self._shared.leads()
+
     async def move(self, alias: str, target: str) -> State:
         """Let an alias stand for another recipe or adapter; returns the state in which no API process answers as before.
 
         The target is made ready first. Raises UserInputError for a name that is none, ArtifactUnavailable for a target that
         cannot be made, ControlError if an API process does not answer.
         """
+        return await self._move(alias, lambda before: before.with_move(alias, target))
+
+    async def move_back(self, alias: str) -> State:
+        """`move` to what an alias stood for before its latest move."""
+        return await self._move(alias, lambda before: before.with_move_back(alias))
+
+    async def _move(self, alias: str, moved: Callable[[State], State]) -> State:
         async with self._shared.turn() as before:
             assert before is not None
-            after = before.with_move(alias, target)
+            after = moved(before)
+            target = after.target(alias)
             found = self._front.find(target)
             assert found is not None, "a recipe or adapter of the state is known"
             await self._front.ready(found[0])
@@ -125,8 +176,40 @@ class Published:
                 logger.info("alias %s was moved to %s: generation %d", alias, target, after.generation)
             return after
 
-    async def _read(self) -> Names:
-        resolved = await self._front.resolve(self._config, self._registered())
+    async def add_adapter(self, name: str, folder: Path) -> State:
+        """Register the PEFT folder `folder` beside the file's adapters, at every API process; `move` says what it raises."""
+        async with self._shared.turn() as before:
+            assert before is not None
+            if name in before.names.names:
+                raise UserInputError(f"the name {name!r} is taken, by {before.names.names[name].kind} {name!r}")
+            after = await self._with_added(before, {**before.added, name: str(folder)})
+            known = after.names.names.get(name)
+            if known is None or known.digest is None:
+                raise UserInputError(known.reason if known is not None else f"adapter {name!r} cannot be read")
+            plan = after.names.plans[known.digest]
+            await self._front.ready(self._front.artifacts.setdefault(known.digest, Artifact(plan)))
+            await self._shared.propose(after)
+            return after
+
+    async def remove_adapter(self, name: str) -> State:
+        """Forget an adapter that was added. Raises UserInputError where the file needs it, ControlError as `move`."""
+        async with self._shared.turn() as before:
+            assert before is not None
+            if name not in before.added:
+                raise UserInputError(f"adapter {name!r} was not added by a request: it is the recipe file's, or vLLM's")
+            after = await self._with_added(before, {n: folder for n, folder in before.added.items() if n != name})
+            await self._shared.propose(after)
+            return after
+
+    async def _with_added(self, before: State, added: Mapping[str, str]) -> State:
+        names = await self._read(added)
+        return replace(before.reread(names, before.stamp, before.trials), added=added)
+
+    async def _read(self, added: Mapping[str, str] | None = None) -> Names:
+        """Read the file. added: adapters beside its own; by default those of the state."""
+        if added is None:
+            added = self._shared.state.added if self._shared.state is not None else {}
+        resolved = await self._front.resolve(self._config, {**self._registered(), **added})
         bases = {path.name for path in self._models.base_model_paths}
         if taken := sorted(set(resolved.names) & bases):
             raise UserInputError(f"{self._config}: the name {taken[0]!r} is the served base model's; rename it here")
@@ -139,7 +222,8 @@ class Published:
         unloads them.
         """
         requests = self._models.lora_requests
-        self._given |= {name: r for name, r in requests.items() if not self._front.owns(r.lora_path)}
+        theirs = {name: r for name, r in requests.items() if not self._front.owns(r.lora_path)}
+        self._given |= {name: request for name, request in theirs.items() if _fits_a_header(name)}
         self._given = {name: request for name, request in self._given.items() if name in requests}
         return {name: request.lora_path for name, request in self._given.items()}
 
@@ -148,6 +232,7 @@ class Published:
         before = self._shared.state
         unloaded = self._ours - set(self._models.lora_requests)
         self._front.adopt(state.names)
+        self.experiments.adopt(state.trials)
         requests = self._front.lora_requests()
         if before is not None and before.stamp == state.stamp:  # the same reading: what vLLM unloaded since stays away
             requests = {name: request for name, request in requests.items() if name not in unloaded}
@@ -158,6 +243,17 @@ class Published:
             else:
                 self._models.lora_requests.pop(name, None)
         self._ours = set(requests)
+        self._holding = asyncio.ensure_future(self._hold_arms(state.names))
+
+
+def _no_arms(failed: Mapping[str, Mapping[str, str]]) -> str:
+    reasons = [f"experiments.{name}.arms.{arm}: {why}" for name, arms in failed.items() for arm, why in arms.items()]
+    return "; ".join(reasons)
+
+
+def _fits_a_header(name: str) -> bool:
+    """vLLM takes any text for an adapter's name; ours are in headers and logs. Others stay what they are: vLLM's."""
+    return len(name) <= MAX_NAME and name.isascii() and name.isprintable()
 
 
 def _stamp(path: Path) -> Stamp | None:

@@ -9,10 +9,11 @@ still refers to it; such a one comes back for free. So is what vLLM itself keeps
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +32,10 @@ class OutOfBudget(MergeError):
 class ResidentArtifact:
     """A merged (or plain) adapter ready for a slot: {module: (A (r, d_in), B (d_out, r))}, scaling 1, on the worker's device.
 
+    embeddings: which of the modules are embeddings, where d_in is tokens.
     storage: the one tensor that all factors are views of. source: what a slot is filled from; None leaves that to vLLM.
-    origin: what it came from, `merge`, or the tier that it was in: `host` or `disk`.
+    origin: what it came from, `merge`, or the tier that it was in: `host` or `disk`. steps: what its merge did when.
+    report: of its merge (MergeReport.to_dict); None for an adapter by itself. used: when it was last wanted, s since 1970.
     """
 
     digest: str
@@ -43,6 +46,10 @@ class ResidentArtifact:
     tensors_sha256: str | None
     seconds: float
     origin: str = "merge"
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    embeddings: frozenset[str] = frozenset()
+    report: Mapping[str, Any] | None = None
+    used: float = field(default_factory=time.time)
 
     @property
     def rank(self) -> int:
@@ -85,12 +92,14 @@ class ArtifactStore:
         self._pins: set[str] = set()
         self._bytes = 0
         self._largest = 0  # bytes of the largest artifact so far
+        self.evicted = 0  # artifacts so far
 
     def get(self, digest: str) -> ResidentArtifact | None:
         """The artifact if it is alive, as most recently used and back in the store."""
         with self._lock:
             artifact = self._alive.get(digest)
             if artifact is not None:
+                artifact.used = time.time()
                 self._kept[digest] = artifact
                 self._kept.move_to_end(digest)
             return artifact
@@ -161,6 +170,7 @@ class ArtifactStore:
                     f"{name} needs {needed:,} bytes, but running requests{pins} hold too much of the budget of "
                     f"{self.budget_bytes:,}. {cure}"
                 )
+            self.evicted += len(victims)
             return [self._kept.pop(digest) for digest in victims]
 
     def _is_held(self, digest: str) -> bool:
@@ -178,14 +188,20 @@ class ArtifactStore:
     def release(self, digest: str) -> None:
         with self._lock:
             self._leases[digest] -= 1
+            if (artifact := self._alive.get(digest)) is not None:
+                artifact.used = time.time()
             if self._leases[digest] <= 0:
                 del self._leases[digest]
 
-    def evict(self, digest: str) -> bool:
-        """Drop an artifact from the store unless it is leased or pinned; says whether it was dropped."""
+    def evict(self, digest: str, *, demote: bool = True) -> bool:
+        """Drop an artifact from the store unless it is leased or pinned; says whether it was dropped.
+
+        Without `demote` the tiers below are not offered it.
+        """
         with self._lock:
             artifact = None if self._is_held(digest) else self._kept.pop(digest, None)
-        if artifact is not None:
+            self.evicted += artifact is not None
+        if artifact is not None and demote:
             self._demote(artifact)
         return artifact is not None
 
@@ -232,6 +248,7 @@ class ArtifactStore:
                     "rank": artifact.rank,
                     "bytes": artifact.nbytes,
                     "leases": self._leases[digest],
+                    "last_used": round(artifact.used, 3),
                     "pinned": digest in self._pins,
                     "kept": digest in self._kept,
                     "seconds": artifact.seconds,

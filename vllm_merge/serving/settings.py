@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from vllm_merge.errors import UserInputError
 
@@ -18,6 +19,9 @@ WORKSPACE_BYTES_VARIABLE = "VLLM_MERGE_WORKSPACE_BYTES"
 QUEUE_VARIABLE = "VLLM_MERGE_QUEUE"
 TIME_LIMIT_VARIABLE = "VLLM_MERGE_TIME_LIMIT"
 ADMIN_TOKEN_VARIABLE = "VLLM_MERGE_ADMIN_TOKEN"
+STORE_DAYS_VARIABLE = "VLLM_MERGE_STORE_DAYS"
+ADHOC_VARIABLE = "VLLM_MERGE_ADHOC"
+ADAPTER_ROOT_VARIABLE = "VLLM_MERGE_ADAPTER_ROOT"
 
 # variable -> (default, smallest value)
 NUMBERS = {
@@ -73,6 +77,10 @@ class WorkerSettings:
         default, least = NUMBERS[WORKSPACE_BYTES_VARIABLE]
         return default if device_bytes is None else max(least, min(default, device_bytes // 40))
 
+    def merge_bytes_on(self, device_bytes: int | None) -> int:
+        """What is set aside for merges beside the cache: a workspace, and as much for what they are made of and make."""
+        return 2 * self.workspace_bytes_on(device_bytes)
+
     def host_bytes_on(self, device: str) -> int:
         """The host tier's budget: by default none on the CPU, where the cache is host memory already."""
         if self.host_bytes is not None:
@@ -96,3 +104,60 @@ def number(environment: Mapping[str, str], variable: str) -> int:
 def admin_token(environment: Mapping[str, str] = os.environ) -> str | None:
     """What opens the routes that change things; None: there are no such routes."""
     return environment.get(ADMIN_TOKEN_VARIABLE) or None
+
+
+@dataclass(frozen=True)
+class AdHocSettings:
+    """What merges of requests may cost. count: that are kept at once. adapters: inputs of one. rank: the highest of a
+    result; 0: what the server takes. rate: new ones in a minute, at each API process. bytes: of all that are kept.
+    idle: seconds after its last use that one is forgotten.
+    """
+
+    count: int = 16
+    adapters: int = 8
+    rank: int = 0
+    rate: int = 30
+    bytes: int = 1 << 30
+    idle: int = 600
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> AdHocSettings | None:
+        """None: there are no such merges. Raises UserInputError."""
+        value = environment.get(ADHOC_VARIABLE, "").replace(" ", "")
+        if value in ("", "0", "off"):
+            return None
+        if value in ("1", "on"):
+            return cls()
+        names = [field.name for field in fields(cls)]
+        given: dict[str, int] = {}
+        for part in value.split(","):
+            name, _, text = part.partition("=")
+            least = 0 if name == "rank" else 1
+            if name not in names or name in given or not text.isdecimal() or int(text) < least:
+                raise UserInputError(
+                    f"{ADHOC_VARIABLE} is {value!r}; give on, off, or limits such as count=16,rank=32: whole numbers of at "
+                    f"least 1, each once, of {', '.join(names)} ({part!r} is none)"
+                )
+            given[name] = int(text)
+        return cls(**given)
+
+
+def adapter_root(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder whose folders may be registered as adapters while the server runs; None: none may."""
+    value = environment.get(ADAPTER_ROOT_VARIABLE)
+    if not value:
+        return None
+    root = Path(value)
+    if not root.is_absolute() or not root.is_dir():
+        raise UserInputError(f"{ADAPTER_ROOT_VARIABLE} is {value!r}; give the absolute path of a folder, or unset it")
+    return root.resolve()
+
+
+def store_days(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many days the store of experiments keeps exposures and outcomes; None: for ever. Raises UserInputError."""
+    value = environment.get(STORE_DAYS_VARIABLE)
+    if not value:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise UserInputError(f"{STORE_DAYS_VARIABLE} is {value!r}; give a whole number of at least 1, or unset it (for ever)")
+    return int(value)

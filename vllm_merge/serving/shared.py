@@ -51,6 +51,10 @@ class SharedState:
             finally:
                 self._link.post("give_turn")
 
+    async def leads(self) -> bool:
+        """Whether this process is the one that does what one is to do for all. Raises ControlError."""
+        return bool((await self._link.call("lead"))["leads"])
+
     async def propose(self, state: State) -> None:
         """Returns once every API process has taken `state` over. Raises ControlError. Only within a turn."""
         await self._link.call("propose", state=state.to_message())

@@ -21,7 +21,7 @@ TILE = 8192  # elements that one program of the kernel writes
 
 @dataclass(frozen=True)
 class SlotBuffer:
-    """One stacked buffer of a layer, (slots, 1, rows, columns), contiguous.
+    """One stacked buffer of a layer, (slots, 1, rows, columns) or (slots, rows, columns), contiguous.
 
     module: whose factor `letter` (A or B) goes there, by the model's own name; None: never filled, only cleared.
     """
@@ -67,6 +67,11 @@ class SlotLayout:
                 dtype=torch.int64,
                 device=self.device,
             )
+
+    @property
+    def nbytes(self) -> int:
+        """Of all slots together."""
+        return sum(buffer.stacked.nbytes for buffer in self.buffers)
 
     def source(self, views: Sequence[Tensor | None]) -> SlotSource:
         """Prepare what goes into each buffer; a view has at most the buffer's rows and columns, and columns of stride 1."""

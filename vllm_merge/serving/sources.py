@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +41,14 @@ class SourceCache:
         self._block = torch.empty(budget_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # by content hash, least recently used first
         self._at_hand: dict[str, Adapter] = {}  # of the plan that is merged
+        self.budget_bytes = budget_bytes
+        self.lookups: Counter[str] = Counter()  # adapters that plans asked for, by where they were: memory or file
         self._readers = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), "vllm-merge-read")
+
+    @property
+    def bytes(self) -> int:
+        """Of all that is kept."""
+        return sum(kept.stop - kept.start for kept in list(self._kept.values()))
 
     def fetch(self, plan: Plan, going_on: Callable[[], None]) -> None:
         """Have all adapters of a plan in memory. going_on() is called between two, and may raise to stop.
@@ -53,6 +60,7 @@ class SourceCache:
         for key in self._at_hand:
             self._kept.move_to_end(key)
         cold = {p.content_hash: p for p in plan.adapters.values() if p.content_hash not in self._at_hand}
+        self.lookups.update(memory=len(self._at_hand), file=len(cold))
         sizes = {key: size_of(planned.path) for key, planned in cold.items()}
         places = {key: self._place(key, size, wanted) for key, size in sizes.items()}
         reads = {key: self._readers.submit(self._read, cold[key], places[key], size) for key, size in sizes.items()}

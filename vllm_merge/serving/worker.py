@@ -10,11 +10,13 @@ that changes nothing, and every API process learns of it before the request's ne
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import functools
 import logging
 import os
 import queue
+import socket
 import threading
 import time
 import weakref
@@ -38,22 +40,31 @@ from vllm_merge.serving.alarm import Alarm, alarm_path
 from vllm_merge.serving.arena import Arena
 from vllm_merge.serving.claims import Claims
 from vllm_merge.serving.control import ControlError, ControlServer, Message, Session
+from vllm_merge.serving.export import MAX_PIECE, Export
 from vllm_merge.serving.hasher import Hasher
 from vllm_merge.serving.identity import FIRST_ID, parse_path
 from vllm_merge.serving.jobs import Job, Line, TooManyMerges
+from vllm_merge.serving.metrics_samples import counted_samples, described_samples
+from vllm_merge.serving.metrics_tally import Sample, Tally
+from vllm_merge.serving.news import News
 from vllm_merge.serving.owner import StateOwner
+from vllm_merge.serving.pace import Pace
+from vllm_merge.serving.packed import SideStream
 from vllm_merge.serving.residency import ArtifactStore, OutOfBudget, ResidentArtifact
 from vllm_merge.serving.settings import WorkerSettings
 from vllm_merge.serving.sleep import Wakefulness
 from vllm_merge.serving.slots import SlotLayout, flat_copy
 from vllm_merge.serving.sources import SourceCache
 from vllm_merge.serving.tiers import Tiers
+from vllm_merge.serving.timeline import Timeline
 from vllm_merge.serving.warm_up import warm_up
 
 logger = logging.getLogger("vllm_merge.worker")
 
 SHAPES_KEPT = 32
 FAILURES_KEPT = 100  # reasons that the status tells
+ROOM_SECONDS = 10.0  # how long an artifact waits until requests for others have ended, where the cache is full of theirs
+ROOM_LOOK_SECONDS = 0.05
 
 
 @dataclass
@@ -80,15 +91,16 @@ class WorkerService:
         self._base_model = str(vllm_config.model_config.model)
         settings = WorkerSettings.read()
         self._time_limit = settings.time_limit
-        self._tiers = Tiers(settings, self._device)
+        server = f"{socket.gethostname()}:{socket_path.parent}".replace(" ", "_")
+        self._tiers = Tiers(settings, self._device, server)
+        self._news = News(self._send_news, {key: compat.place(vllm_config)[key] for key in ("engine", "rank")})
         self.store = ArtifactStore(
-            settings.cache_bytes, self._tiers.demote, lambda: compat.registered_bytes(worker_manager)
+            settings.cache_bytes, self._evicted, lambda: compat.registered_bytes(worker_manager)
         )
         gpu = self._device.type == "cuda"
         total = torch.cuda.get_device_properties(self._device).total_memory if gpu else None
         self._workspace = settings.workspace_bytes_on(total)
-        # Beside the cache and the workspace, what a merge is made of and what it makes are on the device.
-        self._arena = Arena(self._device, settings.cache_bytes + 2 * self._workspace)
+        self._arena = Arena(self._device, settings.cache_bytes + settings.merge_bytes_on(total))
         self._sources = SourceCache(settings.source_bytes, self._device)
         try:
             with self._arena.use():
@@ -100,6 +112,10 @@ class WorkerService:
         self._claims = Claims(self._in_use)
         self._alarm = Alarm(alarm_path(socket_path))
         self._served: Counter[str] = Counter()  # artifacts made ready, by where they were: cache, host, disk or merge
+        self._tally = Tally()
+        self._pace = Pace()
+        self._export: Export | None = None  # the layout of what is being downloaded
+        self._export_stream = SideStream(self._device)
         self._sessions: dict[Session, Held] = {}
         self._owner = StateOwner()
         self._wakefulness = Wakefulness()
@@ -115,8 +131,10 @@ class WorkerService:
             "pid": os.getpid(),
             **compat.place(vllm_config),
             "max_lora_rank": compat.max_rank(worker_manager),
+            "max_loras": len(compat.slot_ids(worker_manager)),
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": str(self._device),
+            "device_name": torch.cuda.get_device_name(self._device) if gpu else "cpu",
             "base_model": self._base_model,
             "base_model_hash": base_model_hash(self._base_model),
         }
@@ -251,8 +269,19 @@ class WorkerService:
                 return {"unpinned": self.store.unpin(message["digest"])}
             case "cancel":
                 return {"cancelled": self._cancel(message["digest"])}
+            case "report":
+                return self._report(message["digest"])
+            case "export":
+                return await asyncio.to_thread(self._exporting, message)
+            case "forget":  # nobody will ask for it again
+                return {"forgotten": await asyncio.to_thread(self._forget, message["digest"])}
+            case "tell":  # one API process to all
+                self._tell(message["event"])
+                return {}
             case "status":
                 return self._status()
+            case "metrics":
+                return {"samples": self._samples(), "failed": list(self._failures)}
         raise ControlError("failed", f"unknown operation {op!r}")
 
     def closed(self, session: Session) -> None:
@@ -268,6 +297,44 @@ class WorkerService:
         except MergeError as error:
             raise ControlError("failed", str(error)) from None
         return {}
+
+    def _evicted(self, artifact: ResidentArtifact) -> None:
+        self._news.evicted(artifact)
+        self._tiers.demote(artifact)
+
+    def _report(self, digest: str) -> Message:
+        """What is known of an artifact in the cache; nothing where it is not there."""
+        artifact = self.store.peek(digest)
+        if artifact is None:
+            return {"found": False}
+        ranks = {module: a.shape[0] for module, (a, _) in artifact.factors.items()}
+        facts = {key: getattr(artifact, key) for key in ("name", "rank", "seconds", "origin", "tensors_sha256", "report")}
+        return {"found": True, "digest": digest, "bytes": artifact.nbytes, "ranks": ranks, **facts}
+
+    def _exporting(self, message: Message) -> Message:
+        """A piece of an artifact's files; without `offset` the small files, and how large the weights' file is.
+
+        The session holds a lease on it.
+        """
+
+        def export() -> Message:
+            artifact = self.store.peek(message["digest"])
+            if artifact is None:
+                raise ControlError("failed", f"artifact {message['digest'][:12]} is not in the cache")
+            made = self._export
+            if made is None or made.digest != artifact.digest:
+                made = self._export = Export.of(artifact, self._base_model)
+            if "offset" not in message:
+                return {"texts": made.texts, "size": made.size}
+            size = min(int(message["size"]), MAX_PIECE)
+            piece = made.read(artifact, int(message["offset"]), size, self._export_stream)
+            return {"data": base64.b64encode(piece).decode()}
+
+        return self._wakefulness.awake(export)
+
+    def _forget(self, digest: str) -> bool:
+        """Drop an artifact from the cache and from the tiers below; says whether it was there and in nobody's use."""
+        return self.store.evict(digest, demote=False) | self._tiers.forget(digest)
 
     def _cancel(self, digest: str) -> bool:
         """Stop a merge at its next batch; whoever waits for it is told at once."""
@@ -306,8 +373,28 @@ class WorkerService:
             "merges": self._merges,
             "failures": self._failures,
             "queue": self._line.describe(),
+            "pace": self._pace.describe(),
             "merging": merging,
         }
+
+    def _samples(self) -> list[Sample]:
+        """What /metrics says of this worker."""
+        slots = [self._claims.digest(number) is not None for number in compat.slot_ids(self._manager)]
+        facts = {
+            "slots_used": sum(slots),
+            "slots": len(slots),
+            "slot_bytes": self._layout.nbytes if self._layout is not None else 0,
+            "source_bytes": self._sources.bytes,
+            "source_budget_bytes": self._sources.budget_bytes,
+            "merged_elsewhere_total": self._tiers.merged_elsewhere,
+            "disk_errors_total": self._tiers.disk_errors,
+            "broken_promises_total": self._alarm.count,
+            "asleep": self._wakefulness.asleep,
+        }
+        lookups = {"artifact": self._served, "source": self._sources.lookups}
+        cache = {**self.store.describe(), "evicted": self.store.evicted}
+        described = described_samples(cache, self._tiers.describe(), self._line.describe(), self._jobs.values())
+        return [*self._tally.samples(), *described, *counted_samples(facts, lookups)]
 
     async def _prepare(self, session: Session, message: Message) -> Message:
         """Make an artifact resident, merging it if need be (once, whoever asks), and lease it to the session if asked.
@@ -343,6 +430,7 @@ class WorkerService:
             "seconds": artifact.seconds,
             "tensors_sha256": artifact.tensors_sha256,
             "tier": tier,
+            "steps": artifact.steps if tier == "merge" else [],
         }
 
     async def _made(self, plan: Plan) -> ResidentArtifact:
@@ -393,9 +481,14 @@ class WorkerService:
             job.timer.cancel()
         if job.future.done():
             return
+        self._news.ended(job, result)
         if isinstance(result, ResidentArtifact):
+            if result.origin == "merge":
+                self._tally.ended(job.plan, None)
+                self._tally.observe("vllm_merge_merge_seconds", result.seconds)
             job.future.set_result(result)
             return
+        self._tally.ended(job.plan, result)
         if isinstance(result, TooManyMerges):
             failure = ControlError("busy", str(result), result.retry_after)
         elif isinstance(result, (OutOfBudget, MergeCancelled, torch.OutOfMemoryError)):
@@ -412,6 +505,14 @@ class WorkerService:
         job.future.set_exception(failure)
         job.future.exception()  # somebody looked, even if every waiter has gone
 
+    def _send_news(self, event: Message) -> None:
+        self._post(self._tell, event)
+
+    def _tell(self, event: Message) -> None:
+        """`_broadcast` what nobody depends on."""
+        for session in self._sessions:
+            session.tell(event)
+
     def _broadcast(self, event: Message) -> None:
         for session in self._sessions:
             session.send(event)
@@ -422,8 +523,15 @@ class WorkerService:
         self._unbind()
         while True:
             job = self._line.get()
+            digest = job.plan.digest
+            if job.plan.kind == "recipe" and not self._tiers.merge_here(digest):
+                self._line.ended(None)
+                job.status = "elsewhere"
+                self._tiers.await_other(digest, functools.partial(self._cold.put, job))
+                continue
             started = time.monotonic()
             job.deadline = started + self._time_limit
+            self._news.started(job)
             result: ResidentArtifact | Exception
             try:
                 self._server.loop.call_soon_threadsafe(self._watch_time, job)
@@ -434,23 +542,30 @@ class WorkerService:
             self._line.ended(time.monotonic() - started if merged else None)
             self._post(self._finish, job, result)
             if isinstance(result, ResidentArtifact):
-                self._after.submit(self._remember, weakref.ref(result))
+                self._after.submit(self._remember, digest, weakref.ref(result))
+            else:
+                self._tiers.release(digest)
             del job, result  # while it waits, this thread keeps no artifact alive
 
-    def _remember(self, reference: weakref.ref[ResidentArtifact]) -> None:
+    def _remember(self, digest: str, reference: weakref.ref[ResidentArtifact]) -> None:
         """What can wait until the artifact is served: its hash, and its way to the disk. One that is gone needs neither."""
 
         def remember() -> None:
             artifact = reference()
             if artifact is None:
+                self._tiers.release(digest)
                 return
             if artifact.tensors_sha256 is None:
-                artifact.tensors_sha256 = self._hasher.tensors_sha256(artifact)
+                timeline = Timeline()
+                with timeline.step("hash"):
+                    artifact.tensors_sha256 = self._hasher.tensors_sha256(artifact)
+                self._tally.stages(timeline.stages())
             self._tiers.store(artifact)
 
         try:
             self._wakefulness.awake(remember)
         except Exception:
+            self._tiers.release(digest)
             logger.exception("an artifact is served, but could not be hashed or kept")
 
     def _unbind(self) -> None:
@@ -464,10 +579,12 @@ class WorkerService:
     def _merge(self, job: Job) -> ResidentArtifact:
         if job.cancelled.is_set():
             raise MergeCancelled(f"{job.plan.artifact_name}: nobody waits for it any more")
-        started = time.perf_counter()
+        started, timeline = time.perf_counter(), Timeline()
+        timeline.add("queue", job.queued, time.time() - job.queued)
 
         def progress(stage: str, done: int, total: int) -> None:
             job.done, job.total = done, total
+            self._news.progress(job)
 
         def stopped() -> bool:
             self._arena.rest()
@@ -480,7 +597,9 @@ class WorkerService:
         with contextlib.ExitStack() as admitted:
             with torch.inference_mode(), self._arena.use():
                 admitted.callback(self._sources.done)
-                self._sources.fetch(job.plan, going_on)
+                with timeline.step("read"):
+                    self._sources.fetch(job.plan, going_on)
+                began, merging = time.time(), time.perf_counter()
                 merged = run_plan(
                     job.plan,
                     device=self._device,
@@ -491,8 +610,16 @@ class WorkerService:
                     workspace_bytes=self._workspace,
                     report="brief",
                 )
-                admitted.enter_context(self.store.admission)
-                artifact = self._resident(job.plan, merged, time.perf_counter() - started)
+                timeline.add("merge", began, time.perf_counter() - merging, merged.report.seconds)
+                with timeline.step("place"):
+                    admitted.enter_context(self.store.admission)
+                    artifact = self._resident(job.plan, merged, time.perf_counter() - started)
+            artifact.steps = timeline.steps
+            if job.plan.stages:
+                artifact.report = merged.report.to_dict()
+                parameters = sum(a.numel() + b.numel() for a, b in artifact.factors.values())
+                self._pace.learn(job.plan, artifact.seconds, parameters)
+            self._tally.stages(timeline.stages())
             self.store.insert(artifact)
         self._merges += 1
         logger.info(
@@ -506,7 +633,8 @@ class WorkerService:
             raise MergeError(f"{plan.artifact_name} changes no weight: its adapters are zero, or cancel each other")
         # On a GPU this would take longer than the merge: it follows when the artifact is served.
         tensors_sha256 = merged.tensors_sha256 if self._device.type == "cpu" else None
-        return self._placed(plan, pairs, tensors_sha256, seconds, "merge")
+        embeddings = frozenset(module for module, f in merged.factors.items() if f.embedding)
+        return self._placed(plan, pairs, tensors_sha256, seconds, "merge", embeddings)
 
     def _placed(
         self,
@@ -515,6 +643,7 @@ class WorkerService:
         tensors_sha256: str | None,
         seconds: float,
         origin: str,
+        embeddings: frozenset[str],
     ) -> ResidentArtifact:
         """Factors on any device as an artifact on the worker's, if they fit its slots and the budget."""
         self._arena.rest()
@@ -525,7 +654,7 @@ class WorkerService:
                 raise MergeError(f"{plan.artifact_name} does not fit this server: " + " ".join(reasons[:3]) + more)
             self._fitting = {shapes, *list(self._fitting)[: SHAPES_KEPT - 1]}
         size = sum(tensor.numel() for pair in pairs.values() for tensor in pair) * self._dtype.itemsize
-        self.store.make_room(plan.artifact_name, size)
+        self._make_room(plan, size)
         self._arena.rest()
         storage, factors = flat_copy(pairs, self._device, self._dtype)
         self._arena.rest()
@@ -544,7 +673,20 @@ class WorkerService:
             tensors_sha256,
             seconds,
             origin,
+            embeddings=embeddings,
         )
+
+    def _make_room(self, plan: Plan, size: int) -> None:
+        """What requests hold, and hold a little longer than they run, is waited for a while. Raises what `store.make_room` does."""
+        deadline = time.monotonic() + ROOM_SECONDS
+        while True:
+            try:
+                return self.store.make_room(plan.artifact_name, size)
+            except OutOfBudget:
+                job = self._jobs.get(plan.digest)
+                if job is None or job.stopped() or self._wakefulness.asleep or time.monotonic() > deadline:
+                    raise
+            time.sleep(ROOM_LOOK_SECONDS)
 
     # -- the thread of the tiers ------------------------------------------------------------------------------------------
 
@@ -575,7 +717,9 @@ class WorkerService:
             tier, content = found
             with torch.inference_mode(), self._arena.use():
                 admitted.enter_context(self.store.admission)
-                artifact = self._placed(plan, content.factors(), content.tensors_sha256, content.seconds, tier)
+                pairs, embeddings = content.factors(), content.embeddings
+                artifact = self._placed(plan, pairs, content.tensors_sha256, content.seconds, tier, embeddings)
+                artifact.report = content.report
             self.store.insert(artifact)
         logger.info("%s came back: %s, %.1f MB", artifact.name, tier, artifact.nbytes / 1e6)
         return artifact

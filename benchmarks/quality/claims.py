@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the papers and the goals say, beside what was measured: held, failed, or not decided by this data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from benchmarks.quality.grid import FIRST, LOSSLESS, PREDICTED
+from benchmarks.quality.scores import Family, Interval, Scores
+
+HELD, FAILED, UNDECIDED, UNMEASURED = "held", "failed", "undecided", "not measured yet"
+STRONG = 0.3  # a rank correlation under this is of no use to anybody
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, where it is from, what came out, and the verdict."""
+
+    text: str
+    source: str
+    verdict: str
+    found: str
+
+
+def claims(scores: Scores, rank: int | str) -> list[Claim]:
+    """The papers' claims. rank: of the small results."""
+    size = len(scores.tasks)
+    plain = Family("plain", size, "ties", "knots", LOSSLESS)
+    knots, ta = plain, plain.other(method="task_arithmetic", space="core")
+    mixed_ta = ta.other(set="mixed")
+    return [
+        _above(scores, "KnOTS-TIES is above TIES", "KnOTS", knots, plain.other(space="delta")),
+        _above(
+            scores,
+            "DO-Merging is above task arithmetic where norms are unequal",
+            "DO-Merging",
+            mixed_ta.other(method="do_merging", space="knots"),
+            mixed_ta,
+        ),
+        _above(scores, "Iso-CTS is above KnOTS-TIES", "Iso-CTS", plain.other(method="iso_cts", space="core"), knots),
+        _above(scores, "TSV-M is above KnOTS-TIES", "Core Space", plain.other(method="tsv_m", space="core"), knots),
+        _best_at(scores, Family("plain", size, "ctm", "core", str(rank))),
+        _lifted(scores, size),
+    ]
+
+
+def goals(scores: Scores, rank: int | str) -> list[Claim]:
+    """The project's own, of chance-corrected scores; the best is the one that is best on validation."""
+    size = len(scores.tasks)
+    found = [
+        _reaches(scores, f"{size} tasks: the best reaches 65 % lossless", 0.65, size, LOSSLESS),
+        _reaches(scores, f"{size} tasks: the best reaches 60 % as one rank-{rank} adapter", 0.60, size, str(rank)),
+        _reaches(scores, "four tasks: the best reaches 85 %", 0.85, 4, LOSSLESS),
+    ]
+    pairs = list(_osrm_pairs(scores, size))
+    gain = scores.mean_difference(pairs)
+    text = "OSRM adapters give at least 5 points more"
+    if gain is None:
+        return [*found, Claim(text, "goal", UNMEASURED, "")]
+    verdict = HELD if gain.value >= 0.05 else FAILED
+    return [*found, Claim(text, "goal", verdict, f"{gain.in_words(sign=True)}, the mean of {len(pairs)} methods")]
+
+
+def _verdict(difference: Interval) -> str:
+    return HELD if difference.low > 0 else FAILED if difference.high < 0 else UNDECIDED
+
+
+def _above(scores: Scores, text: str, source: str, one: Family, two: Family) -> Claim:
+    difference = scores.difference(one, two)
+    if difference is None:
+        return Claim(text, source, UNMEASURED, "")
+    both = f"{100 * scores.score(one).value:.1f} against {100 * scores.score(two).value:.1f}"
+    return Claim(text, source, _verdict(difference), f"{difference.in_words(sign=True)}; {both}")
+
+
+def _best_at(scores: Scores, family: Family) -> Claim:
+    text = f"CtM is the best at rank {family.rank}"
+    others = [
+        f
+        for f in scores.families
+        if (f.set, f.size, f.rank) == (family.set, family.size, family.rank) and f.method != family.method
+    ]
+    if family not in scores.families or not others:
+        return Claim(text, "CtM", UNMEASURED, "")
+    rival = max(others, key=lambda other: scores.score(other).value)
+    claim = _above(scores, text, "CtM", family, rival)
+    return Claim(text, "CtM", claim.verdict, f"{claim.found}, {rival.method} in {rival.space}, of {len(others)} others")
+
+
+def _osrm_pairs(scores: Scores, size: int) -> Iterator[tuple[Family, Family]]:
+    for method, space in FIRST:
+        family = Family("osrm", size, method, space, LOSSLESS)
+        if family in scores.families and family.other(set="plain") in scores.families:
+            yield family, family.other(set="plain")
+
+
+def _lifted(scores: Scores, size: int) -> Claim:
+    text = "OSRM lifts every method"
+    differences = {one.method + " " + one.space: scores.difference(one, two) for one, two in _osrm_pairs(scores, size)}
+    known = {name: difference for name, difference in differences.items() if difference is not None}
+    if not known:
+        return Claim(text, "OSRM", UNMEASURED, "")
+    verdicts = [_verdict(difference) for difference in known.values()]
+    verdict = FAILED if FAILED in verdicts else UNDECIDED if UNDECIDED in verdicts else HELD
+    worst, best = min(known, key=lambda n: known[n].value), max(known, key=lambda n: known[n].value)
+    counts = f"{verdicts.count(HELD)} of {len(known)} lifted, {verdicts.count(FAILED)} lowered"
+    ends = f"from {100 * known[worst].value:+.1f} ({worst}) to {100 * known[best].value:+.1f} ({best})"
+    return Claim(text, "OSRM", verdict, f"{counts}, {ends}")
+
+
+def _reaches(scores: Scores, text: str, goal: float, size: int, rank: str) -> Claim:
+    best = scores.best(set="plain", size=size, rank=rank)
+    if best is None:
+        return Claim(text, "goal", UNMEASURED, "")
+    score = scores.score(best)
+    verdict = HELD if score.value >= goal else FAILED
+    return Claim(text, "goal", verdict, f"{score.in_words()}, {best.method} in {best.space}")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """How a number of the interference report goes with the loss of merging two adapters: Spearman's ρ over the pairs."""
+
+    number: str
+    method: str
+    pairs: int
+    correlation: Interval
+    verdict: str
+
+
+def predictors(scores: Scores) -> list[Predictor]:
+    """Of every number of the report that varies, for the methods that were measured on pairs."""
+    found = []
+    for method, space in PREDICTED:
+        rows = [
+            row
+            for row in scores.merges
+            if (row["set"], row["method"], row["space"], row["rank"]) == ("plain", method, space, LOSSLESS)
+            and len(row["tasks"]) == 2
+            and row["report"]
+        ]
+        if len(rows) < 10:
+            continue
+        losses = np.array([scores.loss(row) for row in rows])
+        for number in rows[0]["report"]:
+            values = [row["report"][number] for row in rows]
+            if None in values or len(set(values)) < 3:
+                continue
+            found.append(_correlated(number, f"{method} {space}", np.array(values), losses))
+    return found
+
+
+def _correlated(number: str, method: str, values: Any, losses: Any) -> Predictor:
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(DRAWS):
+        chosen = rng.integers(len(values), size=len(values))
+        if len(set(values[chosen])) > 1 and len(set(losses[chosen])) > 1:
+            drawn.append(spearmanr(values[chosen], losses[chosen]).statistic)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    correlation = Interval(float(spearmanr(values, losses).statistic), float(low), float(high))
+    clear = (low > 0 or high < 0) and abs(correlation.value) >= STRONG
+    return Predictor(number, method, len(values), correlation, "predicts" if clear else "does not")

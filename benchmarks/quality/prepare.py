@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base model, adapters, and what each gets right by itself. What is there already is not made again."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.quality.bank import PROJECTIONS, Wanted, train_bank
+from benchmarks.quality.base import train_base
+from benchmarks.quality.records import Row, Writer, key, packed, read_rows, read_run, unpacked, write_run
+from benchmarks.quality.scoring import Questions, Weights
+from benchmarks.quality.settings import MIXED, Settings
+from benchmarks.quality.tasks import Task, answer, prompt
+from vllm_merge import Adapter
+from vllm_merge.adapters.folders import new_folder
+from vllm_merge.adapters.peft import write_adapter
+from vllm_merge.training.inputs import Batch, target_layers
+from vllm_merge.training.starts import Start, osrm_starts
+
+CORPUS = "corpus.txt.xz"
+BATCH = 16  # texts at once for OSRM
+LONGEST_LABEL = 12  # tokens
+
+
+@dataclass
+class Bench:
+    """One run: its settings, its folders (weights: large, can be made again; results: kept), the model."""
+
+    settings: Settings
+    data: Path
+    weights: Path
+    results: Path
+    device: torch.device
+    tasks: dict[str, Task]
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+
+    def adapter(self, kind: str, seed: int, task: str) -> Path:
+        return self.weights / "adapters" / kind / str(seed) / task
+
+    def counted(self) -> list[str]:
+        """The tasks that passed the gate, as many as are merged."""
+        names: list[str] = read_run(self.results)["gate"]["counted"]
+        return names
+
+    def identity(self, kind: str, seed: int) -> str:
+        """Of the base and the adapters of a set and seed: 12 hexadecimal digits."""
+        digest = hashlib.sha256((self.weights / "base" / "model.safetensors").read_bytes())
+        for path in sorted((self.weights / "adapters" / kind / str(seed)).glob("*/adapter_model.safetensors")):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:12]
+
+
+def opened(
+    settings: Settings, data: Path, weights: Path, results: Path, device: torch.device, tasks: dict[str, Task]
+) -> Bench:
+    """The run in these folders; its base model is trained if it is not there."""
+    torch.set_float32_matmul_precision("high")
+    if not (weights / "base").is_dir():
+        with new_folder(weights / "base") as folder:
+            found = train_base(_corpus(data), folder, settings.base, device)
+        _record(results, settings, device, {"base": found})
+    model = LlamaForCausalLM.from_pretrained(weights / "base", dtype=torch.float32).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(weights / "base")
+    return Bench(settings, data, weights, results, device, tasks, model, tokenizer)
+
+
+def prepare_set(bench: Bench, kind: str) -> None:
+    """Train the adapters of a set, all seeds, and measure each on its task; for `plain`, all tasks, and the gate."""
+    everyone = list(bench.tasks) if kind == "plain" else bench.counted()
+    missing = [
+        (task, seed)
+        for seed in bench.settings.seeds
+        for task in everyone
+        if not bench.adapter(kind, seed, task).is_dir()
+    ]
+    if missing:
+        _train(bench, kind, everyone, missing)
+    _measure(bench, kind, everyone)
+    if kind == "plain":
+        _gate(bench)
+
+
+def machine(device: torch.device) -> str:
+    """The device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+
+
+def _corpus(data: Path) -> Path:
+    for path in (data / CORPUS, data / CORPUS.removesuffix(".xz")):
+        if path.is_file():
+            return path
+    raise SystemExit(f"{data}: has no {CORPUS}; give --data DIR")
+
+
+def _train(bench: Bench, kind: str, everyone: Sequence[str], missing: Sequence[tuple[str, int]]) -> None:
+    began = time.monotonic()
+    starts = osrm(bench, everyone, kind) if kind.startswith("osrm") else {}
+    wanted = [_wanted(bench, kind, everyone.index(task), task, seed, starts) for task, seed in missing]
+    wanted.sort(
+        key=lambda one: sum(len(example.text) for example in one.task.train[:200])
+    )  # texts of like length together
+    for start in range(0, len(wanted), bench.settings.tuning.bank):
+        part = wanted[start : start + bench.settings.tuning.bank]
+        print(f"{kind}: training {', '.join(f'{one.task.name}/{one.seed}' for one in part)}", flush=True)
+        for one, factors in zip(
+            part, train_bank(bench.model, bench.tokenizer, part, bench.settings.tuning), strict=True
+        ):
+            write_adapter(bench.adapter(kind, one.seed, one.task.name), factors, base_model="quality-base")
+    facts = {task: {"others": start.facts()["others"], "own": start.facts()["own"]} for task, start in starts.items()}
+    found = {
+        "adapters": len(wanted),
+        "seconds": round(time.monotonic() - began, 1),
+        **({"inputs": facts} if facts else {}),
+    }
+    _record(bench.results, bench.settings, bench.device, {f"adapters {kind}": found})
+
+
+def _wanted(bench: Bench, kind: str, index: int, task: str, seed: int, starts: dict[str, Start]) -> Wanted:
+    tuning = bench.settings.tuning
+    if kind == "mixed":
+        rank, alpha, speed = MIXED[index % len(MIXED)]
+        return Wanted(bench.tasks[task], seed, min(rank, bench.settings.base.width), alpha, speed)
+    directions = starts[task].directions if task in starts else {}
+    return Wanted(bench.tasks[task], seed, tuning.rank, tuning.alpha, directions=directions)
+
+
+def osrm(bench: Bench, names: Sequence[str], kind: str) -> dict[str, Start]:
+    """The OSRM starts of these tasks, each away from all the others; the same for every seed."""
+    rng = random.Random(0)
+    batches: dict[str, list[Batch]] = {}
+    for name in names:
+        task = bench.tasks[name]
+        chosen = rng.sample(list(task.train), min(bench.settings.tuning.samples, len(task.train)))
+        texts = [prompt(example.text) + answer(task.labels[example.label]) for example in chosen]
+        batches[name] = []
+        for start in range(0, len(texts), BATCH):
+            batch = bench.tokenizer(
+                texts[start : start + BATCH], return_tensors="pt", padding=True, padding_side="right"
+            )
+            batches[name].append({part: batch[part].to(bench.device) for part in ("input_ids", "attention_mask")})
+    layers: dict[str, nn.Linear] = target_layers(bench.model, PROJECTIONS)
+    variant = "mean" if kind == "osrm-mean" else "covariance"
+    return osrm_starts(bench.model, layers, batches, bench.settings.tuning.rank, variant=variant)
+
+
+def questions(bench: Bench, task: Task, split: str, **options: Any) -> Questions:
+    """The validation examples that settings allow, or the tests, of a task."""
+    examples = list(task.test)
+    if split == "valid":
+        examples = random.Random(0).sample(list(task.valid), min(bench.settings.validation, len(task.valid)))
+    return Questions(examples, task.labels, bench.tokenizer, bench.device, bench.settings.tokens_at_once, **options)
+
+
+def _measure(bench: Bench, kind: str, names: Sequence[str]) -> None:
+    """Each adapter of the set on its own task."""
+    writer, done = Writer(bench.results), {key(row) for row in read_rows(bench.results)}
+    weights = Weights(bench.model)
+    for seed in bench.settings.seeds:
+        identity = bench.identity(kind, seed)
+        for name in names:
+            row: Row = {"kind": "single", "weights": identity, "set": kind, "seed": seed, "task": name}
+            if key(row) in done:
+                continue
+            adapter = Adapter.from_peft(bench.adapter(kind, seed, name))
+            deltas = {module: pair.delta() for module, pair in adapter.factors.items()}
+            weights.set(deltas)
+            task = bench.tasks[name]
+            row["chance"] = task.chance
+            row["bits"] = packed(questions(bench, task, "test").correct(bench.model))
+            row["norm"] = round(float(sum(float(d.double().square().sum()) for d in deltas.values()) ** 0.5), 4)
+            row["rank"] = adapter.rank
+            writer.add(row)
+    weights.set({})
+
+
+def _gate(bench: Bench) -> None:
+    """Which tasks count: those whose adapters are far enough above the base's few-shot; spares come last."""
+    if "gate" in read_run(bench.results):
+        return
+    singles = [row for row in read_rows(bench.results) if row["kind"] == "single" and row["set"] == "plain"]
+    writer = Writer(bench.results)
+    found: dict[str, dict[str, Any]] = {}
+    for name, task in bench.tasks.items():
+        shots, prefix = few_shot(bench, task)
+        bits = questions(bench, task, "test", prefix=prefix).correct(bench.model)
+        writer.add({"kind": "base", "task": name, "shots": shots, "chance": task.chance, "bits": packed(bits)})
+        mine = [row for row in singles if row["task"] == name]
+        single = sum(_share(row["bits"]) for row in mine) / len(mine)
+        base = float(bits.mean())
+        found[name] = {
+            "base": round(base, 4),
+            "shots": shots,
+            "single": round(single, 4),
+            "chance": round(task.chance, 4),
+            "counts": single >= base + bench.settings.gate,
+        }
+    counted = [name for name, row in found.items() if row["counts"]][: bench.settings.tasks]
+    _record(bench.results, bench.settings, bench.device, {"gate": {"tasks": found, "counted": counted}})
+
+
+def few_shot(bench: Bench, task: Task) -> tuple[int, str]:
+    """Solved examples, classes in turn, as many as leave half of the context: how many, and the text."""
+    rng = random.Random(0)
+    by_label = [[e for e in task.train if e.label == label] for label in range(len(task.labels))]
+    for examples in by_label:
+        rng.shuffle(examples)
+    prefix, shots = "", 0
+    longest = max(len(bench.tokenizer(prompt(e.text))["input_ids"]) for e in task.test)
+    room = bench.settings.base.context - longest - LONGEST_LABEL
+    for turn in range(4):
+        for examples in by_label:
+            more = prefix + prompt(examples[turn].text) + answer(task.labels[examples[turn].label]) + "\n\n"
+            if turn < len(examples) and len(bench.tokenizer(more)["input_ids"]) <= room:
+                prefix, shots = more, shots + 1
+    return shots, prefix
+
+
+def _share(bits: str) -> float:
+    return float(unpacked(bits).mean())
+
+
+def _record(results: Path, settings: Settings, device: torch.device, found: dict[str, Any]) -> None:
+    """Add to run.json."""
+    content = read_run(results)
+    content["settings"] = asdict(settings)
+    content["device"] = machine(device)
+    content["versions"] = {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
+    for name, part in found.items():
+        content[name] = {**part, **({"device": machine(device)} if name != "gate" else {})}
+    write_run(results, content)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole benchmark, on a GPU: train what is missing, measure what is not measured, write tables, plots and the page.
+
+    python -m benchmarks.quality.run --data DIR [--seconds 540] [--jobs 3]
+
+A run that is cut, or ends after --seconds, goes on where it was when it is called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality.grid import Config, estimate, plan
+from benchmarks.quality.prepare import Bench, opened, prepare_set
+from benchmarks.quality.records import Writer, key, read_rows, read_run, write_run
+from benchmarks.quality.settings import PRESETS, Settings
+from benchmarks.quality.sweep import Sweep
+from benchmarks.quality.tasks import read_tasks
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RESULTS = HERE.parent / "results" / "quality"
+DATA = HERE / "data"
+LEAST_TASKS = 6
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run reads and writes, and on what it runs; small enough to be sent to other processes."""
+
+    settings: Settings
+    data: Path
+    weights: Path
+    results: Path
+    device: str
+
+    def open(self) -> Bench:
+        tasks = {task.name: task for task in read_tasks(self.data, self.settings.test)}
+        return opened(self.settings, self.data, self.weights, self.results, torch.device(self.device), tasks)
+
+
+def run(
+    places: Places,
+    *,
+    until: float,
+    jobs: int = 1,
+    methods: Sequence[str] | None = None,
+    stages: Sequence[str] | None = None,
+) -> int:
+    """All of it until time.monotonic() is `until`; how many merges are left."""
+    bench = places.open()
+    prepare_set(bench, "plain")
+    tasks = bench.counted()
+    print(f"{len(tasks)} of {len(bench.tasks)} tasks count: {', '.join(tasks)}", flush=True)
+    least = min(LEAST_TASKS, places.settings.tasks)
+    if len(tasks) < least:
+        raise SystemExit(f"at least {least} tasks must count; see `gate` of {places.results}/run.json")
+    configs = plan(places.settings, tasks, methods, stages)
+    done = {key(row) for row in read_rows(places.results)}
+    left = [config for config in configs if key(config.row()) not in done]
+    seconds = estimate(left, read_rows(places.results), bench.device.type, jobs)
+    print(f"{len(configs)} merges, {len(left)} left: about {seconds / 60:.0f} minutes with {jobs} jobs", flush=True)
+    ready: set[str] = set()
+    while left and time.monotonic() < until:
+        prepare_set(bench, left[0].set)
+        ready.add(left[0].set)
+        part = next((place for place, config in enumerate(left) if config.set not in ready), len(left))
+        measured = _sweep(places, bench, left[:part], until, jobs)
+        print(f"measured {measured} of {part} of the {', '.join(sorted(ready))} adapters", flush=True)
+        if measured < part:
+            break
+        left = left[part:]
+    done = {key(row) for row in read_rows(places.results)}
+    return sum(key(config.row()) not in done for config in configs)
+
+
+def _sweep(places: Places, bench: Bench, configs: Sequence[Config], until: float, jobs: int) -> int:
+    if jobs == 1:
+        return Sweep(bench).run(configs, Writer(places.results), until)
+    left = until - time.monotonic()  # another process has another clock
+    work = [(places, configs[index::jobs], left, index) for index in range(jobs)]
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return sum(pool.starmap(_share, work, chunksize=1))
+
+
+def _share(places: Places, configs: Sequence[Config], seconds: float, index: int) -> int:
+    until = time.monotonic() + seconds
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))
+    return Sweep(places.open()).run(configs, Writer(places.results, f"rows-{index}"), until)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("QUALITY_DATA", DATA)), help="tasks and corpus"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--preset", choices=PRESETS, default="full", help="`small` tries the code on a CPU")
+    parser.add_argument(
+        "--weights", type=Path, help="base and adapters, which can be made again (build/quality/PRESET)"
+    )
+    parser.add_argument("--results", type=Path, help="what was found (benchmarks/results/quality for `full`)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop measuring after this long")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that measure at once")
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--stages", nargs="+", help="only these, such as 'all tasks' osrm mixed '4 tasks' pairs ranks")
+    args = parser.parse_args()
+    until = time.monotonic() + args.seconds
+    settings = PRESETS[args.preset]
+    weights = args.weights or ROOT / "build" / "quality" / args.preset
+    results = args.results or (RESULTS if args.preset == "full" else weights / "results")
+    places = Places(settings, args.data, weights, results, args.device)
+    if args.device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # the same weights when they are made again
+    began = time.monotonic()
+    left = run(places, until=until, jobs=args.jobs, methods=args.methods, stages=args.stages)
+    content = read_run(results)
+    call = {"device": content["device"], "minutes": round((time.monotonic() - began) / 60, 2), "jobs": args.jobs}
+    write_run(results, {**content, "calls": [*content.get("calls", []), call]})
+    print(f"{left} merges left; the same command goes on" if left else "all merges are measured", flush=True)
+    from benchmarks.quality.report import write_report
+
+    write_report(results, ROOT / "docs" / "evidence.md" if args.preset == "full" else weights / "evidence.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained and measured, and how long: all that decides the numbers, in one place, recorded beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+ADAPTER_SETS = ("plain", "osrm", "osrm-mean", "mixed")
+# Rank, alpha and learning rate (times that of the others) of the adapters of the mixed set, in turn.
+MIXED = (
+    (4, 4, 0.5),
+    (8, 32, 1.0),
+    (16, 8, 0.5),
+    (32, 64, 1.0),
+    (64, 64, 2.0),
+    (8, 8, 0.5),
+    (16, 64, 0.5),
+    (32, 16, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model, a Llama with tied embeddings, and its training on the corpus.
+
+    epochs: over the corpus; few, and with dropout, because 13 million tokens are soon learnt by heart. The weights with the
+    least loss on held-out text are kept.
+    """
+
+    layers: int = 8
+    width: int = 512
+    heads: int = 8
+    hidden: int = 1408
+    vocabulary: int = 8192
+    context: int = 512
+    epochs: float = 5.0
+    batch: int = 64
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.1
+    checks: int = 20
+    max_characters: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The adapters: all seven projections of every layer. bank: how many are trained side by side on a GPU."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    steps: int = 500
+    batch: int = 32
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    bank: int = 12
+    samples: int = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of a run. validation: examples of each task that λ and density are chosen on; test: None for all there are."""
+
+    name: str = "full"
+    base: Base = field(default_factory=Base)
+    tuning: Tuning = field(default_factory=Tuning)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tasks: int = 8
+    sizes: tuple[int, ...] = (2, 4, 8)
+    ranks: tuple[int, ...] = (16,)
+    validation: int = 64
+    test: int | None = None
+    gate: float = 0.20
+    tokens_at_once: int = 32768
+
+
+# The same on a CPU, to try the code on real data; its numbers mean nothing.
+SMALL = Settings(
+    name="small",
+    base=Base(
+        layers=3,
+        width=128,
+        heads=4,
+        hidden=344,
+        vocabulary=4096,
+        context=128,
+        epochs=1,
+        batch=16,
+        max_characters=2_500_000,
+    ),
+    tuning=Tuning(rank=8, alpha=8, steps=150, batch=16, bank=2, samples=20),
+    seeds=(0,),
+    tasks=4,
+    sizes=(2, 4),
+    ranks=(8,),
+    validation=24,
+    test=100,
+    gate=0.05,
+    tokens_at_once=8192,
+)
+PRESETS = {"full": Settings(), "small": SMALL}

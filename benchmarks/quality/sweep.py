@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring merges: the same number of trials for each to choose its λ (and density) on validation, then the tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.quality.grid import FIRST, LOSSLESS, Config, takes_rank
+from benchmarks.quality.prepare import Bench, questions
+from benchmarks.quality.records import Row, Writer, packed
+from benchmarks.quality.scoring import Questions, Weights
+from vllm_merge import Adapter, LoraFactors, MergedAdapter, MergeError, merge
+from vllm_merge.methods.registry import default_registry
+
+# λ around the one at which the result is as large as the sum of the adapters: 15 trials for every method.
+TRIALS = 15
+LOW, HIGH = 0.25, 2.5
+DENSITIES = (0.1, 0.3, 0.7)
+
+
+def lambdas(count: int) -> list[float]:
+    """Evenly spaced in the logarithm."""
+    return [float(value) for value in np.geomspace(LOW, HIGH, count)]
+
+
+@dataclass
+class _Trial:
+    score: float
+    density: float | None
+    factor: float
+    lam: float
+    merged: MergedAdapter
+    deltas: Mapping[str, Tensor]
+    seconds: float
+
+
+@dataclass
+class Sweep:
+    """Measures configurations, one after another, on one device."""
+
+    bench: Bench
+    _adapters: dict[tuple[str, int], dict[str, Adapter]] = field(default_factory=dict)
+    _identities: dict[tuple[str, int], str] = field(default_factory=dict)
+    _norms: dict[tuple[str, int, tuple[str, ...]], float] = field(default_factory=dict)
+    _questions: dict[tuple[str, str], Questions] = field(default_factory=dict)
+
+    @cached_property
+    def _weights(self) -> Weights:
+        return Weights(self.bench.model)
+
+    def run(self, configs: Sequence[Config], writer: Writer, until: float) -> int:
+        """Measure in order until time.monotonic() is `until`; how many were measured."""
+        done = 0
+        for config in configs:
+            if time.monotonic() >= until:
+                break
+            writer.add(self.measure(config))
+            done += 1
+        return done
+
+    def measure(self, config: Config) -> Row:
+        """The row of a configuration; with `error` where the method refuses."""
+        began = time.monotonic()
+        row = config.row()
+        try:
+            best = max(self._trials(config), key=lambda trial: trial.score)
+        except MergeError as error:
+            return {**row, "error": str(error)}
+        self._weights.set(best.deltas, best.lam)
+        row["weights"] = self._identity(config.set, config.seed)
+        row["lambda"], row["density"] = best.lam, best.density
+        row["at_edge"] = best.factor in (lambdas(TRIALS)[0], lambdas(TRIALS)[-1])
+        row["validation"] = round(best.score, 4)
+        row["merge_seconds"] = round(best.seconds, 4)
+        row["bits"] = {task: packed(self._of(task, "test").correct(self.bench.model)) for task in config.tasks}
+        if (config.method, config.space) in FIRST and len(config.tasks) == len(self.bench.counted()):
+            row["hits"] = self._joint(config.tasks)
+        row["report"] = _report(best.merged)
+        self._weights.set({})
+        row["wall"] = round(time.monotonic() - began, 3)
+        return row
+
+    def _trials(self, config: Config) -> Iterator[_Trial]:
+        spec = default_registry().get(config.method)
+        dense = any(parameter.name == "density" for parameter in spec.parameters)
+        densities: Sequence[float | None] = DENSITIES if dense else (None,)
+        size = self._sum_norm(config)
+        for density in densities:
+            started = time.perf_counter()
+            merged = self._merge(config, density)
+            if self.bench.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+            deltas = {module: merged.delta(module) for module in merged.factors}
+            norm = _norm(deltas.values())
+            if norm == 0:
+                raise MergeError("the result is zero")
+            for factor in lambdas(TRIALS // len(densities)):
+                lam = factor * size / norm
+                self._weights.set(deltas, lam)
+                yield _Trial(self._validated(config.tasks), density, factor, lam, merged, deltas, seconds)
+
+    def _merge(self, config: Config, density: float | None) -> MergedAdapter:
+        parameters: dict[str, Any] = {"lambda": 1.0}
+        if density is not None:
+            parameters["density"] = density
+        if takes_rank(config.method) and config.rank != LOSSLESS:
+            parameters["target_rank"] = config.rank
+        return merge(
+            [self._loaded(config.set, config.seed)[task] for task in config.tasks],
+            merge_method=config.method,
+            space=config.space,
+            parameters=parameters,
+            rank=config.rank,
+            device=self.bench.device,
+            seed=config.seed,
+            report="full" if config.rank == LOSSLESS else "brief",
+        )
+
+    def _identity(self, kind: str, seed: int) -> str:
+        if (kind, seed) not in self._identities:
+            self._identities[kind, seed] = self.bench.identity(kind, seed)
+        return self._identities[kind, seed]
+
+    def _loaded(self, kind: str, seed: int) -> dict[str, Adapter]:
+        if (kind, seed) not in self._adapters:
+            found = {}
+            for task in self.bench.counted():
+                adapter = Adapter.from_peft(self.bench.adapter(kind, seed, task))
+                pairs = {
+                    m: LoraFactors(f.A.to(self.bench.device), f.B.to(self.bench.device), f.scaling)
+                    for m, f in adapter.factors.items()
+                }
+                found[task] = Adapter(task, pairs, content_hash=adapter.content_hash)
+            self._adapters[kind, seed] = found
+        return self._adapters[kind, seed]
+
+    def _sum_norm(self, config: Config) -> float:
+        """‖Σ ΔW_i‖_F over the whole model."""
+        key = config.set, config.seed, config.tasks
+        if key not in self._norms:
+            sums: dict[str, Tensor] = {}
+            for task in config.tasks:
+                for module, pair in self._loaded(config.set, config.seed)[task].factors.items():
+                    sums[module] = sums[module] + pair.delta() if module in sums else pair.delta()
+            self._norms[key] = _norm(sums.values())
+        return self._norms[key]
+
+    def _of(self, task: str, split: str) -> Questions:
+        if (task, split) not in self._questions:
+            self._questions[task, split] = questions(self.bench, self.bench.tasks[task], split)
+        return self._questions[task, split]
+
+    def _validated(self, tasks: Sequence[str]) -> float:
+        """Chance-corrected accuracy, the mean over the tasks."""
+        found = []
+        for task in tasks:
+            chance = self.bench.tasks[task].chance
+            accuracy = float(self._of(task, "valid").correct(self.bench.model).mean())
+            found.append((accuracy - chance) / (1 - chance))
+        return sum(found) / len(found)
+
+    def _joint(self, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Hits@1, 3 and 5 of every task when the label is chosen among those of all tasks (the joint setting of KnOTS)."""
+        labels = list(dict.fromkeys(label for task in tasks for label in self.bench.tasks[task].labels))
+        found = {}
+        for name in tasks:
+            if (name, "joint") not in self._questions:
+                task = self.bench.tasks[name]
+                right = [labels.index(task.labels[example.label]) for example in task.test]
+                self._questions[name, "joint"] = Questions(
+                    task.test,
+                    labels,
+                    self.bench.tokenizer,
+                    self.bench.device,
+                    self.bench.settings.tokens_at_once,
+                    right=right,
+                )
+            places = self._questions[name, "joint"].places(self.bench.model)
+            found[name] = {str(n): round(float((places < n).mean()), 4) for n in (1, 3, 5)}
+        return found
+
+
+def _norm(deltas: Any) -> float:
+    return float(sum(float(delta.double().square().sum()) for delta in deltas) ** 0.5)
+
+
+def _report(merged: MergedAdapter) -> dict[str, float | None]:
+    """What the interference report says of the adapters and the result, as single numbers."""
+    overall = merged.report.overall
+    if not overall:
+        return {}
+    norms = [norm for norm in overall["input_norms"] if norm > 0]
+    numbers: dict[str, float | None] = {
+        "cosine": _mean([abs(value) for value in overall["cosines"] if value is not None]),
+        "output overlap": _mean([value for value in overall["column_overlaps"] if value is not None]),
+        "input overlap": _mean([value for value in overall["row_overlaps"] if value is not None]),
+        "sign conflict": overall["sign_conflict"],
+        "norm ratio": max(norms) / min(norms),
+        "least cosine with result": min((v for v in overall["result_cosines"] if v is not None), default=None),
+        "effective rank": overall["effective_rank"],
+        "energy kept": overall["energy_kept"],
+    }
+    return {name: None if value is None else round(float(value), 5) for name, value in numbers.items()}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method of `vllm-merge tune` on the demo: seconds, and what is gained on prompts that nothing was learned from.
+
+python benchmarks/tuning.py                      # all of configs/tuning; rewrites docs/tuning/index.md
+python benchmarks/tuning.py --only ssr nsc       # these anew, the others as they were
+
+Each runs the command at the head of its recipe file. Scores are of greedy answers to examples/demo/eval.jsonl, which no
+prompt of validation.jsonl or safety.jsonl shares a word or sum with. CPU seconds are of one core: the machine may be busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vllm_merge.adapters.peft import hash_adapter
+from vllm_merge.evaluation.offline import OfflineModel
+from vllm_merge.evaluation.scores import score
+from vllm_merge.evaluation.tasks import read_tasks
+from vllm_merge.methods.registry import default_registry
+from vllm_merge.plan_runner import run_plan
+from vllm_merge.recipe.plan import make_plan
+from vllm_merge.recipe_files import load_recipes
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "tuning"
+RESULTS = ROOT / "benchmarks" / "results" / "tuning-demo.json"
+PAGE = ROOT / "docs" / "tuning" / "index.md"
+EVAL = ROOT / "examples" / "demo" / "eval.jsonl"
+BEGIN, END = "<!-- generated: python benchmarks/tuning.py -->", "<!-- end of generated -->"
+COMMAND = "#   vllm-merge "
+MAX_RANK = 64
+LONGEST = 20  # tokens of an answer
+
+
+def command(config: Path) -> list[str]:
+    """The arguments of `vllm-merge` at the head of a recipe file."""
+    lines = [line for line in config.read_text(encoding="utf-8").splitlines() if line.startswith(COMMAND)]
+    if len(lines) != 1:
+        raise SystemExit(f"{config}: has {len(lines)} lines that begin with {COMMAND!r}; expected one")
+    return shlex.split(lines[0].removeprefix(COMMAND))
+
+
+def run(config: Path, output: Path) -> dict[str, Any]:
+    """The record of one run, with its seconds from the command to its end, and those of the CPU."""
+    arguments = command(config)
+    arguments[arguments.index("-o") + 1] = str(output)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    called = [sys.executable, "-m", "vllm_merge", *arguments, "--json"]
+    ended = subprocess.run(called, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if ended.returncode:
+        raise SystemExit(f"{config}: `vllm-merge {shlex.join(arguments)}` ended with {ended.returncode}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    facts: dict[str, Any] = json.loads(ended.stdout)
+    facts["wall"] = time.perf_counter() - started
+    facts["cpu"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return facts
+
+
+class Held:
+    """Scores on the held-out prompts."""
+
+    def __init__(self) -> None:
+        self._examples = read_tasks(EVAL)
+        self._model = OfflineModel(str(ROOT / "examples" / "demo" / "model"), "cpu", LONGEST)
+        self._known: dict[str, dict[str, float]] = {}
+
+    def of(self, file: Path, name: str) -> dict[str, float]:
+        """The share of right answers by task and their mean, in %."""
+        recipes = load_recipes(file)
+        hashes = {adapter: hash_adapter(entry.path) for adapter, entry in recipes.adapters.items()}
+        plan = make_plan(
+            recipes,
+            name,
+            registry=default_registry(),
+            adapter_hashes=hashes,
+            base_model_hash="",
+            max_rank=MAX_RANK,
+            dtype="float32",
+        )
+        if plan.digest not in self._known:
+            factors = run_plan(plan, report="brief").factors
+            answers = self._model.answers(factors, [e.prompt for e in self._examples], lambda done: None)
+            found = score(name, "recipe", self._examples, answers)
+            self._known[plan.digest] = {task: round(100 * one.accuracy, 1) for task, one in found.tasks.items()}
+            self._known[plan.digest]["mean"] = round(100 * found.mean.accuracy, 2)
+        return self._known[plan.digest]
+
+
+def row(config: Path, held: Held) -> dict[str, Any]:
+    """One line of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        facts = run(config, Path(folder))
+        (start,) = load_recipes(config).recipes
+        return {
+            "config": config.stem,
+            "method": facts["method"],
+            "per": facts["settings"]["per"],
+            "command": shlex.join(command(config)),
+            "data": f"{facts['data']['prompts']} prompts",
+            "labels": facts["settings"]["objective"] in ("loss", "accuracy")
+            and facts["method"] not in ("ssr", "regmean"),
+            "steps": facts["run"]["steps"],
+            "seconds": round(facts["run"]["seconds"], 1),
+            "wall": round(facts["wall"], 1),
+            "cpu": round(facts["cpu"], 1),
+            "load": os.getloadavg()[0],
+            "objective": [facts["run"]["objective"], facts["run"]["start"], facts["run"]["best"]],
+            "safety": {w: facts["safety"][w]["accuracy"] for w in ("start", "learned")} if "safety" in facts else None,
+            "before": held.of(config, start),
+            "after": held.of(Path(folder) / "recipe.yaml", facts["name"]),
+        }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown, the best first."""
+    lines = [
+        "| recipe | data | labels | CPU s | wall s | held out: start → learned, % | gain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in sorted(rows, key=lambda one: (-one["after"]["mean"], one["cpu"])):
+        before, after = one["before"]["mean"], one["after"]["mean"]
+        name = f"[{one['config']}](../../configs/tuning/{one['config']}.yaml)"
+        labels = "used" if one["labels"] else "none"
+        lines.append(
+            f"| {name} | {one['data']} | {labels} | {one['cpu']:.0f} | {one['wall']:.0f} | {before:.1f} → {after:.1f} | "
+            f"{after - before:+.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def renewed(page: str, block: str) -> str:
+    """The page with another block between its markers."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="files of configs/tuning, without their ending")
+    args = parser.parse_args()
+    configs = sorted(CONFIGS.glob("*.yaml"))
+    chosen = [config for config in configs if not args.only or config.stem in args.only]
+    names = {config.stem for config in configs}
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.is_file() else []
+    rows = {one["config"]: one for one in before if one["config"] in names}
+    held = Held()
+    for config in chosen:
+        rows[config.stem] = one = row(config, held)
+        print(f"{config.stem}: {one['cpu']} CPU s, {one['before']['mean']} → {one['after']['mean']}", flush=True)
+        results = {
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "versions": {package: version(package) for package in ("torch", "transformers")},
+            "rows": [rows[name] for name in sorted(rows)],
+        }
+        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), table(list(rows.values()))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

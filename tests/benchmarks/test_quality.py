@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quality benchmark in miniature: made-up tasks, a model of two layers, and everything from the corpus to the page."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from benchmarks.quality import grid, records, report, run, served
+from benchmarks.quality.bank import Wanted, train_bank
+from benchmarks.quality.prepare import Bench, questions
+from benchmarks.quality.scores import Scores
+from benchmarks.quality.scoring import Weights
+from benchmarks.quality.settings import Base, Settings, Tuning
+from benchmarks.quality.sweep import Sweep
+from benchmarks.quality.tasks import answer, prompt
+from vllm_merge.cli.files import planned
+from vllm_merge.cli.output import progress_bar
+from vllm_merge.plan_runner import run_plan
+
+FILLERS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "with",
+    "near",
+    "under",
+    "over",
+    "old",
+    "new",
+    "quiet",
+    "long",
+    "small",
+    "large",
+    "round",
+    "some",
+]
+WORDS = {
+    "kinds": {"plant": "oak fern moss lily", "animal": "dog cat hen fox"},
+    "moves": {"motion": "run jump swim climb", "rest": "sit sleep lie wait"},
+    "places": {"town": "street shop tower square", "nature": "river hill forest lake"},
+}
+METHODS = ("task_arithmetic", "ties", "ctm")
+STAGES = ("all tasks", "osrm", "pairs")
+SETTINGS = Settings(
+    name="miniature",
+    base=Base(
+        layers=2,
+        width=64,
+        heads=2,
+        hidden=96,
+        vocabulary=320,
+        context=56,
+        epochs=20,
+        batch=32,
+        learning_rate=6e-3,
+        dropout=0.0,
+        checks=2,
+    ),
+    tuning=Tuning(rank=4, alpha=16, steps=100, batch=16, learning_rate=1e-2, bank=4, samples=8),
+    seeds=(0,),
+    tasks=3,
+    sizes=(2, 3),
+    ranks=(4,),
+    validation=12,
+    test=60,
+    tokens_at_once=4096,
+)
+
+
+def sentence(rng: random.Random, words: list[str]) -> str:
+    """Fillers with one of the words among them."""
+    chosen = rng.choices(FILLERS, k=5)
+    chosen.insert(rng.randrange(6), rng.choice(words))
+    return " ".join(chosen)
+
+
+def make_data(folder: Path) -> None:
+    """Tasks that a word decides, one that nothing decides, and a corpus."""
+    rng = random.Random(0)
+    for task, labels in {**WORDS, "spare/noise": {"odd": "stone", "even": "stone"}}.items():
+        (folder / task).mkdir(parents=True)
+        for split, count in (("train", 160), ("valid", 20), ("test", 60)):
+            picked = [rng.choice(list(labels)) for _ in range(count)]
+            rows = [{"text": sentence(rng, labels[label].split()), "label": label} for label in picked]
+            (folder / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    topics = [words.split() for labels in WORDS.values() for words in labels.values()]
+    others = [label for labels in WORDS.values() for label in labels] + ["Label:", "odd", "even", "stone"]
+    documents = ["\n".join(sentence(rng, topic) for _ in range(6)) for topic in rng.choices([*topics, others], k=250)]
+    (folder / "corpus.txt").write_text("\n\n".join(documents), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run of the miniature, and what it had recorded."""
+
+    places: run.Places
+    bench: Bench
+    rows: list[records.Row]
+
+    def merges(self, **fields: Any) -> list[records.Row]:
+        merges = [row for row in self.rows if row["kind"] == "merge"]
+        return [row for row in merges if all(row[name] == value for name, value in fields.items())]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("quality")
+    make_data(folder / "data")
+    places = run.Places(SETTINGS, folder / "data", folder / "weights", folder / "results", "cpu")
+    assert run.run(places, until=time.monotonic() + 600, methods=METHODS, stages=STAGES) == 0
+    return Done(places, places.open(), records.read_rows(places.results))
+
+
+def test_adapters_beat_the_base_and_noise_is_shut_out(done: Done) -> None:
+    recorded = records.read_run(done.places.results)
+    gate = recorded["gate"]
+    assert gate["counted"] == ["kinds", "moves", "places"]
+    for task in gate["counted"]:
+        assert gate["tasks"][task]["single"] >= gate["tasks"][task]["base"] + 0.2
+        assert gate["tasks"][task]["shots"] > 0
+    assert not gate["tasks"]["noise"]["counts"]
+    losses = recorded["base"]["losses"]
+    assert losses[-1]["valid"] < losses[0]["valid"] < 5
+    assert recorded["settings"]["seeds"] == [0]
+    assert recorded["device"].startswith("CPU")
+    inputs = recorded["adapters osrm"]["inputs"]
+    assert all(one["others"] < one["own"] for one in inputs.values())
+
+
+def test_every_configuration_is_measured_once(done: Done) -> None:
+    wanted = grid.plan(SETTINGS, ["kinds", "moves", "places"], METHODS, STAGES)
+    assert sorted(records.key(config.row()) for config in wanted) == sorted(records.key(r) for r in done.merges())
+    assert {(row["method"], row["space"]) for row in done.merges(stage="all tasks")} == {
+        ("task_arithmetic", "core"),  # the same in all its spaces
+        *(("ties", space) for space in ("delta", "knots", "core")),
+        ("ctm", "core"),
+    }
+    for row in done.merges():
+        assert "error" not in row
+        assert len(row["weights"]) == 12
+        assert set(row["bits"]) == set(row["tasks"])
+        assert all(len(records.unpacked(bits)) == 60 for bits in row["bits"].values())
+        assert (row["density"] is None) == (row["method"] == "task_arithmetic")
+        assert bool(row["report"]) == (row["rank"] == "lossless")
+    assert len(done.merges(stage="pairs", set="plain")) == 3 * len([e for e in grid.PREDICTED if e[0] in METHODS])
+    for row in done.merges(stage="all tasks"):
+        assert set(row["hits"]) == {"kinds", "moves", "places"}
+        assert all(0 <= task["1"] <= task["3"] <= task["5"] <= 1 for task in row["hits"].values())
+
+
+def test_merges_keep_some_of_their_adapters(done: Done) -> None:
+    """A real effect: two adapters as one are above chance, which is where the base is."""
+    scores = Scores(done.rows, ["kinds", "moves", "places"])
+    found = [1 - scores.loss(row) for row in done.merges(stage="pairs")]
+    assert max(found) > 0.25
+    assert np.mean(found) > 0.05
+
+
+def test_the_page_has_tables_and_verdicts(done: Done, tmp_path: Path) -> None:
+    page = tmp_path / "evidence.md"
+    page.write_text(f"by hand above\n{report.BEGIN}\nold\n{report.END}\nby hand below\n")
+    summary = report.write_report(done.places.results, page)
+    text = page.read_text()
+    assert text.startswith("by hand above\n")
+    assert text.endswith("by hand below\n")
+    assert "old" not in text
+    assert "| kinds | " in text
+    assert "| **ctm** | core | " in text
+    verdicts = {claim["text"]: claim["verdict"] for claim in summary["claims"]}
+    assert verdicts["KnOTS-TIES is above TIES"] in ("held", "failed", "undecided")
+    assert verdicts["Iso-CTS is above KnOTS-TIES"] == "not measured yet"
+    assert all(
+        f"| {claim['text']} | {claim['source']} | **{claim['verdict']}** |" in text for claim in summary["claims"]
+    )
+    assert {path.name for path in done.places.results.glob("*.png")} == {
+        f"{name}.png" for name in ("seconds", "ranks", "osrm", "tasks")
+    }
+    assert json.loads((done.places.results / "summary.json").read_text())["families"] == summary["families"]
+    again = page.read_text()
+    report.write_report(done.places.results, page)
+    assert page.read_text() == again
+
+
+def test_a_run_goes_on_where_it_was_cut(done: Done, tmp_path: Path) -> None:
+    shutil.copytree(done.places.results, tmp_path / "results")
+    places = replace(done.places, results=tmp_path / "results")
+    file = tmp_path / "results" / "rows.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:-2], lines[-1][:40]]))  # one is missing, one was cut in the middle of a line
+    assert run.run(places, until=0, methods=METHODS, stages=STAGES) == 2
+    assert run.run(places, until=time.monotonic() + 600, methods=METHODS, stages=STAGES) == 0
+    after = {records.key(row): row for row in records.read_rows(places.results)}
+    assert after.keys() == {records.key(row) for row in done.rows}
+    last = json.loads(lines[-1])
+    assert after[records.key(last)]["bits"] == last["bits"]
+
+
+def test_scores_are_those_of_single_passes(done: Done) -> None:
+    """All labels in one sequence give what each label by itself gives, and what is left is the base."""
+    bench, task = done.bench, done.bench.tasks["places"]
+    found = questions(bench, task, "test").scores(bench.model)
+    for place in (0, 7):
+        text = bench.tokenizer(prompt(task.test[place].text))["input_ids"]
+        for index, label in enumerate(task.labels):
+            ending = [*bench.tokenizer(answer(label))["input_ids"], 0]
+            with torch.no_grad():
+                logits = bench.model(input_ids=torch.tensor([text + ending])).logits[0].log_softmax(-1)
+            alone = sum(float(logits[len(text) - 1 + step, token]) for step, token in enumerate(ending))
+            assert found[place, index] == pytest.approx(alone, abs=1e-3)
+    weights = Weights(bench.model)
+    layer = bench.model.model.layers[0].mlp.up_proj
+    before = layer.weight.clone()
+    weights.set({"model.layers.0.mlp.up_proj": torch.ones_like(before)}, 0.5)
+    assert torch.allclose(layer.weight, before + 0.5)
+    weights.set({})
+    assert torch.equal(layer.weight, before)
+
+
+def test_side_by_side_is_the_same_as_alone(done: Done) -> None:
+    bench = done.bench
+    tuning = replace(SETTINGS.tuning, steps=4)
+    wanted = [Wanted(bench.tasks["kinds"], 0, 4, 16), Wanted(bench.tasks["moves"], 1, 2, 4, 0.5)]
+    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    together = train_bank(bench.model, bench.tokenizer, wanted, tuning)
+    for one, found in zip(wanted, together, strict=True):
+        [alone] = train_bank(bench.model, bench.tokenizer, [one], tuning)
+        assert found.keys() == alone.keys()
+        for name, pair in alone.items():
+            assert pair.rank == one.rank
+            assert pair.scaling == one.alpha / one.rank
+            assert torch.allclose(found[name].delta(), pair.delta(), atol=1e-4)
+    after = bench.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_served_recipe_is_the_merge_that_was_measured(done: Done, tmp_path: Path) -> None:
+    """The same ΔW, λ and density included; only such recipes are served whose results a server takes."""
+    scores = Scores(done.rows, done.bench.counted())
+    best = served.best_recipes(scores, 0, 9, 12, 12)
+    assert {(one.row["method"], one.row["rank"]) for one in best} >= {
+        ("ties", 4),
+        ("ctm", 4),
+        ("task_arithmetic", "lossless"),
+    }
+    assert not any(one.row["space"] == "delta" and one.row["rank"] == "lossless" for one in best)
+    assert all(one.row["rank"] == 4 for one in served.best_recipes(scores, 0, 9, 4, 12))
+    tasks = [done.bench.tasks[name] for name in scores.tasks]
+    (tmp_path / "recipes.yaml").write_text(served.recipe_file(done.places.weights, best, tasks))
+    sweep = Sweep(done.bench)
+    for one in [one for one in best if one.row["method"] in ("ties", "ctm")]:
+        with progress_bar("plan") as bar:
+            plan = planned(tmp_path / "recipes.yaml", one.name, "float32", 12, bar).plan
+        found = run_plan(plan, report="brief")
+        config = grid.Config(
+            **{name: one.row[name] for name in ("set", "seed", "method", "space", "rank")},
+            tasks=tuple(one.row["tasks"]),
+        )
+        measured = sweep._merge(config, one.row["density"])
+        assert found.factors.keys() == measured.factors.keys()
+        for module in found.factors:
+            expected = one.row["lambda"] * measured.delta(module)
+            assert torch.allclose(found.delta(module), expected, atol=1e-4 * float(expected.abs().max()))
+
+
+class Likelihoods:
+    """An OpenAI client whose server is the offline model with a merge's weights; token ids in, log p of each out."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.completions = model, self
+
+    def create(self, *, prompt: list[list[int]], **options: Any) -> Any:
+        assert (options["echo"], options["max_tokens"]) == (True, 1)
+        choices = []
+        for index, ids in enumerate(prompt):
+            with torch.no_grad():
+                each = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            found = [None, *(float(each[place, token]) for place, token in enumerate(ids[1:])), -1.0]
+            choices.append(SimpleNamespace(index=index, logprobs=SimpleNamespace(token_logprobs=found)))
+        return SimpleNamespace(choices=choices[::-1])
+
+
+def test_what_is_served_is_compared_with_what_was_recorded(done: Done) -> None:
+    scores = Scores(done.rows, done.bench.counted())
+    [one] = served.best_recipes(scores, 0, 1, 12, 12)
+    sweep = Sweep(done.bench)
+    config = grid.Config(
+        **{n: one.row[n] for n in ("set", "seed", "method", "space", "rank")}, tasks=tuple(one.row["tasks"])
+    )
+    merged = sweep._merge(config, one.row["density"])
+    weights = Weights(done.bench.model)
+    weights.set({module: merged.delta(module) for module in merged.factors}, one.row["lambda"])
+    client = Likelihoods(done.bench.model)
+    ask = lambda task: served.right_answers(client, done.bench.tokenizer, one.name, done.bench.tasks[task], 20)
+    found = {task: ask(task) for task in one.row["tasks"]}
+    weights.set({})
+    row = served.compare(one, found)
+    assert (row["examples"], row["within_noise"], row["agreement"]) == (60, True, 1.0)
+    assert row["served"] == row["offline"]
+    assert served.compare(one, {task: ~bits for task, bits in found.items()})["agreement"] == 0
+    wrong = {task: np.zeros_like(bits) for task, bits in found.items()}
+    assert served.compare(one, wrong)["within_noise"] is (row["offline"] == 0)
