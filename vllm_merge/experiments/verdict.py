@@ -91,7 +91,9 @@ def said(found: Difference, primary: Finding) -> str:
     kind: Kind = primary.kind
     if found.difference is None:
         return f"{primary.metric} is not known"
-    lift = f" ({100 * found.lift:+.2g} %)" if found.lift is not None else ""
+    lift = ""
+    if found.lift is not None:
+        lift = f" ({100 * found.lift:+{'.0f' if abs(found.lift) >= 0.1 else '.2g'}} %)"
     text = f"{primary.metric} {shown(found.difference, kind, signed=True)}{lift}"
     if found.low is None or found.high is None:
         return f"{text}, without an interval yet"

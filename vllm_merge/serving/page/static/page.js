@@ -128,7 +128,9 @@ by("confirm-yes").addEventListener("click", () => by("confirm-dialog").close("ye
 by("confirm-no").addEventListener("click", () => by("confirm-dialog").close(""));
 for (const id of ["api-key", "admin-token", "confirm-reason"]) {
   by(id).addEventListener("keydown", (event) => {
-    if (event.key === "Enter") by(id === "confirm-reason" ? "confirm-yes" : "use-keys").click();
+    if (event.key !== "Enter") return;
+    event.preventDefault(); // else it would press the button that gets the focus back
+    by(id === "confirm-reason" ? "confirm-yes" : "use-keys").click();
   });
 }
 begin();

@@ -4,7 +4,8 @@
 import { el, figure } from "./elements.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 720, HEIGHT = 240, LEFT = 64, RIGHT = 12, TOP = 10, BOTTOM = 26;
+const HEIGHT = 240, LEFT = 64, RIGHT = 12, TOP = 10, BOTTOM = 26;
+const MOST = 720, LEAST = 280, AROUND = 70; // widths, so that text is as large on a phone
 
 function svg(name, attributes, text = "") {
   const made = document.createElementNS(SVG, name);
@@ -28,23 +29,25 @@ export function plot(title, lines, colour) {
   if (!drawn.length) return null;
   const points = drawn.flatMap((line) => line.runs.flat());
   // The first intervals are so wide that nothing else would be seen: the later half decides the height.
+  const width = Math.min(MOST, Math.max(LEAST, window.innerWidth - AROUND));
   const times = points.map((point) => point.at);
-  const from = Math.min(...times), to = Math.max(...times, from + 1);
-  const late = points.filter((point) => point.at >= (from + to) / 2);
+  const from = Math.min(...times), last = Math.max(...times), to = Math.max(last, from + 1);
+  const late = points.filter((point) => point.at >= (from + last) / 2);
   let low = Math.min(0, ...late.map((p) => p.low)), high = Math.max(0, ...late.map((p) => p.high));
   if (low === high) high = low + 1;
   const pad = 0.08 * (high - low);
   low -= pad; high += pad;
-  const x = (at) => LEFT + ((at - from) / (to - from)) * (WIDTH - LEFT - RIGHT);
+  const x = (at) => LEFT + ((at - from) / (to - from)) * (width - LEFT - RIGHT);
   const y = (value) => TOP + ((high - Math.min(Math.max(value, low), high)) / (high - low)) * (HEIGHT - TOP - BOTTOM);
-  const picture = svg("svg", { class: "plot", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title });
+  const picture = svg("svg", { class: "plot", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": title });
   for (const value of [low + pad, 0, high - pad]) {
     const at = y(value);
-    picture.append(svg("line", { class: value === 0 ? "zero" : "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at }));
+    picture.append(svg("line", { class: value === 0 ? "zero" : "axis", x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
     picture.append(svg("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, figure(value)));
   }
   for (const [at, anchor] of [[from, "start"], [to, "end"]]) {
-    const text = new Date(1000 * at).toLocaleString();
+    const moment = new Date(1000 * at);
+    const text = width < MOST ? moment.toLocaleTimeString() : moment.toLocaleString();
     picture.append(svg("text", { x: x(at), y: HEIGHT - 8, "text-anchor": anchor }, text));
   }
   for (const line of drawn) {
