@@ -204,6 +204,8 @@ def judge(console: Console, place: Place, crowd: Crowd, truth: dict[str, float])
     console.print()
     command(place, "report", CHECK)
     check = json.loads(command(place, "report", CHECK, "--json", quiet=True))
+    exposures = sum(arm["requests"] for facts in (found, check) for arm in facts["arms"])
+    console.print(f"\n{exposures} exposures of {crowd.answers} answers are in the store.")
     best = max(truth, key=lambda arm: truth[arm])
     named, difference = found["verdict"], check["primary"]["differences"][0]["state"]
     results = {

@@ -114,6 +114,10 @@ WRONG = {
     ),
     "range": (f"ab: {{{ARMS}, namespace: {{name: n, range: [0.5, 0.2]}}}}", "a range is [START, END] with 0 <= START"),
     "a guardrail that bounds nothing": (f"ab: {{{ARMS}, guardrails: [{{metric: errors}}]}}", "has no bound; give max"),
+    "more errors as the aim": (
+        f"ab: {{{ARMS}, primary: {{metric: errors}}}}",
+        "primary: more errors would win; add direction: decrease",
+    ),
     "a quantile of errors": (
         f"ab: {{{ARMS}, guardrails: [{{metric: errors, quantile: 0.9, max: 1}}]}}",
         "guardrails[0].quantile: is for latencies (first_token, gap, seconds)",

@@ -323,7 +323,7 @@ WRONG_RECIPES: dict[str, tuple[str, list[str]]] = {
             "{energy: SHARE}",
             "10: recipes.r.seed: is 'x'; expected a whole number",
             "11: recipes.r.lod: unknown key, did you mean 'load'? (allowed: merge_method, space, "
-            "adapters, precondition, parameters, continue, rank, load, seed, on_miss, fallback, on_error)",
+            "adapters, precondition, parameters, continue, rank, load, seed, on_miss, fallback, on_error, safety)",
         ],
     ),
 }

@@ -33,7 +33,7 @@ from fastapi.responses import JSONResponse
 from safetensors.torch import save_file
 
 from vllm_merge.serving import compat, front, links, sources, worker
-from vllm_merge.serving.control import RUNTIME_DIR_VARIABLE, ControlServer
+from vllm_merge.serving.control import RUNTIME_DIR_VARIABLE
 from vllm_merge.serving.front import Artifact, FrontDoor
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, MergeEndpoints
 from vllm_merge.serving.published import Published
@@ -271,10 +271,13 @@ class PlayedServer:
         """vLLM has to load and fill again what no running request has in a slot."""
         self.engine.empty_slots()
 
-    def restart_line(self) -> None:
-        """The worker's socket is served again, by the same worker."""
-        self.service._server = ControlServer(self.service._server.path, self.service)
-        self.service._server.start()
+    async def break_line(self) -> None:
+        """Every connection to the worker breaks; it may be made again at once."""
+        epochs = [api.front.links.epoch for api in self.apis]
+        sessions = list(self.service._sessions)
+        for session in sessions:
+            self.service._server.loop.call_soon_threadsafe(session._writer.transport.abort)
+        await self.until(lambda: all(api.front.links.epoch > e for api, e in zip(self.apis, epochs, strict=True)))
 
 
 def leftovers(server: PlayedServer) -> dict[str, int]:

@@ -122,6 +122,19 @@ def test_a_reload_with_too_many_arms_changes_nothing_and_says_the_sum(run, tmp_p
     run(scenario, {"ab": AB})
 
 
+def test_an_experiment_that_leaves_the_file_lets_its_arms_go(run, tmp_path):
+    async def scenario(server):
+        assert (await server.ask("ab", user="u")).status_code == 200
+        recipe_file(tmp_path)
+        await server.until(lambda: all(api.published.state.generation == 2 for api in server.apis))
+        await server.until(lambda: not any(a.users for api in server.apis for a in api.front.artifacts.values()))
+        assert (await server.ask("ab", user="u")).status_code == 404
+        assert "experiment" not in shown(await server.ask("assistant", user="u"))
+        assert (await server.admin("GET", "experiments")).json()["data"] == []
+
+    run(scenario, {"ab": AB})
+
+
 def test_an_arm_can_be_the_base_model_and_headers_are_on_errors_too(run):
     async def scenario(server):
         said = [await server.ask("ab", user=user) for user in USERS]

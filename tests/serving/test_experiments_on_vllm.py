@@ -128,7 +128,7 @@ def test_with_every_slot_in_use_and_50_other_adapters_nobody_starves(ab_server):
     assert len(kept) <= KEPT
 
 
-def test_the_openai_client_sees_the_arm_in_answers_streams_chats_and_errors(ab_server, key):
+def test_the_openai_client_sees_the_arm_in_answers_streams_and_errors(ab_server, key):
     with openai.OpenAI(base_url=f"{ab_server.url}/v1", api_key="none", max_retries=0) as client:
         raw = client.completions.with_raw_response.create(model="ab", prompt=PROMPT, max_tokens=4, user="u")
         arm, reply = raw.headers["x-vllm-merge-arm"], raw.parse()

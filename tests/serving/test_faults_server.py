@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import DEMO, Control, alive, servers
+from tests.conftest import DEMO, Control, servers
 from tests.serving.fault_table import seen
 
 pytestmark = [pytest.mark.full, pytest.mark.server]
@@ -37,18 +37,28 @@ LONG = 120  # seconds within which something has to happen on a busy machine
 
 
 def document(alias: str = "c0") -> dict[str, Any]:
-    """c0 … c15: two adapters each, cold; `slow` takes seconds to merge."""
+    """c0 … c15: two adapters each, cold; `slow0` … take seconds to merge."""
 
     def pair(i: int) -> list[dict[str, Any]]:
         names, weights = (ADAPTERS[i % 8], ADAPTERS[(i + 1) % 8]), (1.0 + i / 20, 0.3)
         return [{"adapter": name, "parameters": {"weight": w}} for name, w in zip(names, weights, strict=True)]
 
     cold = {f"c{i}": {"merge_method": "task_arithmetic", "adapters": pair(i), "load": "lazy"} for i in range(COLD)}
-    slow = {"merge_method": "ties", "space": "delta", "adapters": EVERYTHING * 12, "load": "lazy", "rank": 64}
+    slow = {
+        f"slow{i}": {
+            "merge_method": "ties",
+            "space": "delta",
+            "adapters": EVERYTHING * 12,
+            "load": "lazy",
+            "rank": 64,
+            "parameters": {"lambda": 1.0 + i / 10},
+        }
+        for i in range(4)
+    }
     return {
         "version": 1,
         "adapters": {name: {"path": str(DEMO / "adapters" / name)} for name in ADAPTERS},
-        "recipes": {**cold, "slow": slow},
+        "recipes": {**cold, **slow},
         "aliases": {"assistant": alias},
     }
 
@@ -162,7 +172,7 @@ def test_clients_that_leave_while_they_wait(faulty):
         connections = []
         for _ in range(20):
             connection = http.client.HTTPConnection("127.0.0.1", faulty.server.port)
-            body = json.dumps({"model": "slow", "prompt": PROMPT, "max_tokens": 1})
+            body = json.dumps({"model": "slow0", "prompt": PROMPT, "max_tokens": 1})
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
             connections.append(connection)
         for connection in connections:
@@ -173,7 +183,7 @@ def test_clients_that_leave_while_they_wait(faulty):
         files = faulty.open_files()
         before_files = before_files or files
     assert files <= before_files + 2
-    assert faulty.ask("slow", 1)[0] == 200
+    assert faulty.ask("slow0", 1)[0] == 200
     seen("clients leave while they wait, over HTTP", "server", "nobody reads them", "nothing", "right answer")
 
 
@@ -231,34 +241,6 @@ def test_memory_does_not_grow_with_requests_and_evictions(faulty):
     assert sizes[-1] - sizes[2] < 64 << 20, sizes
 
 
-def test_the_disk_is_full(tmp_path):
-    """A file system of a quarter of a megabyte."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        with running(tmp_path, VLLM_MERGE_DISK=str(place)) as server:
-            first = [server.ask(f"c{i}") for i in range(4)]
-            assert {status for status, *_ in first} == {200}
-            until(lambda: "No space left on device" in server.server.tail(200_000), "the disk was not full")
-            assert not [path for path in place.rglob("*.safetensors") if len(path.parent.name) != 64]
-            again = [server.ask(f"c{i}") for i in range(4)]
-            assert all(same(a[2], b[2]) for a, b in zip(first, again, strict=True))
-        partial = [path.name for path in place.iterdir() if path.name.startswith(".") and path.name != ".merging"]
-        seen(
-            "the disk tier is a full file system",
-            "server",
-            "right answer",
-            f"{', '.join(partial)}" if partial else "nothing",
-            "right answer",
-        )
-        assert not partial
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 def merging(server: Running, name: str) -> None:
     control = Control(server)
     until(
@@ -289,69 +271,82 @@ def ended(server: Running) -> int:
     return int(server.server.process.returncode)
 
 
-def struck(folder: Path, strike: Callable[[Running], None], *options: str) -> tuple[set[int], int, Running]:
-    """Strike a server while it merges: (what its requests got, its exit status, itself)."""
-    with running(folder, *options, VLLM_MERGE_DISK=str(folder / "merges")) as server:
-        assert server.ask("c2")[0] == 200
-        until(lambda: list((folder / "merges").glob("*/artifact.json")), "nothing was stored")
-        got: list[int] = []
-        threads = [threading.Thread(target=lambda: got.append(server.ask("slow", 1)[0])) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        merging(server, "slow")
-        strike(server)
-        for thread in threads:
-            thread.join(2 * LONG)
-            assert not thread.is_alive(), "a request hangs"
-        return set(got), ended(server), server
+def struck(server: Running, name: str, strike: Callable[[Running], object]) -> tuple[str, str]:
+    """Strike a server while it merges `name` for three requests: (what they got, what is left)."""
+    got: list[int] = []
+    threads = [threading.Thread(target=lambda: got.append(server.ask(name, 1)[0])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    merging(server, name)
+    strike(server)
+    for thread in threads:
+        thread.join(2 * LONG)
+        assert not thread.is_alive(), "a request hangs"
+    assert len(got) == 3
+    assert set(got) <= {0, 500, 503}, "none was answered with an artifact that was never made"
+    code = ended(server)
+    return "an error or a closed connection", f"no process; the server ends{' with an error' if code else ''}"
 
 
-def restarted(folder: Path) -> str:
-    """What a server that is started again answers."""
-    with running(folder, VLLM_MERGE_DISK=str(folder / "merges")) as server:
-        first, slow = server.ask("c2"), server.ask("slow", 1)
-        assert (first[0], slow[0]) == (200, 200)
-        assert server.status()["served_from"].get("disk", 0) >= 1, "what was merged before came from the disk"
-        assert not list((folder / "merges").glob(".[0-9a-f]*")), "a half-written entry is left"
+def comes_back(server: Running, folder: Path, *interrupted: str) -> str:
+    """A server that is started again in the same place."""
+    assert [server.ask(name, 1)[0] for name in ("c2", *interrupted)] == [200] * (1 + len(interrupted))
+    assert server.status()["served_from"].get("disk", 0) >= 1, "what was merged before came from the disk"
+    assert not list((folder / "merges").glob(".[0-9a-f]*")), "a half-written entry is left"
     return "right answer, after a restart"
 
 
-def refused(statuses: set[int]) -> str:
-    assert statuses <= {0, 500, 503}, "no request was answered"
-    return "an error or a closed connection"
+def test_servers_that_are_struck_while_they_merge(faulty, folder):
+    """Runs after what the first server is for: stopped, then its worker killed, then one of four API processes."""
+    assert faulty.ask("c2")[0] == 200
+    until(lambda: list((folder / "merges").glob("*/artifact.json")), "nothing was stored")
+    stopped = struck(faulty, "slow1", lambda server: server.server.process.send_signal(signal.SIGTERM))
+    assert not list(faulty.runtime.glob("*.sock")), "a socket is left"
 
+    def kill_the_worker(server: Running) -> None:
+        os.kill(server.worker_pid(), signal.SIGKILL)
 
-def test_the_worker_is_killed_during_a_merge(tmp_path):
-    statuses, code, server = struck(tmp_path, lambda server: os.kill(server.worker_pid(), signal.SIGKILL))
-    assert not alive(server.server.process.pid)
-    left = f"no process; the server ends{'' if code == 0 else ' with an error'}"
-    seen("the worker is killed during a merge", "server", refused(statuses), left, restarted(tmp_path))
+    with running(folder, VLLM_MERGE_DISK=str(folder / "merges")) as second:
+        seen("SIGTERM during a merge", "server", *stopped, comes_back(second, folder, "slow1"))
+        killed = struck(second, "slow2", kill_the_worker)
 
-
-def test_the_server_is_stopped_during_a_merge(tmp_path):
-    statuses, _, server = struck(tmp_path, lambda server: server.server.process.send_signal(signal.SIGTERM))
-    sockets = list(server.runtime.glob("*.sock"))
-    left = f"no process; {len(sockets)} sockets"
-    seen("SIGTERM during a merge", "server", refused(statuses), left, restarted(tmp_path))
-
-
-def test_one_of_four_api_processes_is_killed(tmp_path):
-    """vLLM's supervisor ends a server that lost an API process; what is played in test_faults.py is what the others do until
-    then.
-    """
-
-    def kill(server: Running) -> None:
+    def kill_an_api_process(server: Running) -> None:
+        """vLLM's supervisor then ends the others; what these do until then is played in test_faults.py."""
         control = Control(server)
         pids = until(lambda: len(found := control.call("status")["api_processes"]) == 4 and found, "four never came")
         control.close()
         os.kill(pids[-1], signal.SIGKILL)
 
-    statuses, code, _ = struck(tmp_path, kill, "--api-server-count", "4")
-    left = f"no process; the server ends{'' if code == 0 else ' with an error'}"
-    seen(
-        "one of 4 API processes is killed during a merge",
-        "server",
-        refused(statuses - {200}),
-        left,
-        restarted(tmp_path),
-    )
+    with running(folder, "--api-server-count", "4", VLLM_MERGE_DISK=str(folder / "merges")) as third:
+        seen("the worker is killed during a merge", "server", *killed, comes_back(third, folder, "slow2"))
+        lost = struck(third, "slow3", kill_an_api_process)
+    with running(folder, VLLM_MERGE_DISK=str(folder / "merges")) as fourth:
+        seen("one of 4 API processes is killed during a merge", "server", *lost, comes_back(fourth, folder, "slow3"))
+
+
+def test_the_disk_is_full(tmp_path):
+    """A file system of a quarter of a megabyte."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with running(tmp_path, VLLM_MERGE_DISK=str(place)) as server:
+            first = [server.ask(f"c{i}") for i in range(4)]
+            assert {status for status, *_ in first} == {200}
+            until(lambda: "No space left on device" in server.server.tail(200_000), "the disk was not full")
+            assert not [path for path in place.rglob("*.safetensors") if len(path.parent.name) != 64]
+            again = [server.ask(f"c{i}") for i in range(4)]
+            assert all(same(a[2], b[2]) for a, b in zip(first, again, strict=True))
+        partial = [path.name for path in place.iterdir() if path.name.startswith(".") and path.name != ".merging"]
+        seen(
+            "the disk tier is a full file system",
+            "server",
+            "right answer",
+            f"{', '.join(partial)}" if partial else "nothing",
+            "right answer",
+        )
+        assert not partial
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

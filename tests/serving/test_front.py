@@ -27,6 +27,7 @@ class PlayedWorker:
 
     def __init__(self, taken=()):
         self.connected = True
+        self.facts = {}
         self.alarms = 0
         self.broken = None
         self.near = False
@@ -51,7 +52,7 @@ class PlayedWorker:
         if self.fails is not None:
             raise self.fails
         self.leases = 1 if fields["lease"] else self.leases
-        return {"rank": 4, "bytes": 8, "seconds": 0.1, "tensors_sha256": "s"}
+        return {"rank": 4, "bytes": 8, "seconds": 0.1, "tensors_sha256": "s", "tier": "merge", "steps": []}
 
     def post(self, op, **fields):
         assert op == "release"
@@ -281,6 +282,25 @@ def test_a_failure_that_stays_is_said_at_once_even_to_those_who_do_not_wait():
                 async with front.hold(artifact, "x@1", wait=wait):
                     pass
             assert not error.value.retry
+
+    asyncio.run(scenario())
+
+
+def test_who_waited_for_a_merge_that_failed_is_told_and_does_not_try_it_again():
+    async def scenario():
+        worker = PlayedWorker()
+        front, artifact = door(worker)
+        worker.hold.clear()
+        worker.fails = ControlError("busy", "the merge was cancelled", 3)
+        waiting = [asyncio.create_task(front.ready(artifact)) for _ in range(40)]
+        await asyncio.sleep(0.05)
+        worker.hold.set()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {(str(r), r.retry, r.retry_after) for r in results} == {("x@1: the merge was cancelled", True, 3)}
+        assert len(worker.prepared) == 1
+        worker.fails = None
+        await front.ready(artifact)
+        assert len(worker.prepared) == 2, "whoever comes later tries again"
 
     asyncio.run(scenario())
 

@@ -11,10 +11,14 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from vllm_merge.experiments.running import follow
+from vllm_merge.recipe.experiments import Experiment
 from vllm_merge.serving import outcome
+from vllm_merge.serving.experiments import Experiments
 from vllm_merge.serving.front import ArtifactUnavailable
 from vllm_merge.serving.middleware import MergeMiddleware
 from vllm_merge.serving.names import Name
+from vllm_merge.serving.trials import Trials
 
 BASE = "the-base"
 
@@ -90,15 +94,17 @@ def ask(door):
     requests["vllms-own"] = SimpleNamespace(lora_path="/adapters/own")
     models = SimpleNamespace(lora_requests=requests, base_model_paths=[SimpleNamespace(name=BASE)])
     app.state.vllm_merge, app.state.openai_serving_models = door, models
+    app.state.vllm_merge_experiments = Experiments(door, lambda: BASE)
 
-    def ask(path, model, **query):
+    def ask(path, model, *, user=None, **query):
         async def talk():
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-                return await client.post(path, json={"model": model}, params=query)
+                return await client.post(path, json={"model": model, "user": user}, params=query)
 
         return asyncio.run(talk())
 
+    ask.experiments = app.state.vllm_merge_experiments
     return ask
 
 
@@ -183,3 +189,45 @@ def test_other_models_pass_through(ask, path):
         response = ask(path, model)
         assert response.json()["model"] == model
         assert headers(response) == (None, None, None)
+
+
+@pytest.fixture
+def ask_ab(ask, door):
+    """ask, where `ab` is an experiment of `plain`, `strict` and the base model."""
+    arms = {"plain": 1, "strict": 1, "none": {"serve": "base", "weight": 1}}
+    experiment = Experiment.model_validate({"arms": arms, "unit": "user"})
+    artifacts = {"plain": "plain@1", "strict": "strict@2", "none": BASE}
+    door.names["ab"] = Name("ab", "experiment", "1" * 64, "plain@1")
+    ask.experiments.adopt(Trials({"ab": follow("ab", experiment, artifacts, None)}))
+    return ask
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/pooling"])
+def test_every_route_gives_a_unit_its_arm(ask_ab, path):
+    seen = {}
+    for user in [f"user-{i}" for i in range(24)]:
+        response = ask_ab(path, "ab", user=user)
+        arm = response.headers["x-vllm-merge-arm"]
+        seen[arm] = response.json()["model"]
+        assert headers(response) == (seen[arm], "ab", None)
+        assert ask_ab("/v1/completions", "ab", user=user).headers["x-vllm-merge-arm"] == arm
+    assert seen == {"plain": "plain@1", "strict": "strict@2", "none": BASE}
+
+
+def test_no_other_stands_in_for_an_arm_and_a_503_says_which_arm_it_was(ask_ab, door):
+    user = next(
+        f"u{i}" for i in range(99) if ask_ab("/v1/completions", "ab", user=f"u{i}").json()["model"] == "strict@2"
+    )
+    door.cold = {"strict@2"}
+    assert ask_ab("/v1/completions", "ab", user=user).json()["model"] == "strict@2", (
+        "on_miss: reject is for its own name"
+    )
+    door.lost = {"strict@2"}
+    response = ask_ab("/v1/completions", "ab", user=user)
+    assert response.status_code == 503
+    assert [response.headers[f"x-vllm-merge-{key}"] for key in ("experiment", "arm", "artifact", "reason")] == [
+        "ab",
+        "strict",
+        "strict@2",
+        "SPLIT",
+    ]

@@ -103,8 +103,7 @@ class Story:
             case "slots empty":
                 server.empty_slots()
             case "line breaks":
-                await asyncio.to_thread(server.service._server.stop)
-                server.restart_line()
+                await server.break_line()
             case "time passes":
                 await asyncio.sleep(where / 1000)
         await asyncio.sleep(0)

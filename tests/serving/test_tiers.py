@@ -258,6 +258,50 @@ def origin(tiers: Tiers, name: str) -> str | None:
         return found[0] if found is not None else None
 
 
+def test_what_the_disk_has_is_told_to_be_in_use_and_nothing_piles_up(tmp_path):
+    tiers, original = Tiers(settings(disk=tmp_path), CPU), artifact("a")
+    tiers.start()
+    tiers.store(original)
+    tiers.wait()
+    used = tmp_path / digest("a") / "used"
+    used.write_text("1.0")
+    for _ in range(1000):
+        tiers.store(original)
+    assert tiers._writes.qsize() <= 1, "however often it leaves the cache"
+    tiers.wait()
+    assert float(used.read_text()) > 1.0
+    assert (tiers._used, tiers._waiting) == (set(), {})
+
+
+def test_an_artifact_that_cannot_be_copied_for_the_disk_is_offered_again(tmp_path, monkeypatch):
+    tiers, original = Tiers(settings(disk=tmp_path), CPU), artifact("a")
+    tiers.start()
+
+    def fails(*arguments, **options):
+        raise RuntimeError("cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", fails)
+        with pytest.raises(RuntimeError, match="cannot allocate"):
+            tiers.store(original)
+    tiers.store(original)
+    tiers.wait()
+    assert DiskTier(str(tmp_path), 1 << 20).holds(digest("a"))
+
+
+def test_a_full_or_read_only_disk_is_read_all_the_same(tmp_path, monkeypatch):
+    disk, original = DiskTier(str(tmp_path), 1 << 20), artifact("a")
+    disk.write(Packed.of(original))
+
+    def fails(path, *arguments, **options):
+        Path(path).write_bytes(b"")  # a file that is opened to be written is empty first
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk._fs, "pipe_file", fails)
+    assert equal(disk.read(original.digest).factors(), original)
+    assert disk._last_used(original.digest) > 1e9, "it was used just now, although that could not be written down"
+
+
 def test_an_evicted_artifact_comes_back_from_the_nearest_tier(tmp_path):
     tiers = Tiers(settings(host_bytes=SIZE, disk=tmp_path), CPU)
     tiers.start()

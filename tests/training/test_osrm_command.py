@@ -29,9 +29,15 @@ def tasks(tmp_path: Path) -> list[Path]:
     return folders
 
 
-def test_starts_that_peft_trains_on(run: Run, tasks: list[Path], tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(("modules", "count"), [(("q_proj", "down_proj"), 10), (("all-linear",), 35)])
+def test_starts_that_peft_trains_on(
+    run: Run,  # noqa: F811
+    tasks: list[Path],
+    tmp_path: Path,
+    modules: tuple[str, ...],
+    count: int,
+) -> None:
     out = tmp_path / "starts"
-    modules = ("q_proj", "down_proj")
     code, printed, err = run(
         "osrm", DEMO / "model", "--tasks", *tasks, "--rank", 6, "--target-modules", *modules, "-o", out
     )
@@ -42,7 +48,7 @@ def test_starts_that_peft_trains_on(run: Run, tasks: list[Path], tmp_path: Path)
     assert all(
         float(row[3]) < 0.1 * float(row[4]) for row in rows[1:3]
     )  # of the others' inputs far less than of its own
-    assert rows[4] == f"wrote {out}, 10 modules of rank 6 for each of 2 tasks".split()
+    assert rows[4] == f"wrote {out}, {count} modules of rank 6 for each of 2 tasks".split()
     facts = json.loads((out / "osrm.json").read_text())
     assert (facts["kind"], facts["lossy"], facts["variant"], facts["alpha"]) == (
         "initialisation",
@@ -51,7 +57,7 @@ def test_starts_that_peft_trains_on(run: Run, tasks: list[Path], tmp_path: Path)
         12,
     )
     adapter = Adapter.from_peft(out / "sort")
-    assert (len(adapter.factors), adapter.rank) == (10, 6)
+    assert (len(adapter.factors), adapter.rank) == (count, 6)
     for pair in adapter.factors.values():
         assert pair.scaling == 2
         assert not pair.B.any()

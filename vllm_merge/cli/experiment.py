@@ -199,7 +199,7 @@ def export(
 
 @experiment.command(short_help="Delete what is old.")
 def prune(
-    days: Annotated[float, typer.Option(min=0, help="Delete what is older than so many days.", show_default=False)],
+    days: Annotated[float, typer.Option(min=1, help="Delete what is older than so many days.", show_default=False)],
     store: StoreOption = None,
     json: Json = False,
 ) -> None:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the store says about an experiment, added up inside the database: a few rows for each arm, however many requests.
 
-Sums are over units. Where a course over time is wanted they are cut by when a unit was first seen, so that the sums up to some point
-of it are those of the units that had come by then, each with all that it did.
+Sums are over units. Where a course over time is wanted they are cut by when a unit came (its first exposure, or its first outcome),
+so that the sums up to some point of it are those of the units that had come by then, each with all that it did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from sqlalchemy import (
     FromClause,
     Integer,
     Label,
+    Select,
     Subquery,
     and_,
     case,
@@ -90,6 +92,7 @@ class Readings:
         # A little longer than it lasted: the last unit belongs to the last step.
         return Course(first, (last - first) * (1 + 1e-9) / steps, steps) if first is not None and last > first else None
 
+    @cached_property
     def counts(self) -> dict[str, dict[str, float]]:
         """{arm: units, requests, errors, refusals, answers, tokens, first_at, last_at}."""
         names = ("requests", "errors", "refusals", "answers", "tokens")
@@ -127,9 +130,21 @@ class Readings:
         """{arm: sums} of an outcome, its values from before a unit came being its covariate.
 
         metric: a name, or `name=label`: the share of that label.
+
+        Outcomes with a ticket know their arm and came after their unit. Those of a unit alone are joined with it; what is older
+        than its first exposure is its past. The second kind takes longer, and is left out where there is none.
         """
-        each = self._outcome_by_unit(metric)
-        return self._added(each, {metric: [*self._ratio(each.c.x, each.c.d), *self._past(each)]}, course)[metric]
+        name, _, label = metric.partition("=")
+        value = case((outcomes.c.label == label, 1.0), else_=0.0) if label else outcomes.c.value
+        of_metric = and_(self._of_version(), outcomes.c.metric == name)
+        alone = select(exists().where(of_metric, outcomes.c.arm == ""))
+        if self._connection.execute(alone).scalar_one():
+            each = self._with_past(value, of_metric)
+            moments = [*self._ratio(each.c.x, each.c.d), *self._past(each)]
+        else:
+            each = self._ticketed(value, of_metric).subquery()
+            moments = self._ratio(each.c.x, each.c.d)
+        return self._added(each, {metric: moments}, course)[metric]
 
     def outcomes(self) -> dict[str, OutcomeFacts]:
         """{metric, or metric=label}, by name."""
@@ -205,63 +220,39 @@ class Readings:
         m = case((known, 1.0), else_=0.0)
         return [m, c, c * c, c * x, c * d, m * x, m * d]
 
-    def _outcome_by_unit(self, metric: str) -> Subquery:
-        """A row for each unit that has an outcome of this metric: arm, first_at, x (sum), d (how many), past (mean before).
-
-        Those with a ticket know their arm and came after it. Those of a unit alone are joined with it; what is older than
-        its first exposure is its past.
-        """
-        name, _, label = metric.partition("=")
+    def _ticketed(self, value: Column, of_metric: Column) -> Select[Any]:
+        """A row for each unit: arm, unit, first_at (of its outcomes), x (their sum), d (how many)."""
         o = outcomes.c
-        value = case((o.label == label, 1.0), else_=0.0) if label else o.value
-        of_metric = and_(self._of_version(), o.metric == name)
-        zero = literal(0.0, Double)
-        ticketed = (
-            select(
-                o.arm.label("arm"),
-                o.unit.label("unit"),
-                func.sum(value).label("x"),
-                func.sum(literal(1.0, Double)).label("d"),
-                func.min(o.at).label("seen"),
-                zero.label("past_x"),
-                zero.label("past_d"),
-            )
-            .where(of_metric, o.arm != "")
-            .group_by(o.unit, o.arm)
-        )
+        sums = [func.sum(value).label("x"), func.sum(literal(1.0, Double)).label("d")]
+        wanted = select(o.arm, o.unit, func.min(o.at).label("first_at"), *sums)
+        return wanted.where(of_metric, o.arm != "").group_by(o.arm, o.unit)
+
+    def _with_past(self, value: Column, of_metric: Column) -> Subquery:
+        """The same, of outcomes without a ticket too, with `past`: the mean of what came before the unit, NULL without any."""
+        o, zero = outcomes.c, literal(0.0, Double)
+        ticketed = self._ticketed(value, of_metric).add_columns(zero.label("past_x"), zero.label("past_d"))
         before = o.at < units.c.first_at
-        loose = (
+        alone = (
             select(
                 units.c.arm,
                 o.unit,
+                func.min(case((before, None), else_=o.at)),
                 func.sum(case((before, 0.0), else_=value)),
                 func.sum(case((before, 0.0), else_=1.0)),
-                func.min(units.c.first_at),
                 func.sum(case((before, value), else_=0.0)),
                 func.sum(case((before, 1.0), else_=0.0)),
             )
             .join_from(outcomes, units, and_(self._ours, units.c.unit == o.unit))
             .where(of_metric, o.arm == "")
-            .group_by(o.unit, units.c.arm)
+            .group_by(units.c.arm, o.unit)
         )
-        both = union_all(ticketed, loose).subquery()
-        unit = and_(self._ours, units.c.arm == both.c.arm, units.c.unit == both.c.unit)
-        sums = [func.sum(both.c[name]) for name in ("x", "d", "past_x", "past_d")]
-        x, d, past_x, past_d = sums
-        return (
-            select(
-                both.c.arm,
-                # The ticket is enough: a unit whose exposures were lost came with its first outcome.
-                func.min(func.coalesce(units.c.first_at, both.c.seen)).label("first_at"),
-                x.label("x"),
-                d.label("d"),
-                (past_x / func.nullif(past_d, 0.0)).label("past"),
-            )
-            .join_from(both, units, unit, isouter=True)
-            .group_by(both.c.arm, both.c.unit)
-            .having(d > 0)
-            .subquery()
+        both = union_all(ticketed, alone).subquery()
+        x, d, past_x, past_d = (func.sum(both.c[name]) for name in ("x", "d", "past_x", "past_d"))
+        past = past_x / func.nullif(past_d, 0.0)
+        wanted = select(
+            both.c.arm, func.min(both.c.first_at).label("first_at"), x.label("x"), d.label("d"), past.label("past")
         )
+        return wanted.group_by(both.c.arm, both.c.unit).having(d > 0).subquery()
 
     def _of_version(self) -> Column:
         versions = outcomes.c.version.in_((0, *self._versions))

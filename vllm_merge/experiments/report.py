@@ -124,7 +124,7 @@ class _Report:
         return imbalance([counts.get(arm, 0) for arm in weights], list(weights.values()))
 
     def _arms(self) -> Iterator[Facts]:
-        counts = self._readings.counts()
+        counts = self._readings.counts
         version = self._running.version
         breached = {d.arm: d.reason for d in self._decisions if d.kind == "breach" and d.version == version}
         nothing = dict.fromkeys(("units", "requests", "errors", "refusals", "answers", "tokens"), 0)

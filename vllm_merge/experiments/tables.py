@@ -62,17 +62,18 @@ exposures = Table(
     Index("exposures_by_time", "at"),
 )
 
-# An outcome lies beside those of the same unit, so that they are added up in one pass.
+# An outcome lies beside those of the same arm and unit, so that they are added up in one pass. arm: "" where it is not known.
 outcomes = Table(
     "outcomes",
     metadata,
     _text("experiment", primary_key=True),
     _text("metric", primary_key=True),
+    _text("arm", primary_key=True),
     _text("unit", primary_key=True),
     _text("id", primary_key=True),
     _number("at"),
     _number("value"),
-    *(_text(name) for name in ("label", "exposure", "arm")),
+    *(_text(name) for name in ("label", "exposure")),
     Column("version", Integer, nullable=False),
     Column("counted", Boolean, nullable=False),
     UniqueConstraint("id"),

@@ -8,6 +8,8 @@ from vllm_merge.recipe.experiments import LATENCIES, Experiment
 from vllm_merge.recipe.problems import Finding, KeyPath, listed, nearest
 from vllm_merge.recipe.schema import BASE, RecipeDocument
 
+_LESS_IS_BETTER = ("errors", "refusals", *LATENCIES)
+
 
 def check_experiments(document: RecipeDocument, registered: Collection[str]) -> Iterator[Finding]:
     """Every (key, message) that is wrong. registered: names of adapters that are known from elsewhere."""
@@ -16,6 +18,7 @@ def check_experiments(document: RecipeDocument, registered: Collection[str]) -> 
         path: KeyPath = ("experiments", name)
         yield from _arms(path, experiment, document, known)
         yield from _alias(path, experiment, document)
+        yield from _primary(path, experiment)
         yield from _guardrails(path, experiment)
         if experiment.start and experiment.end and experiment.start >= experiment.end:
             yield (*path, "end"), f"is {experiment.end.isoformat()}; it must be later than start"
@@ -56,6 +59,12 @@ def _alias(path: KeyPath, experiment: Experiment, document: RecipeDocument) -> I
             f"{alias!r} stands for {target!r}, but control serves {control.serve!r}; let control serve what the alias "
             "stands for, so that who takes no part gets what they got before",
         )
+
+
+def _primary(path: KeyPath, experiment: Experiment) -> Iterator[Finding]:
+    primary = experiment.primary
+    if primary is not None and primary.metric in _LESS_IS_BETTER and primary.direction == "increase":
+        yield (*path, "primary"), f"more {primary.metric} would win; add direction: decrease"
 
 
 def _guardrails(path: KeyPath, experiment: Experiment) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ KeyPath = tuple[str | int, ...]
 Finding = tuple[KeyPath, str]
 MAX_SHOWN = 20
 MAX_KEY, MAX_MESSAGE = 200, 1000  # characters
+MAX_LISTED = 16  # names: all keys of a recipe
 MAX_HINTED_NAMES = 1000  # beyond this many names, looking for a near one takes too long
 
 
@@ -71,4 +72,5 @@ def counted(number: int, word: str) -> str:
 def listed(names: Iterable[str]) -> str:
     """`a, b, c` for a message, cut where it is long; `none` for none."""
     items = list(names)
-    return (", ".join(items[:12]) + (f" and {len(items) - 12} more" if len(items) > 12 else "")) or "none"
+    more = len(items) - MAX_LISTED
+    return (", ".join(items[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")) or "none"

@@ -139,7 +139,7 @@ class DiskTier:
 
     def touch(self, digest: str) -> None:
         """Remember that an artifact is in use, where the place can: not if it is full, read-only, or has just removed it."""
-        with contextlib.suppress(Exception):  # whatever a file system raises; what is read or written is so all the same
+        with contextlib.suppress(Exception):  # whatever a file system raises: the entry is what it was
             if self.holds(digest):
                 self._fs.pipe_file(self._path(digest, USED_FILE), f"{time.time():.3f}".encode())
 

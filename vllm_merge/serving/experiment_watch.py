@@ -27,6 +27,7 @@ logger = logging.getLogger("vllm_merge")
 
 POLL_SECONDS = 1.0  # how long a decision of another replica may stay unknown here
 GUARD_SECONDS = 5.0  # between two looks at the guardrails
+_REST = 20  # times what the last look took: with millions of units it may take seconds
 
 
 def begin(state: State, published: Published) -> None:
@@ -38,7 +39,7 @@ def begin(state: State, published: Published) -> None:
 
 async def watch(published: Published) -> None:
     """For as long as the server runs."""
-    guarded = 0.0
+    next_look = 0.0
     while True:
         await asyncio.sleep(POLL_SECONDS)
         trials = published.state.trials
@@ -48,9 +49,11 @@ async def watch(published: Published) -> None:
             if not await published.leads():
                 continue
             store = published.experiments.open_store()
-            if time.monotonic() - guarded >= GUARD_SECONDS:
-                guarded = time.monotonic()
+            started = time.monotonic()
+            if started >= next_look:
                 await asyncio.to_thread(guard, store, trials)
+                took = time.monotonic() - started
+                next_look = started + max(GUARD_SECONDS, _REST * took)
             await published.take_decisions()
         except (MergeError, ControlError) as error:
             logger.warning("experiments: %s", error)

@@ -34,6 +34,7 @@ from vllm_merge.serving.exposures import exposure_of
 from vllm_merge.serving.front import FrontDoor
 from vllm_merge.serving.names import Name, Names
 from vllm_merge.serving.refusals import Refused
+from vllm_merge.serving.settings import store_days
 from vllm_merge.serving.trials import Trials
 
 FORCE_HEADER = "x-vllm-merge-force-arm"
@@ -94,7 +95,7 @@ class Experiments:
             if self.store is None:
                 signing_key()
                 store = Store.open()
-                self.writer = Writer(store)
+                self.writer = Writer(store, keep_days=store_days())
                 atexit.register(self.writer.close)
                 while self._early:
                     self.writer.put(self._early.popleft())

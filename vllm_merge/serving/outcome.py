@@ -75,7 +75,7 @@ def counter() -> Callable[[Any], None] | None:
         completions = getattr(output, "outputs", None)
         if isinstance(completions, list):  # what is pooled has no tokens
             for completion in completions:
-                outcome.completion_tokens = (outcome.completion_tokens or 0) + len(completion.token_ids)
-                outcome.finish = completion.finish_reason or outcome.finish
+                outcome.completion_tokens = (outcome.completion_tokens or 0) + len(getattr(completion, "token_ids", ()))
+                outcome.finish = getattr(completion, "finish_reason", None) or outcome.finish
 
     return count

@@ -9,7 +9,7 @@ Where more directions than r are not used at all, any r of them will do; a seede
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +36,17 @@ class Moments:
         """Of no inputs yet."""
         zeros = torch.zeros(width, width, dtype=torch.float64, device=device)
         return cls(0, zeros.new_zeros(width), zeros)
+
+    @classmethod
+    def sum(cls, parts: Iterable[Moments]) -> Moments:
+        """Of all inputs of all parts, of which there is one at least."""
+        first, *others = parts
+        found = cls(first.count, first.total.clone(), first.second.clone())
+        for part in others:
+            found.count += part.count
+            found.total += part.total
+            found.second += part.second
+        return found
 
     def add(self, rows: Tensor) -> None:
         """Count in more inputs, (k, d_in), any floating dtype."""
@@ -71,9 +82,8 @@ def osrm_init(others: Mapping[str, Moments], rank: int, variant: Variant = "cova
     if variant == "mean":
         means = torch.stack([moments.total / max(moments.count, 1) for moments in others.values()])
         return _unused_by(means, rank, generator)
-    count = sum(moments.count for moments in others.values())
-    second = torch.stack([moments.second for moments in others.values()]).sum(0) / max(count - 1, 1)
-    return _least_used(second, rank, generator)
+    every = Moments.sum(others.values())
+    return _least_used(every.second / max(every.count - 1, 1), rank, generator)
 
 
 def projected(factors: LoraFactors, directions: Tensor) -> tuple[LoraFactors, float]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vllm_merge.adapters.factors import Adapter, LoraFactors, natural_key
 from vllm_merge.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from vllm_merge.errors import UserInputError
-from vllm_merge.training.inputs import Batch, input_moments
+from vllm_merge.training.inputs import ALL_LINEAR, Batch, input_moments
 from vllm_merge.training.osrm import Moments, Variant, osrm_init, projected
 
 FACTS_FILE = "osrm.json"
@@ -72,8 +72,8 @@ def osrm_starts(
         for index, task in enumerate(tasks):
             rest = {other: moments for other, moments in by_task.items() if other != task}
             directions = osrm_init(rest, rank, variant, seed=seed + index)
-            others = _seen(rest.values(), directions)
-            own = by_task[task].seen_by(directions.to(by_task[task].second))
+            others = Moments.sum(rest.values()).seen_by(directions)
+            own = by_task[task].seen_by(directions)
             for name in modules:
                 starts[task].directions[name] = directions.cpu().clone()  # each its own: a file has no shared tensors
                 starts[task].others[name], starts[task].own[name] = others, own
@@ -100,7 +100,8 @@ def write_start(
         "inference_mode": False,
         "r": len(next(iter(start.directions.values()))),
         "lora_alpha": alpha,
-        "target_modules": sorted(targets),
+        # PEFT knows all-linear as the whole value only, not beside other names.
+        "target_modules": sorted(layers if ALL_LINEAR in targets else targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,
@@ -129,12 +130,6 @@ def write_projected(folder: Path, adapter: Adapter, start: Start) -> float:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """`content`, indented."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _seen(moments: Any, directions: Tensor) -> float:
-    parts: list[Moments] = list(moments)
-    total = Moments(0, parts[0].total, torch.stack([part.second for part in parts]).sum(0))
-    return total.seen_by(directions.to(total.second))
 
 
 def _mean(values: Mapping[str, float]) -> float:
