@@ -126,22 +126,22 @@ def row(config: Path, held: Held) -> dict[str, Any]:
         }
 
 
-def best_without_data() -> tuple[str, float]:
+def best_without_data() -> dict[str, Any]:
     """The recipe of all eight adapters that gets most right of those that learn nothing, and its mean in %."""
     rows = json.loads(METHODS.read_text(encoding="utf-8"))["rows"]
     means = {one["recipe"]: 100 * sum(one["accuracy"].values()) / 8 for one in rows if len(one["tasks"]) == 8}
     name = max(means, key=means.__getitem__)
-    return name, means[name]
+    return {"recipe": name, "mean": means[name]}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """The rows as Markdown, the best first."""
-    name, best = best_without_data()
+    name, best = results["without_data"]["recipe"], results["without_data"]["mean"]
     lines = [
         f"| recipe | data | labels | CPU s | wall s | held out: start → learned, % | gain | beside `{name}` ({best:.1f}) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for one in sorted(rows, key=lambda one: (-one["after"]["mean"], one["cpu"])):
+    for one in sorted(results["rows"], key=lambda one: (-one["after"]["mean"], one["cpu"])):
         before, after = one["before"]["mean"], one["after"]["mean"]
         link = f"[{one['config']}](../../configs/tuning/{one['config']}.yaml)"
         labels = "for λ" if one["method"] in ("ssr", "regmean") else "used" if one["labels"] else "none"
@@ -171,13 +171,19 @@ def main() -> None:
     for config in chosen:
         rows[config.stem] = one = row(config, held)
         print(f"{config.stem}: {one['cpu']} CPU s, {one['before']['mean']} → {one['after']['mean']}", flush=True)
-        results = {
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "versions": {package: version(package) for package in ("torch", "transformers")},
-            "rows": [rows[name] for name in sorted(rows)],
-        }
-        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), table(list(rows.values()))), encoding="utf-8")
+        save([rows[name] for name in sorted(rows)])
+
+
+def save(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the results, and the table into the page."""
+    results = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "without_data": best_without_data(),
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), table(results)), encoding="utf-8")
 
 
 if __name__ == "__main__":

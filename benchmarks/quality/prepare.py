@@ -222,8 +222,10 @@ def few_shot(bench: Bench, task: Task) -> tuple[int, str]:
     room = bench.settings.base.context - longest - LONGEST_LABEL
     for turn in range(4):
         for examples in by_label:
+            if turn >= len(examples):
+                continue
             more = prefix + prompt(examples[turn].text) + answer(task.labels[examples[turn].label]) + "\n\n"
-            if turn < len(examples) and len(bench.tokenizer(more)["input_ids"]) <= room:
+            if len(bench.tokenizer(more)["input_ids"]) <= room:
                 prefix, shots = more, shots + 1
     return shots, prefix
 

@@ -87,6 +87,7 @@ SMALL = Settings(
         context=128,
         epochs=1,
         batch=16,
+        learning_rate=6e-3,
         max_characters=2_500_000,
     ),
     tuning=Tuning(rank=8, alpha=8, steps=150, batch=16, bank=2, samples=20),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.experiment_records import define, exposure, outcome
-from vllm_merge.errors import UserInputError
+from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.experiments.guardrails import breaches
 from vllm_merge.experiments.measures import MEASURES
 from vllm_merge.experiments.overview import overview
@@ -280,6 +280,12 @@ def test_what_is_not_there_is_named(store):
         report(store, "abc")
     with pytest.raises(UserInputError, match="experiment ab has no version 7"):
         report(store, "ab", 7)
+
+
+def test_a_definition_of_another_version_is_said(store):
+    store.define("ab", {"experiment": {"arms": {"a": {"serve": "a", "weight": 1.0}}, "colour": "red"}})
+    with pytest.raises(MergeError, match="version 1 of its definition was written by another vllm-merge"):
+        report(store, "ab")
 
 
 def test_a_plan_takes_after_an_experiment(store, random):

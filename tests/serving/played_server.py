@@ -273,6 +273,7 @@ class PlayedServer:
 
     async def break_line(self) -> None:
         """Every connection to the worker breaks; it may be made again at once."""
+        await self.until(lambda: all(api.front.connected for api in self.apis))
         epochs = [api.front.links.epoch for api in self.apis]
         sessions = list(self.service._sessions)
         for session in sessions:

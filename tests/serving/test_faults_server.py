@@ -184,7 +184,7 @@ def test_clients_that_leave_while_they_wait(faulty):
         before_files = before_files or files
     assert files <= before_files + 2
     assert faulty.ask("slow0", 1)[0] == 200
-    seen("clients leave while they wait, over HTTP", "server", "nobody reads them", "nothing", "right answer")
+    seen("clients leave while they wait, over HTTP", "server", "none is answered", "nothing", "right answer")
 
 
 def test_the_recipe_file_is_rewritten_under_load(faulty):

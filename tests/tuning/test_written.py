@@ -99,14 +99,14 @@ def test_nothing_learned_is_the_recipe_as_it_was(tmp_path: Path, adapters) -> No
     assert recipe.adapters[1].parameters == {"weight": 0.5}
 
 
-def test_a_file_that_would_be_too_large_is_said_before(tmp_path: Path, adapters) -> None:
+def test_a_file_that_would_be_too_large_is_said_before(
+    tmp_path: Path, adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = writer(tmp_path, "nsc", adapters)
     for per in ("adapter", "layer", "module", None):
         made.check(per)
-    names = tuple(f"model.layers.{i}.self_attn.q_proj" for i in range(4000))
-    many = SimpleNamespace(name="x", factors=dict.fromkeys(names))
-    made.start.modules, made.start.adapters = names, (many, many)
-    with pytest.raises(UserInputError, match=r"a recipe file has at most 262,144; choose a coarser --per"):
-        made.check("module")
+    monkeypatch.setattr("vllm_merge.tuning.written.MAX_BYTES", 700)
     made.check("adapter")
+    with pytest.raises(UserInputError, match=r"bytes, and a recipe file has at most 700; choose a coarser --per"):
+        made.check("module")
     assert not (tmp_path / "deep").exists()

@@ -18,6 +18,7 @@ from vllm_merge.cli.osrm import ListsCommand, osrm
 from vllm_merge.cli.output import print_error, print_text
 from vllm_merge.cli.plan import plan
 from vllm_merge.cli.schema import schema
+from vllm_merge.cli.search import search
 from vllm_merge.cli.serve import PASS_ON, serve
 from vllm_merge.cli.tune import tune
 from vllm_merge.cli.validate import validate
@@ -50,6 +51,7 @@ app.command(short_help="Check everything that serving needs.")(doctor)
 app.command("eval", short_help="Count what recipes get right on tasks.")(eval_)
 app.add_typer(experiment, name="experiment", short_help="Read what experiments say, and decide.")
 app.command(short_help="Learn a recipe from prompts.")(tune)
+app.command(short_help="Find a recipe on a running server.")(search)
 app.command(cls=ListsCommand, short_help="Start adapters where other tasks' inputs are not.")(osrm)
 
 

@@ -179,7 +179,7 @@ def export(
     store: StoreOption = None,
     json: Json = False,
 ) -> None:
-    """Write exposures, outcomes, units, decisions and definitions as files, one for each table."""
+    """Write exposures, outcomes, pairs, units, decisions and definitions as files, one for each table."""
     from vllm_merge.experiments.export import export as write
     from vllm_merge.experiments.report import find
 
@@ -203,7 +203,7 @@ def prune(
     store: StoreOption = None,
     json: Json = False,
 ) -> None:
-    """Delete exposures, outcomes and units that are older than DAYS. Definitions and decisions stay.
+    """Delete exposures, outcomes, pairs and units that are older than DAYS. Definitions and decisions stay.
 
     Servers do this by themselves where VLLM_MERGE_STORE_DAYS is set.
     """

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, make_url, select
+from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, make_url, select, update
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from vllm_merge.errors import MergeError, UserInputError
@@ -119,19 +119,20 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 
 def _check_schema(engine: Engine, place: str, create: bool) -> None:
-    """Read the schema's version, or make the tables. Processes that start together make them once."""
+    """Read the schema's version, and make the tables that are missing. Processes that start together make them once."""
     with engine.connect() as connection:
         found = _schema_version(connection)
     if found is None and not create:
         raise UserInputError(f"{place}: is not a store of experiments; {STORE_VARIABLE} or --store says where it is")
-    if found is None:
+    if found is None or found < SCHEMA_VERSION:
         with writing(engine) as connection:
             if engine.dialect.name == "postgresql":
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK_ID})")
             found = _schema_version(connection)
-            if found is None:
+            if found is None or found < SCHEMA_VERSION:
                 metadata.create_all(connection)
-                connection.execute(insert(about).values(schema_version=SCHEMA_VERSION))
+                newest = insert(about) if found is None else update(about)
+                connection.execute(newest.values(schema_version=SCHEMA_VERSION))
                 return
     if found > SCHEMA_VERSION:
         raise UserInputError(

@@ -14,10 +14,10 @@ from sqlalchemy import JSON, Boolean, Connection, Integer, String, Table, select
 
 from vllm_merge.errors import UserInputError
 from vllm_merge.experiments.store import Store
-from vllm_merge.experiments.tables import decisions, definitions, exposures, outcomes, units
+from vllm_merge.experiments.tables import decisions, definitions, exposures, outcomes, pairs, units
 
 Format = Literal["parquet", "csv"]
-TABLES = (exposures, outcomes, units, decisions, definitions)
+TABLES = (exposures, outcomes, pairs, units, decisions, definitions)
 _ROWS_AT_ONCE = 20_000
 _MISSING = (
     "pyarrow is not installed, and Parquet needs it; install it with `pip install 'vllm-merge[parquet]'`, or use csv"

@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vllm_merge.experiments.defined import running_of
 from vllm_merge.experiments.findings import finite
 from vllm_merge.experiments.latencies import Latencies
 from vllm_merge.experiments.measures import MEASURES, shown
 from vllm_merge.experiments.readings import Readings
 from vllm_merge.experiments.records import Definition
-from vllm_merge.experiments.running import Running
 from vllm_merge.experiments.statistics.comparison import NOTHING_KNOWN, arms_of, difference
 from vllm_merge.experiments.statistics.sequence import ALPHA, MIN_UNITS, Interval
 from vllm_merge.experiments.store import Store
@@ -50,7 +50,7 @@ class Breach:
 
 def breaches(store: Store, definition: Definition) -> list[Breach]:
     """Every arm that breaks a guardrail now. Raises StoreError."""
-    experiment = Running.from_document(definition.experiment, definition.version, definition.document).experiment
+    experiment = running_of(definition).experiment
     if not experiment.guardrails:
         return []
     versions = store.versions(definition.experiment, definition.version)

@@ -8,8 +8,8 @@ from typing import Any
 
 from sqlalchemy import func, select
 
+from vllm_merge.experiments.defined import running_of
 from vllm_merge.experiments.report import state
-from vllm_merge.experiments.running import Running
 from vllm_merge.experiments.store import Store
 from vllm_merge.experiments.tables import units
 
@@ -23,7 +23,7 @@ def overview(store: Store) -> list[dict[str, Any]]:
     seen = {(experiment, version): (count, last) for experiment, version, count, last in rows}
     found = []
     for definition in store.definitions():
-        running = Running.from_document(definition.experiment, definition.version, definition.document)
+        running = running_of(definition)
         primary = running.experiment.primary
         count, last = seen.get((running.name, store.phase(running.name, running.version)), (0, None))
         found.append(

@@ -13,6 +13,7 @@ import numpy as np
 
 from vllm_merge.errors import UserInputError
 from vllm_merge.experiments.course import lines
+from vllm_merge.experiments.defined import running_of
 from vllm_merge.experiments.findings import Better, Finding, finding, finite
 from vllm_merge.experiments.guardrails import checks
 from vllm_merge.experiments.latencies import Latencies
@@ -43,7 +44,7 @@ def find(store: Store, name: str, version: int | None = None) -> Running:
     """The definition to be reported, the newest without `version`. Raises UserInputError that names what there is."""
     found = store.definition(name, version)
     if found is not None:
-        return Running.from_document(name, found.version, found.document)
+        return running_of(found)
     known = [definition.experiment for definition in store.definitions()]
     if name in known:
         raise UserInputError(f"experiment {name} has no version {version} in {store.place}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the store keeps what came from people: exposures, outcomes and the sums over units. Decisions and definitions stay."""
+"""How long the store keeps what came from people: exposures, outcomes, pairs and sums over units. Decisions and definitions stay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from sqlalchemy import ColumnElement, Table, delete, exists, select, tuple_
 
 from vllm_merge.experiments.store import Store
-from vllm_merge.experiments.tables import exposures, histograms, outcomes, units
+from vllm_merge.experiments.tables import exposures, histograms, outcomes, pairs, units
 
 BATCH = 2000  # rows of one transaction: others write between two of them
 _REST_SECONDS = 0.02
@@ -22,7 +22,8 @@ def delete_older(store: Store, days: float, now: float | None = None) -> dict[st
     """
     before = (time.time() if now is None else now) - days * _DAY
     gone = {}
-    for table, column in ((exposures, exposures.c.at), (outcomes, outcomes.c.at), (units, units.c.last_at)):
+    times = (exposures.c.at, outcomes.c.at, pairs.c.at, units.c.last_at)
+    for table, column in zip((exposures, outcomes, pairs, units), times, strict=True):
         gone[table.name] = _delete(store, table, column < before)
     same = (units.c.experiment == histograms.c.experiment) & (units.c.version == histograms.c.version)
     if gone[units.name]:

@@ -30,6 +30,8 @@ class Running:
     def to_document(self) -> dict[str, Any]:
         """JSON data without name and version, which the store keeps beside it."""
         document: dict[str, Any] = _ADAPTER.dump_python(self, mode="json", exclude={"name", "version"})
+        if self.experiment.shadow is None:  # documents are older than this key: they shall not become another version
+            del document["experiment"]["shadow"]
         return document
 
     @classmethod

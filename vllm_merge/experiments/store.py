@@ -19,9 +19,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from vllm_merge.errors import MergeError
 from vllm_merge.experiments import database
+from vllm_merge.experiments.pairs import Pair
 from vllm_merge.experiments.phases import phases
 from vllm_merge.experiments.records import Decision, Definition, Exposure, Outcome
-from vllm_merge.experiments.tables import decisions, definitions, exposures, outcomes
+from vllm_merge.experiments.tables import decisions, definitions, exposures, outcomes, pairs
 from vllm_merge.experiments.totals import add_to_totals
 from vllm_merge.experiments.upsert import insert_all, insert_new
 
@@ -95,6 +96,11 @@ class Store:
             new.append(outcome.id in fresh)
             fresh.discard(outcome.id)  # the same id again in this batch is not new
         return new
+
+    def add_pairs(self, batch: Sequence[Pair]) -> None:
+        """Write pairs. Those that are there already change nothing."""
+        with self.writing() as connection:
+            insert_new(connection, pairs.c.exposure, [vars(pair) for pair in batch])
 
     # -- definitions ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of the store, alike in SQLite and PostgreSQL.
 
-Rows that are written once: exposures, outcomes, definitions, decisions. Sums that are kept up to date with the exposures, in
+Rows that are written once: exposures, outcomes, pairs, definitions, decisions. Sums that are kept up to date with the exposures, in
 the same transaction: `units` (one row for each unit, so that statistics need no pass over exposures) and `histograms` (of
 latencies, by arm).
 """
@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # every version so far has added tables and changed none: `database` makes what is missing
 LATENCIES = ("first_token", "gap", "seconds")  # measures that have a histogram; gap: the mean one of a stream
 
 metadata = MetaData()
@@ -109,6 +109,25 @@ histograms = Table(
     _text("measure", primary_key=True),
     Column("bin", Integer, primary_key=True, autoincrement=False),
     _count("count"),
+)
+
+# A request that a second arm answered, or was to answer (pairs.py).
+pairs = Table(
+    "pairs",
+    metadata,
+    _text("experiment", primary_key=True),
+    _text("exposure", primary_key=True),
+    _text("shadow", primary_key=True),
+    _number("at"),
+    Column("version", Integer, nullable=False),
+    *(_text(name) for name in ("arm", "outcome", "unit")),
+    Column("streaming", Boolean, nullable=False),
+    *(Column(name, Integer) for name in ("tokens", "shadow_tokens", "positions")),
+    Column("equal", Boolean),
+    *(_number(name, nullable=True) for name in ("agreement", "seconds", "shadow_seconds")),
+    *(_number(name, nullable=True) for name in ("first_token", "shadow_first_token", "kl", "missing", "shadow_missing")),
+    Index("pairs_by_time", "at"),
+    sqlite_with_rowid=False,
 )
 
 definitions = Table(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exposures on their way to the store: handed over without waiting, written by a thread of its own."""
+"""Exposures and pairs on their way to the store: handed over without waiting, written by a thread of its own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Sequence
 
 from vllm_merge.errors import MergeError
+from vllm_merge.experiments.pairs import Pair
 from vllm_merge.experiments.records import Exposure
 from vllm_merge.experiments.retention import delete_older
 from vllm_merge.experiments.store import Store, StoreError
 
 logger = logging.getLogger("vllm_merge")
 
-FLUSH_SECONDS = 0.1  # with the commit, what a killed process takes with it is of less than 200 ms
+FLUSH_SECONDS = 0.05  # with the commit, what a killed process takes with it is of less than 200 ms
 BATCH = 500  # exposures of one transaction
 QUEUE = 50_000  # exposures that wait while the database does not answer
 MOST_PAUSE_SECONDS = 5.0
@@ -26,14 +27,14 @@ RETENTION_SECONDS = 3600.0  # between two deletions of what is old
 class Writer:
     """Writes exposures to a store. `put` never waits and never raises; what does not fit is dropped and counted.
 
-    written: exposures that are in the store. dropped: those that did not fit, or that the store refused for good.
+    written: records that are in the store. dropped: those that did not fit, or that the store refused for good.
     keep_days: delete what is older, once an hour.
     """
 
     def __init__(self, store: Store, *, queue: int = QUEUE, keep_days: float | None = None) -> None:
         self.written = self.dropped = 0
         self._store, self._most, self._keep_days = store, queue, keep_days
-        self._queue: deque[Exposure] = deque()
+        self._queue: deque[Exposure | Pair] = deque()
         self._ending = threading.Event()
         self._failing = False
         self._deleted_at = float("-inf")
@@ -45,12 +46,12 @@ class Writer:
         """Exposures that are not written yet."""
         return len(self._queue)
 
-    def put(self, exposure: Exposure) -> None:
-        """Hand over an exposure, from any thread."""
+    def put(self, record: Exposure | Pair) -> None:
+        """Hand over a record, from any thread."""
         if len(self._queue) >= self._most or self._ending.is_set():
             self.dropped += 1
             return
-        self._queue.append(exposure)
+        self._queue.append(record)
 
     def close(self, timeout: float = 10.0) -> None:
         """Write what waits, for at most `timeout` seconds."""
@@ -86,13 +87,16 @@ class Writer:
             self._failing = False
         return True
 
-    def _write(self, batch: Sequence[Exposure]) -> int:
+    def _write(self, batch: Sequence[Exposure | Pair]) -> int:
         """Write a batch; how many of it the store refuses for good, so that one wrong row does not hold up the others.
 
         Raises StoreError where the store does not answer.
         """
         try:
-            self._store.add_exposures(batch)
+            if exposures := [record for record in batch if isinstance(record, Exposure)]:
+                self._store.add_exposures(exposures)
+            if pairs := [record for record in batch if isinstance(record, Pair)]:
+                self._store.add_pairs(pairs)
             return 0
         except StoreError:
             raise
@@ -100,7 +104,7 @@ class Writer:
             if len(batch) == 1:
                 return 1
             logger.error("not every exposure can be written: %s", error)
-        return sum(self._write([exposure]) for exposure in batch)
+        return sum(self._write([record]) for record in batch)
 
     def _delete_old(self) -> None:
         if self._keep_days is None or time.monotonic() < self._deleted_at + RETENTION_SECONDS:

@@ -84,7 +84,7 @@ def _descend(
                 for stack in stacks(group, adapters, context, _ARRAYS)
                 for side, _ in _sides(stack)
             ]
-            turns = iter(pairs.descended(torch.cat(grams), steps).split([len(gram) for gram in grams]))
+            turns = iter(torch.split(pairs.descended(torch.cat(grams), steps), [len(gram) for gram in grams]))
             for group in pieces:
                 for stack in stacks(group, adapters, context, _ARRAYS):
                     a, b = (next(turns) @ side for side, _ in _sides(stack))

@@ -20,6 +20,7 @@ def check_experiments(document: RecipeDocument, registered: Collection[str]) -> 
         yield from _alias(path, experiment, document)
         yield from _primary(path, experiment)
         yield from _guardrails(path, experiment)
+        yield from _shadow(path, experiment)
         if experiment.start and experiment.end and experiment.start >= experiment.end:
             yield (*path, "end"), f"is {experiment.end.isoformat()}; it must be later than start"
     yield from _together(document.experiments)
@@ -81,6 +82,14 @@ def _guardrails(path: KeyPath, experiment: Experiment) -> Iterator[Finding]:
         if guardrail.name in seen:
             yield here, f"bounds {guardrail.name} again; put all its bounds in one guardrail"
         seen.add(guardrail.name)
+
+
+def _shadow(path: KeyPath, experiment: Experiment) -> Iterator[Finding]:
+    shadow = experiment.shadow
+    for index, arm in enumerate(shadow.arms or () if shadow is not None else ()):
+        if arm not in experiment.arms:
+            hint = nearest(arm, experiment.arms)
+            yield (*path, "shadow", "arms", index), f"no arm {arm!r}{hint} (arms: {listed(experiment.arms)})"
 
 
 def _together(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from vllm_merge.recipe.experiment_values import (
     ARMS_SCHEMA,
+    MAX_ARMS,
     MAX_WEIGHT,
     UNITS,
     Limit,
@@ -71,6 +72,27 @@ class Guardrail(_Strict):
         return self.metric if self.quantile is None else f"{self.metric}_p{100 * self.quantile:g}"
 
 
+class Shadow(_Strict):
+    """Some requests are answered by other arms as well, for nobody but the report, when there is time for it."""
+
+    share: Share = Field(0.05, description="The share of the requests that take part.")
+    arms: list[str] | None = Field(
+        None, min_length=1, max_length=MAX_ARMS, description="Who answers them as well; all other arms by default."
+    )
+    at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        2, description="Requests that each API process compares at once; further ones are dropped, and counted."
+    )
+    busy_at: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        16, description="No comparison begins while so many requests of clients run in the API process."
+    )
+    compare: list[Literal["answers", "distributions"]] = Field(
+        ["answers", "distributions"],
+        min_length=1,
+        max_length=2,
+        description="answers: tokens, length and time; distributions: of the next token, at some places of the answer.",
+    )
+
+
 Arms: TypeAlias = Annotated[dict[str, Arm], BeforeValidator(read_arms), WithJsonSchema(ARMS_SCHEMA)]
 
 
@@ -97,6 +119,7 @@ class Experiment(_Strict):
     end: Moment | None = Field(None, description="From it on, everybody gets control.")
     primary: Primary | None = Field(None, description="The metric that decides, and which way is better.")
     guardrails: list[Guardrail] = Field([], max_length=16, description="Bounds that no arm may break.")
+    shadow: Shadow | None = Field(None, description="Compare arms on the same requests.")
 
     @property
     def control_arm(self) -> str:

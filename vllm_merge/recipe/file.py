@@ -36,6 +36,12 @@ class RecipeFile:
                 raise UserInputError(f"{self.path}: the name {name!r} is that of a registered adapter too; rename one")
         return replace(self, adapters={**self.adapters, **adapters})
 
+    def with_recipe(self, name: str, recipe: Recipe) -> "RecipeFile":
+        """The file with another recipe. Raises UserInputError where the name is taken."""
+        if any(name in names for names in (self.adapters, self.recipes, self.aliases, self.experiments)):
+            raise UserInputError(f"{self.path}: the name {name!r} is that of an added recipe too; rename one")
+        return replace(self, recipes={**self.recipes, name: recipe})
+
     def with_paths(self, paths: Mapping[str, Path]) -> "RecipeFile":
         """The file with the adapters of `paths` at these folders: for Hub repositories that are on this machine."""
         found = {n: e.model_copy(update={"path": str(paths[n])}) if n in paths else e for n, e in self.adapters.items()}

@@ -212,7 +212,9 @@ def as_name(recipe: Mapping[str, Any]) -> str:
     text = ",".join(f"{key}={_word(value)}" for key, value in settings.items())
     name = f"{PREFIX}{recipe['merge_method']}({','.join(inputs)};{text})"
     if len(name) > MAX_NAME:
-        raise UserInputError(f"a candidate's name has {len(name):,} characters, more than {MAX_NAME:,}; use fewer --adapters")
+        raise UserInputError(
+            f"a candidate's name has {len(name):,} characters, more than {MAX_NAME:,}; use fewer --adapters"
+        )
     return name
 
 

@@ -132,19 +132,23 @@ def answer_logprobs(post: Post, model: str, prompt: str, answer: str) -> tuple[l
     """
     body = {"model": model, "prompt": prompt + answer, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
     reply = post("/completions", body)
+    taken: list[float] = []
+    likeliest = True
     try:
         found = reply["choices"][0]["logprobs"]
-        tokens, values, tops = found["tokens"], found["token_logprobs"], found["top_logprobs"]
-        taken, likeliest, start, end = [], True, 0, len(prompt) + len(answer)
-        for token, value, top, start in zip(tokens, values, tops, found["text_offset"], strict=True):
-            if value is not None and start + len(token) > len(prompt) and start < end:
+        rows = list(zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True))[:-1]
+        left = len(answer)  # counted from the end, as the prompt may begin with tokens that are no text of it
+        while left > 0 and rows:
+            token, value, top = rows.pop()
+            left -= len(token)
+            if value is not None:
                 taken.append(float(value))
                 likeliest = likeliest and float(value) >= max(map(float, (top or {}).values()), default=float(value))
     except (KeyError, IndexError, TypeError, ValueError):
         raise MergeError(f"{model}: the server gave no log probabilities of the prompt (echo, logprobs)") from None
     if not taken:
         raise MergeError(f"{model}: no token of the answer {answer[:40]!r} has a log probability")
-    return taken, likeliest
+    return taken[::-1], likeliest
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,9 @@ class Judge:
 
     def value(self, post: Post, model: str, example: Example) -> float:
         answer = self.asking.text(post, model, example.prompt)[:MAX_ANSWER]
-        parts = re.split(r"(\{prompt\}|\{reference\}|\{answer\})", self.template)  # once: an answer may have such words too
+        parts = re.split(
+            r"(\{prompt\}|\{reference\}|\{answer\})", self.template
+        )  # once: an answer may have such words too
         words = {"{prompt}": example.prompt, "{reference}": example.answer, "{answer}": answer}
         said = Asking(JUDGE_TOKENS, chat=True).text(self.post, self.model, "".join(words.get(p, p) for p in parts))
         found = _GRADE.search(said)
@@ -175,5 +181,7 @@ def read_template(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserInputError(f"--judge-prompt {path}: cannot be read: {error}") from None
     if "{answer}" not in text:
-        raise UserInputError(f"--judge-prompt {path}: has no {{answer}}; it may have {{prompt}} and {{reference}} as well")
+        raise UserInputError(
+            f"--judge-prompt {path}: has no {{answer}}; it may have {{prompt}} and {{reference}} as well"
+        )
     return text

@@ -74,6 +74,11 @@ class Artifact:
         """What the first worker says of it."""
         return {key: value for key, value in self.replies[0].items() if key != "steps"} if self.replies else {}
 
+    @property
+    def in_use(self) -> bool:
+        """Whether it is leased, or may be in a moment: two of the same digest would give each other's lease back."""
+        return self.users > 0 or self.leased or self.state == "preparing"
+
     def lora_request(self, label: str) -> Any:
         """vLLM's request for this artifact under one of its names."""
         digest = self.plan.digest
@@ -132,7 +137,7 @@ class FrontDoor:
         """Let every name stand for what was resolved, all at once. Requests that run keep the artifact they have."""
         kept = {*resolved.plans, *(name.digest for name in self.adhoc.values())}
         for digest in set(self.artifacts) - kept:
-            if not self.artifacts[digest].users and not self.artifacts[digest].leased:
+            if not self.artifacts[digest].in_use:
                 del self.artifacts[digest]
         for digest, plan in resolved.plans.items():
             self.artifacts.setdefault(digest, Artifact(plan))
@@ -173,7 +178,7 @@ class FrontDoor:
         """Forget an artifact that nothing stands for any more; a request that runs keeps it."""
         artifact = self.artifacts.get(digest)
         stands = (name.digest == digest for name in (*self.names.values(), *self.adhoc.values()))
-        if artifact is None or artifact.users or any(stands):
+        if artifact is None or artifact.users or artifact.state == "preparing" or any(stands):
             return
         self._give_back(artifact)
         del self.artifacts[digest]

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from vllm_merge.adapters.catalogue import Catalogue
-from vllm_merge.errors import MergeError
+from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.methods.registry import default_registry
+from vllm_merge.recipe.adhoc import AdHocError, Limits, Written, check_written
 from vllm_merge.recipe.continuation import check_states
 from vllm_merge.recipe.experiments import Experiment
 from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.plan import Plan, make_adapter_plan, make_plan
 from vllm_merge.recipe.safety import refusal
 from vllm_merge.recipe.schema import AdapterEntry
-from vllm_merge.recipe_files import load_recipes
+from vllm_merge.recipe_files import check_precondition, load_recipes
 from vllm_merge.serving.arm_slots import check_slots
 
 logger = logging.getLogger("vllm_merge")
+
+MAX_ADAPTERS = 64  # inputs of a recipe that a request adds or has planned
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,24 @@ class Names:
     plans: Mapping[str, Plan]  # by digest
 
 
-def resolve_names(config: Path, facts: Mapping[str, Any], catalogue: Catalogue, registered: Mapping[str, str]) -> Names:
+def resolve_names(
+    config: Path,
+    facts: Mapping[str, Any],
+    catalogue: Catalogue,
+    registered: Mapping[str, str],
+    added: Mapping[str, Any] | None = None,
+) -> Names:
     """Read a recipe file and plan every name in it for a server with these facts (a worker's answer to `hello`).
 
     registered: {name: folder} of the adapters that vLLM was given itself; the file's own entries of a name come first.
+    added: {name: recipe} that requests brought; a recipe of the file with such a name comes first.
     Raises UserInputError if the file is wrong. An adapter that cannot be read only takes its own names with it.
     """
     recipes = load_recipes(config, registered=registered)
     free = {name: path for name, path in registered.items() if name not in recipes.adapters}
     recipes = recipes.with_adapters({name: AdapterEntry(path=path, revision=None) for name, path in free.items()})
     registry = default_registry()
+    recipes = _with_recipes(recipes, added or {}, facts["max_lora_rank"])
     hashes: dict[str, str] = {}
     broken: dict[str, str] = {}
     for name, source in recipes.adapters.items():
@@ -107,6 +118,22 @@ def resolve_names(config: Path, facts: Mapping[str, Any], catalogue: Catalogue, 
     for name, experiment in recipes.experiments.items():
         names[name] = _of_experiment(name, experiment, names)
     return Names(recipes, names, plans)
+
+
+def _with_recipes(file: RecipeFile, added: Mapping[str, Any], max_rank: int) -> RecipeFile:
+    limits = Limits(max_rank, MAX_ADAPTERS)
+    for name, given in added.items():
+        if name in file.recipes:
+            continue
+        try:
+            recipe = check_written(Written(given), file, default_registry(), check_precondition, limits)
+        except AdHocError as error:
+            raise UserInputError(
+                f"{file.path}: recipe {name!r}, which a request added, does not go with this file: {error}; mend the file, or "
+                f"remove the recipe: DELETE /v1/merge/recipes/{name}"
+            ) from None
+        file = file.with_recipe(name, recipe)
+    return file
 
 
 def _of_experiment(name: str, experiment: Experiment, names: Mapping[str, Name]) -> Name:

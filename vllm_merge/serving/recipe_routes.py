@@ -18,13 +18,13 @@ from vllm_merge.serving.adhoc import plan_written, shapes_of
 from vllm_merge.serving.control import ControlError
 from vllm_merge.serving.foresight import foresee
 from vllm_merge.serving.front import FrontDoor
+from vllm_merge.serving.names import MAX_ADAPTERS
 from vllm_merge.serving.published import Published
 from vllm_merge.serving.route_errors import RouteError, errors
 from vllm_merge.serving.route_models import PlanAnswer, ProblemRow, ToPlan, Validation
 
 router = APIRouter()
 
-MAX_ADAPTERS = 64  # inputs of a recipe that is planned
 MAX_PROBLEMS = 50  # that are told
 FILE = Path("recipes.yaml")  # what a text is called in messages
 

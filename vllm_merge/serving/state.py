@@ -30,7 +30,7 @@ class Move:
 class State:
     """generation: counts what was served, from 1. stamp: of the file as it was last looked at; error: what is wrong with it,
     where it is a newer file than the one that is served. trails: what an alias stood for before its latest moves, oldest first.
-    added: adapters beside the file's, {name: folder}.
+    added: adapters beside the file's, {name: folder}. added_recipes: recipes beside the file's, as requests brought them.
     """
 
     generation: int
@@ -41,6 +41,7 @@ class State:
     trials: Trials = field(default_factory=Trials)
     trails: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     added: Mapping[str, str] = field(default_factory=dict)
+    added_recipes: Mapping[str, Any] = field(default_factory=dict)
 
     def reread(self, names: Names, stamp: Stamp | None, trials: Trials | None = None) -> State:
         """After a new reading of the file. A move stays until the file points its alias elsewhere than it did then."""
@@ -63,6 +64,7 @@ class State:
             self.trials,
             trails=trails,
             added=self.added,
+            added_recipes=self.added_recipes,
         )
         return state.with_trials(trials or Trials())
 

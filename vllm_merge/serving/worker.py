@@ -63,7 +63,7 @@ logger = logging.getLogger("vllm_merge.worker")
 
 SHAPES_KEPT = 32
 FAILURES_KEPT = 100  # reasons that the status tells
-ROOM_SECONDS = 10.0  # how long an artifact waits until requests for others have ended, where the cache is full of theirs
+ROOM_SECONDS = 10.0  # how long an artifact waits for a cache that is full of what requests hold
 ROOM_LOOK_SECONDS = 0.05
 
 
