@@ -20,7 +20,7 @@ from tests.cli.conftest import RECIPE, Run, factors
 from vllm_merge import MergedAdapter
 from vllm_merge.adapters.peft import read_adapter, write_adapter
 
-COMMANDS = ("serve", "merge", "plan", "validate", "methods", "schema", "inspect", "doctor", "eval")
+COMMANDS = ("serve", "merge", "plan", "validate", "methods", "schema", "inspect", "doctor", "eval", "tune", "osrm")
 SCHEMA = Path(__file__).parents[2] / "configs/recipe.schema.json"
 
 

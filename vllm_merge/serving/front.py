@@ -124,14 +124,19 @@ class FrontDoor:
 
     # -- names ----------------------------------------------------------------------------------------------------------
 
-    async def resolve(self, config: Path, registered: Mapping[str, str] | None = None) -> Names:
-        """Read the recipe file and plan every name in it; nothing is changed yet. Raises UserInputError."""
+    async def resolve(
+        self, config: Path, registered: Mapping[str, str] | None = None, added: Mapping[str, Any] | None = None
+    ) -> Names:
+        """Read the recipe file and plan every name in it; nothing is changed yet. Raises UserInputError.
+
+        registered, added: adapters and recipes beside the file's, as of `resolve_names`.
+        """
         workers = await self.links.ask("hello")
         for fact in ("base_model_hash", "dtype", "max_lora_rank"):
             if len({worker[fact] for worker in workers}) > 1:
                 folder = self.links.all[0].path.parent
                 raise MergeError(f"the workers in {folder} differ in {fact}: are they of two servers?")
-        return await asyncio.to_thread(resolve_names, config, workers[0], self._catalogue, registered or {})
+        return await asyncio.to_thread(resolve_names, config, workers[0], self._catalogue, registered or {}, added)
 
     def adopt(self, resolved: Names) -> None:
         """Let every name stand for what was resolved, all at once. Requests that run keep the artifact they have."""

@@ -118,7 +118,7 @@ class MergeEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         if config_path() is None:
             return
-        from vllm_merge.serving import adapter_routes, aliases, artifact_routes, event_routes, routes
+        from vllm_merge.serving import adapter_routes, aliases, artifact_routes, event_routes, recipe_changes, routes
         from vllm_merge.serving.experiment_routes import changes as experiment_changes
         from vllm_merge.serving.experiment_routes import router as experiments
         from vllm_merge.serving.metrics_scrape import ScrapeMiddleware
@@ -139,7 +139,7 @@ class MergeEndpoints:
         app.include_router(outcomes)
         app.include_router(page)
         if admin_token() is not None:
-            for admin in (artifact_routes, aliases, adapter_routes):
+            for admin in (artifact_routes, aliases, adapter_routes, recipe_changes):
                 app.include_router(admin.admin_router)
             app.include_router(experiment_changes)
 

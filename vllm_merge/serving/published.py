@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from vllm_merge.errors import MergeError, UserInputError
+from vllm_merge.methods.registry import default_registry
+from vllm_merge.recipe.adhoc import Limits, Written, check_written
+from vllm_merge.recipe_files import check_precondition
 from vllm_merge.serving import compat
 from vllm_merge.serving.control import ControlError, Message, WorkerLink
 from vllm_merge.serving.experiments import Experiments
 from vllm_merge.serving.front import Artifact, FrontDoor
-from vllm_merge.serving.names import Names
+from vllm_merge.serving.names import MAX_ADAPTERS, Names
 from vllm_merge.serving.shared import SharedState
 from vllm_merge.serving.state import Stamp, State
 
 logger = logging.getLogger("vllm_merge")
 
 WATCH_SECONDS = 1.0
+MAX_ADDED = 256  # recipes beside the file's
 MAX_NAME = 256  # characters of a name that vLLM was given
 
 
@@ -182,7 +186,7 @@ class Published:
             assert before is not None
             if name in before.names.names:
                 raise UserInputError(f"the name {name!r} is taken, by {before.names.names[name].kind} {name!r}")
-            after = await self._with_added(before, {**before.added, name: str(folder)})
+            after = await self._with(before, added={**before.added, name: str(folder)})
             known = after.names.names.get(name)
             if known is None or known.digest is None:
                 raise UserInputError(known.reason if known is not None else f"adapter {name!r} cannot be read")
@@ -197,19 +201,69 @@ class Published:
             assert before is not None
             if name not in before.added:
                 raise UserInputError(f"adapter {name!r} was not added by a request: it is the recipe file's, or vLLM's")
-            after = await self._with_added(before, {n: folder for n, folder in before.added.items() if n != name})
+            after = await self._with(before, added={n: folder for n, folder in before.added.items() if n != name})
             await self._shared.propose(after)
             return after
 
-    async def _with_added(self, before: State, added: Mapping[str, str]) -> State:
-        names = await self._read(added)
-        return replace(before.reread(names, before.stamp, before.trials), added=added)
+    async def add_recipe(self, name: str, written: Written) -> State:
+        """Serve a recipe beside the file's, at every API process; it may use what the server knows.
 
-    async def _read(self, added: Mapping[str, str] | None = None) -> Names:
-        """Read the file. added: adapters beside its own; by default those of the state."""
+        Raises AdHocError for a wrong recipe, and what `move` raises.
+        """
+        async with self._shared.turn() as before:
+            assert before is not None
+            if (known := before.names.names.get(name)) is not None:
+                raise UserInputError(f"the name {name!r} is taken, by {known.kind} {name!r}")
+            if len(before.added_recipes) >= MAX_ADDED:
+                raise UserInputError(f"{MAX_ADDED} recipes were added already; remove one, or put them into the recipe file")
+            limits = Limits(self._front.links.all[0].facts["max_lora_rank"], MAX_ADAPTERS)
+            check_written(written, before.names.recipes, default_registry(), check_precondition, limits)
+            after = await self._with(before, added_recipes={**before.added_recipes, name: written.recipe})
+            known = after.names.names[name]
+            if known.digest is None:
+                raise UserInputError(f"recipe {name!r} has no artifact: {known.reason}")
+            plan = after.names.plans[known.digest]
+            await self._front.ready(self._front.artifacts.setdefault(known.digest, Artifact(plan)))
+            await self._shared.propose(after)
+            logger.info("recipe %s was added: generation %d", name, after.generation)
+            return after
+
+    async def remove_recipe(self, name: str) -> State:
+        """Forget a recipe that was added. Raises UserInputError where something stands for it, ControlError as `move`."""
+        async with self._shared.turn() as before:
+            assert before is not None
+            if name not in before.added_recipes:
+                raise UserInputError(f"recipe {name!r} was not added by a request: it is the recipe file's")
+            if moved := sorted(alias for alias, move in before.moved.items() if move.target == name):
+                raise UserInputError(f"alias {moved[0]!r} stands for recipe {name!r}; move it elsewhere first")
+            kept = {other: recipe for other, recipe in before.added_recipes.items() if other != name}
+            after = await self._with(before, added_recipes=kept)
+            await self._shared.propose(after)
+            return after
+
+    async def _with(
+        self,
+        before: State,
+        *,
+        added: Mapping[str, str] | None = None,
+        added_recipes: Mapping[str, Any] | None = None,
+    ) -> State:
+        """`before` with other adapters or recipes beside the file's, which is read for it. Raises UserInputError."""
+        added = before.added if added is None else added
+        added_recipes = before.added_recipes if added_recipes is None else added_recipes
+        names = await self._read(added, added_recipes)
+        return replace(before.reread(names, before.stamp, before.trials), added=added, added_recipes=added_recipes)
+
+    async def _read(
+        self, added: Mapping[str, str] | None = None, added_recipes: Mapping[str, Any] | None = None
+    ) -> Names:
+        """Read the file. added, added_recipes: adapters and recipes beside its own; by default those of the state."""
+        state = self._shared.state
         if added is None:
-            added = self._shared.state.added if self._shared.state is not None else {}
-        resolved = await self._front.resolve(self._config, {**self._registered(), **added})
+            added = state.added if state is not None else {}
+        if added_recipes is None:
+            added_recipes = state.added_recipes if state is not None else {}
+        resolved = await self._front.resolve(self._config, {**self._registered(), **added}, added_recipes)
         bases = {path.name for path in self._models.base_model_paths}
         if taken := sorted(set(resolved.names) & bases):
             raise UserInputError(f"{self._config}: the name {taken[0]!r} is the served base model's; rename it here")

@@ -20,6 +20,11 @@ FolderName = Annotated[
 ]
 
 
+RecipeName = Annotated[
+    str, Path(pattern=f"^{NAME.pattern}$", description="What the recipe is to be called, or is: the model's name.")
+]
+
+
 class _Given(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -38,6 +43,25 @@ class ToPlan(_Given):
         "recipe of the file.",
         examples=["merge:ties(sql=0.6,code=0.4;density=0.2)"],
     )
+
+
+class ToAdd(_Given):
+    """A recipe that is to be served."""
+
+    merge: dict[str, Any] | str = Field(
+        description="A recipe as in `extra_body`, or the same as a model name (`merge:ties(sql=0.6,code=0.4)`).",
+        examples=["merge:ties(sql=0.6,code=0.4;density=0.2)"],
+    )
+
+
+class ChangedRecipe(BaseModel):
+    """A recipe that was added or removed."""
+
+    recipe: str
+    artifact: str | None
+    digest: str | None
+    generation: int
+    lasts: str = Field(description="Until when what was changed holds.")
 
 
 class NameRow(BaseModel):
