@@ -144,7 +144,8 @@ def table(results: Mapping[str, Any]) -> str:
     for one in sorted(results["rows"], key=lambda one: (-one["after"]["mean"], one["cpu"])):
         before, after = one["before"]["mean"], one["after"]["mean"]
         link = f"[{one['config']}](../../configs/tuning/{one['config']}.yaml)"
-        labels = "for λ" if one["method"] in ("ssr", "regmean") else "used" if one["labels"] else "none"
+        labels = "used" if one["labels"] else "as text" if one["objective"][0] == "entropy" else "none"
+        labels = "for λ" if one["method"] in ("ssr", "regmean") else labels
         lines.append(
             f"| {link} | {one['data']} | {labels} | {one['cpu']:.0f} | {one['wall']:.0f} | {before:.1f} → {after:.1f} | "
             f"{after - before:+.1f} | {after - best:+.1f} |"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of experiments for the tests: each good as it is, and changed by keyword."""
 
+from vllm_merge.experiments.pairs import Pair
 from vllm_merge.experiments.records import Exposure, Outcome
 from vllm_merge.experiments.running import follow
 from vllm_merge.experiments.store import Store
@@ -47,6 +48,34 @@ def outcome(number: int, value: float = 1.0, **changes) -> Outcome:
         "unit": f"{number:032x}",
     }
     return Outcome(**(usual | changes))
+
+
+def pair(number: int, arm: str = "a", shadow: str = "b", **changes) -> Pair:
+    """Exposure `number`, which another arm answered as well."""
+    usual = {
+        "exposure": f"{number:032x}",
+        "at": 1_700_000_000.0 + number,
+        "experiment": "ab",
+        "version": 1,
+        "arm": arm,
+        "shadow": shadow,
+        "outcome": "ok",
+        "unit": f"{number:032x}",
+        "streaming": True,
+        "tokens": 20,
+        "shadow_tokens": 22,
+        "agreement": 0.5,
+        "equal": False,
+        "seconds": 0.5,
+        "shadow_seconds": 0.6,
+        "first_token": 0.1,
+        "shadow_first_token": 0.1,
+        "positions": 8,
+        "kl": 0.2,
+        "missing": 0.05,
+        "shadow_missing": 0.1,
+    }
+    return Pair(**(usual | changes))
 
 
 def define(store: Store, name: str = "ab", **changes) -> Experiment:

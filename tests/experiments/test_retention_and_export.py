@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from sqlalchemy import func, select
 
-from tests.experiment_records import define, exposure, outcome
+from tests.experiment_records import define, exposure, outcome, pair
 from vllm_merge.errors import UserInputError
 from vllm_merge.experiments import retention, tables
 from vllm_merge.experiments.export import export
@@ -37,10 +37,11 @@ def test_what_is_old_goes_in_batches(store, monkeypatch):
     store.add_exposures([exposure(i, at=old) for i in range(10)] + [exposure(i, at=new) for i in range(10, 14)])
     store.add_exposures([exposure(20, at=new, unit=f"{0:032x}")])  # unit 0 came again
     store.add_outcomes([outcome(i, at=old) for i in range(5)] + [outcome(10, at=new)])
+    store.add_pairs([pair(i, at=old) for i in range(2)] + [pair(2, at=new)])
     gone = delete_older(store, 30, NOW)
-    assert gone == {"exposures": 10, "outcomes": 5, "units": 9, "histograms": 0}
+    assert gone == {"exposures": 10, "outcomes": 5, "pairs": 2, "units": 9, "histograms": 0}
     assert [count(store, table) for table in (tables.exposures, tables.outcomes, tables.units)] == [5, 1, 5]
-    assert delete_older(store, 30, NOW) == {"exposures": 0, "outcomes": 0, "units": 0}
+    assert delete_older(store, 30, NOW) == {"exposures": 0, "outcomes": 0, "pairs": 0, "units": 0}
     last = delete_older(store, 1, NOW)
     assert (last["units"], count(store, tables.histograms)) == (5, 0)
     assert (count(store, tables.definitions), count(store, tables.decisions)) == (1, 1)
@@ -53,10 +54,12 @@ def test_every_row_comes_out(store, tmp_path, form):
     store.add_exposures([exposure(1), exposure(2, first_token=None, completion_tokens=None, error='a "word",\nmore')])
     store.add_exposures([exposure(3, experiment="other")])
     store.add_outcomes([outcome(1, 0.25, label="gut ✓")])
+    store.add_pairs([pair(1), pair(3, experiment="other")])
     written = export(store, tmp_path / "out", form, "ab")
     assert {path.name: rows for path, rows in written.items()} == {
         f"exposures.{form}": 2,
         f"outcomes.{form}": 1,
+        f"pairs.{form}": 1,
         f"units.{form}": 2,
         f"decisions.{form}": 0,
         f"definitions.{form}": 1,
@@ -78,7 +81,7 @@ def test_every_row_comes_out(store, tmp_path, form):
     (came,) = read("outcomes")
     assert (float(came["value"]), came["label"]) == (0.25, "gut ✓")
     assert json.loads(read("definitions")[0]["document"])["experiment"]["primary"]["metric"] == "score"
-    assert sum(export(store, tmp_path / "all", form).values()) == 3 + 1 + 3 + 0 + 2
+    assert sum(export(store, tmp_path / "all", form).values()) == 3 + 1 + 2 + 3 + 0 + 2
 
 
 def test_parquet_without_pyarrow_says_what_to_install(store, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, update
 
-from tests.experiment_records import exposure, outcome
+from tests.experiment_records import exposure, outcome, pair
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.experiments import database, tables
 from vllm_merge.experiments.records import Decision
@@ -159,8 +159,21 @@ def test_several_processes_write_to_one_store(store_url, store):
 def test_a_newer_schema_is_refused(store_url, store):
     with store.writing() as connection:
         connection.execute(update(tables.about).values(schema_version=tables.SCHEMA_VERSION + 1))
-    with pytest.raises(UserInputError, match=r"newer vllm-merge \(schema 2; this one knows 1\)"):
+    with pytest.raises(UserInputError, match=r"newer vllm-merge \(schema 3; this one knows 2\)"):
         Store.open(store_url)
+
+
+def test_a_store_of_the_first_schema_gets_what_is_missing(store_url, store):
+    store.add_exposures([exposure(1)])
+    tables.pairs.drop(store.engine)
+    with store.writing() as connection:
+        connection.execute(update(tables.about).values(schema_version=1))
+    opened = Store.open(store_url, create=False)
+    opened.add_pairs([pair(1), pair(1), pair(1, shadow="c")])
+    assert [row["shadow"] for row in rows_of(opened, tables.pairs)] == ["b", "c"]
+    assert [row["id"] for row in rows_of(opened, tables.exposures)] == [exposure(1).id]
+    assert rows_of(opened, tables.about) == [{"schema_version": tables.SCHEMA_VERSION}]
+    opened.close()
 
 
 def test_reading_makes_no_store(store_url, tmp_path):

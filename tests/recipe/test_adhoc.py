@@ -13,6 +13,7 @@ from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe.adhoc import (
     ALLOWED,
     MAX_NAME,
+    MAX_TEXT,
     MAX_VALUES,
     AdHocError,
     Limits,
@@ -149,6 +150,10 @@ BASIC = {"merge_method": "ties", "adapters": [{"adapter": "upper"}, {"adapter": 
         ({"parameters": {"density": float("nan")}}, "merge.parameters.density", "numbers must be finite"),
         ({"parameters": {"density": [0.1] * (MAX_VALUES + 1)}}, "merge", "has more than 2,000 values"),
         ({"parameters": {"density": [[[[[[[[[1]]]]]]]]]}}, "merge", "is nested deeper than 8 levels"),
+        ({"parameters": {"density": [{"filter": "x" * MAX_TEXT, "value": 1.0}]}}, "merge", "65,536 characters of text"),
+        ({"x" * (MAX_TEXT + 1): 1}, "merge", "has more than 65,536 characters of text"),
+        ({"parameters": {"density": [{"filter": "\ud800", "value": 1.0}]}}, "merge", "half of a surrogate pair"),
+        ({"\udfff": 1}, "merge", "half of a surrogate pair"),
         ({"precondition": ["nothing"]}, "merge.precondition[0]", "unknown precondition 'nothing'"),
         ({"on_miss": "fallback"}, "merge.fallback", "is missing"),
         ({"on_miss": "fallback", "fallback": "nobody"}, "merge.fallback", "no recipe or adapter 'nobody'"),

@@ -184,3 +184,29 @@ def test_the_schema_knows_experiments():
     assert experiment["arms"]["minProperties"] == 2
     assert {"alias", "unit", "namespace", "guardrails", "primary"} <= experiment.keys()
     assert all("description" in experiment[key] for key in ("alias", "unit", "coverage", "holdout", "start"))
+
+
+def test_a_shadow_names_arms_of_its_experiment_and_is_bounded(tmp_path):
+    read(tmp_path, "ab: {arms: {one: 1, two: 0}, shadow: {}}")
+    found = read(tmp_path, "ab: {arms: {one: 1, two: 0}, shadow: {share: 1, arms: [two], compare: [answers]}}")
+    shadow = found.experiments["ab"].shadow
+    assert (shadow.share, shadow.arms, shadow.at_once, shadow.compare) == (1, ["two"], 2, ["answers"])
+
+
+@pytest.mark.parametrize(
+    ("shadow", "message"),
+    [
+        ("{arms: [tow]}", "shadow.arms[0]: no arm 'tow', did you mean 'two'"),
+        ("{arms: []}", "shadow.arms"),
+        ("{share: 1.5}", "shadow.share"),
+        ("{at_once: 0}", "shadow.at_once"),
+        ("{busy_at: 0}", "shadow.busy_at"),
+        ("{compare: [text]}", "shadow.compare"),
+        ("{compare: []}", "shadow.compare"),
+        ("{judge: http://x}", "shadow.judge"),
+    ],
+)
+def test_a_wrong_shadow_is_told_with_its_key(tmp_path, shadow, message):
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, f"ab: {{arms: {{one: 1, two: 1}}, shadow: {shadow}}}")
+    assert f"experiments.ab.{message}" in str(caught.value)

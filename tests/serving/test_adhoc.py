@@ -94,6 +94,21 @@ def test_vllm_never_sees_the_recipe(config):
     played(scenario, config)
 
 
+@pytest.mark.parametrize("path", ["/pooling", "/invocations", "/tokenize", "/nowhere"])
+def test_where_vllm_asks_for_no_api_key_nobody_brings_a_recipe(config, path):
+    """Else whoever has no key could use up the rate, and push out what others use."""
+
+    async def scenario(server):
+        merges = allow(server.apis[0])
+        for body in ({"model": BASE, "merge": RECIPE}, {"model": NAME}):
+            response = await server.apis[0].client.post(path, json=body)
+            assert response.status_code == 400
+            assert "routes under /v1/" in response.json()["error"]["message"]
+        assert merges.table.entries() == []
+
+    played(scenario, config)
+
+
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
@@ -117,6 +132,24 @@ def test_errors_name_the_field_in_openai_s_shape(config, body, param, says):
         assert (error["param"], error["code"], error["type"]) == (param, 400, "invalid_request_error")
         assert says in error["message"]
         assert str(server.files) not in error["message"]
+        assert server.front.adhoc == {}
+
+    played(scenario, config)
+
+
+@pytest.mark.parametrize("text", ["x" * (1 << 17), "\ud800"])
+def test_no_text_of_a_request_is_too_much_for_the_control_line(config, text):
+    """A message that is too long would close it, and take the leases of all that runs along."""
+    weight = [{"filter": text, "value": 1.0}, {"value": 0.5}]
+
+    async def scenario(server):
+        allow(server.apis[0])
+        bad = {**RECIPE, "adapters": [{"adapter": "a0", "parameters": {"weight": weight}}, {"adapter": "a1"}]}
+        for path, body in (("completions", {"model": BASE, "prompt": "x"}), ("merge/recipes/plan", {})):
+            content = json.dumps({**body, "merge": bad})  # which escapes what UTF-8 cannot say
+            headers = {"content-type": "application/json"}
+            response = await server.apis[0].client.post(f"/v1/{path}", content=content, headers=headers)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "merge")
         assert server.front.adhoc == {}
 
     played(scenario, config)
@@ -195,6 +228,88 @@ def test_the_least_recently_used_goes_for_a_new_one_and_what_runs_stays(config):
         assert "2 merges of requests" in refused.json()["error"]["message"]
         server.engine.steps.set()
         assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
+
+    played(scenario, config)
+
+
+def test_a_merge_that_gets_no_room_pushes_nobody_out_and_counts_as_none(config):
+    async def scenario(server):
+        merges = allow(server.apis[0], bytes=2 * 5120, rate=3)
+        labels = [(await server.ask(BASE, merge=recipe(w))).json()["model"] for w in (0.1, 0.2)]
+        await server.idle()
+        server.engine.steps.clear()
+        running = asyncio.ensure_future(server.ask(labels[0]))
+        await server.until(lambda: any(a.users for a in server.front.artifacts.values()))
+        large = {**RECIPE, "adapters": [{"adapter": f"a{i}"} for i in range(4)]}
+        assert [(await server.ask(BASE, merge=large)).status_code for _ in range(3)] == [429] * 3
+        assert {entry.label for entry in merges.table.entries()} == set(labels)
+        server.engine.steps.set()
+        assert (await running).status_code == 200
+        assert (await server.ask(BASE, merge=recipe(0.3))).status_code == 200, "the rate is for merges that began"
+
+    played(scenario, config)
+
+
+def test_what_is_used_at_another_process_is_not_the_first_to_go(config):
+    async def scenario(server):
+        one, other = server.apis
+        first, second = allow(one, count=2), allow(other, count=2)
+        labels = [(await one.ask(BASE, merge=recipe(w))).json()["model"] for w in (0.1, 0.2)]
+        await server.until(lambda: len(second.table.entries()) == 2)
+        await server.idle()
+        await other.ask(labels[0])
+        await server.idle()
+        second.table.sweep()
+        await server.until(lambda: [entry.label for entry in first.table.entries()] == labels[::-1])
+        third = (await one.ask(BASE, merge=recipe(0.3))).json()["model"]
+        assert set(one.front.adhoc) == {labels[0], third}
+
+    played(scenario, config, apis=2)
+
+
+def test_a_merge_that_is_forgotten_while_it_runs_leaves_when_it_has_ended(config):
+    async def scenario(server):
+        merges = allow(server.apis[0])
+        label = (await server.ask(BASE, merge=recipe(0.5))).json()["model"]
+        digest = server.front.adhoc[label].digest
+        await server.idle()
+        server.engine.steps.clear()
+        running = asyncio.ensure_future(server.ask(label))
+        await server.until(lambda: server.front.artifacts[digest].users)
+        write_adapter(server.files / "a0", 99)
+        config.write_text(config.read_text() + "\n")
+        await server.published._look()
+        await server.until(lambda: label not in server.front.adhoc)
+        merges.table.sweep()
+        assert digest in server.front.artifacts
+        server.engine.steps.set()
+        assert (await running).status_code == 200
+        await server.idle()
+        merges.table.sweep()
+        assert digest not in server.front.artifacts
+        await server.until(lambda: server.service.store.peek(digest) is None)
+
+    played(scenario, config)
+
+
+def test_a_process_does_not_obey_its_own_word(config):
+    """Else what it has forgotten and taken in again would go when it hears itself."""
+
+    async def scenario(server):
+        table = allow(server.apis[0]).table
+        await server.ask(NAME)
+        await server.idle()
+        (entry,) = table.entries()
+        table._forget(entry.plan.digest)
+        table.take_in(entry.plan, entry.bytes)
+        (again,) = table.entries()
+        await server.front.links.ask("tell", event={"event": "last"})
+        seen = []
+        server.front.links.all[0]._on_event = seen.append
+        await server.front.links.ask("tell", event={"event": "last"})
+        await server.until(lambda: bool(seen))
+        assert table.entries() == [again]
+        assert table.entries()[0] is again
 
     played(scenario, config)
 

@@ -18,6 +18,8 @@ import yaml
 
 from tests.conftest import DEMO, servers
 from vllm_merge.adapters.peft import read_adapter
+from vllm_merge.experiments.divergence import truncated_kl
+from vllm_merge.experiments.pairs import agreement
 from vllm_merge.experiments.store import Store
 from vllm_merge.experiments.tickets import read_ticket, signing_key
 from vllm_merge.serving.slots import flat_copy
@@ -49,7 +51,10 @@ def ab_server(tmp_path_factory):
     document = {
         "version": 1,
         "adapters": {name: {"path": f"./{name}"} for name in names},
-        "experiments": {"ab": {"arms": {"a50": 2, "a51": 2, "base": 1}, "unit": "user"}},
+        "experiments": {
+            "ab": {"arms": {"a50": 2, "a51": 2, "base": 1}, "unit": "user"},
+            "compared": {"arms": {"a50": 1, "a51": 0, "base": 0}, "shadow": {"share": 1, "arms": ["a50", "base"]}},
+        },
     }
     (files / "recipes.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     command = servers.merge_serve(DEMO / "model", files / "recipes.yaml", "--max-loras", "3", "--max-lora-rank", "8")
@@ -152,6 +157,56 @@ def test_the_openai_client_sees_the_arm_in_answers_streams_and_errors(ab_server,
         assert own.parse().id == "cmpl-mine"
         assert read_ticket(own.headers["x-vllm-merge-exposure"]).arm == arm
         assert "ab" in {model.id for model in client.models.list().data}
+
+
+def test_a_second_arm_answers_the_same_request_and_the_comparison_is_right(ab_server, key):
+    """Each figure against what a client finds out by itself: both answers, and prompt_logprobs of the answer under both models."""
+    url = f"{ab_server.url}/v1"
+    own = next(row["artifact"] for row in get(ab_server, "experiments/compared")["arms"] if row["arm"] == "a50")
+    ask = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        ids = {"return_token_ids": True}
+        models = (own, str(DEMO / "model"))
+        said = [client.completions.create(model=model, extra_body=ids, **ask).choices[0] for model in models]
+        tokens = [choice.token_ids for choice in said]
+        prompt, logs = said[0].prompt_token_ids, []
+        for model in models:
+            whole = {"model": model, "prompt": prompt + tokens[0], "max_tokens": 1, "prompt_logprobs": 20}
+            (choice,) = client.post("/completions", body=whole, cast_to=dict)["choices"]
+            rows = choice["prompt_logprobs"][len(prompt) :]
+            logs.append([{int(t): v["logprob"] for t, v in row.items() if v["rank"] <= 20} for row in rows])
+        exposures = {}
+        for stream in (False, True):
+            raw = client.completions.with_raw_response.create(model="compared", stream=stream, user="u", **ask)
+            exposures[read_ticket(raw.headers["x-vllm-merge-exposure"]).exposure] = stream
+            if stream:
+                list(raw.parse())
+    expected = [truncated_kl(p, q) for p, q in zip(*logs, strict=True)]
+    deadline = time.monotonic() + WAIT_SECONDS
+    store = Store.open(str(ab_server.files / "store.sqlite"), create=False)
+    while True:
+        with store.reading() as connection:
+            found = connection.exec_driver_sql("SELECT * FROM pairs").mappings().all()
+        if len(found) == len(exposures):
+            break
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    store.close()
+    assert {row["exposure"] for row in found} == exposures.keys()
+    for row in found:
+        assert (row["outcome"], row["arm"], row["shadow"]) == ("ok", "a50", "base")
+        assert (row["tokens"], row["shadow_tokens"]) == (len(tokens[0]), len(tokens[1]))
+        assert (row["agreement"], bool(row["equal"])) == (pytest.approx(agreement(*tokens)), tokens[0] == tokens[1])
+        assert row["positions"] == len(tokens[0])
+        assert row["kl"] == pytest.approx(sum(one.kl for one in expected) / len(expected), rel=1e-2, abs=1e-5)
+        missing = sum(one.missing for one in expected) / len(expected)
+        assert row["missing"] == pytest.approx(missing, rel=1e-2, abs=1e-5)
+        streamed = exposures[row["exposure"]]
+        assert (row["first_token"] is not None, row["shadow_first_token"] is not None) == (streamed, streamed)
+        assert row["shadow_seconds"] > 0
+    assert found[0]["kl"] > 0
+    (both,) = get(ab_server, "experiments/compared/report")["paired"]
+    assert (both["control"], both["arm"], both["pairs"], both["dropped"]) == ("a50", "base", 2, {})
 
 
 def test_exposures_say_what_was_measured_and_survive_a_sigkill_with_every_outcome(ab_server, key):

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("fastapi", reason="vLLM is not installed")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from starlette.requests import ClientDisconnect
 
 from tests.serving.companions import accompany
@@ -199,6 +199,31 @@ def test_a_download_is_the_peft_folder_of_what_is_served(config, tmp_path, monke
         await server.idle()
 
     played(scenario, config)
+
+
+def test_a_download_of_what_came_back_in_another_order_is_the_same(tmp_path):
+    """The disk has modules by name, 10 before 2; a merge has them as the adapter counts them."""
+    config = recipe_file(tmp_path / "files")
+    for folder in (tmp_path / "files").glob("a?"):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        renamed = {
+            key.replace("layers.1.", "layers.10.").replace("layers.0.", "layers.2."): t for key, t in tensors.items()
+        }
+        save_file(renamed, folder / "adapter_model.safetensors")
+
+    async def scenario(server):
+        api, store, digest = server.apis[0], server.service.store, server.front.names["m0"].digest
+        path = "/v1/merge/artifacts/m0/download"
+        first = await api.client.get(path, headers=ADMIN)
+        order = list(store.peek(digest).factors)
+        await server.idle()
+        await api.admin("POST", "artifacts/m0/evict")
+        assert store.peek(digest) is None
+        again = await api.client.get(path, headers=ADMIN)
+        assert list(store.peek(digest).factors) != order
+        assert again.content == first.content
+
+    played(scenario, config, DISK=tmp_path / "disk", HOST_BYTES=0)
 
 
 @pytest.mark.parametrize("sent", [0, 1, 2])

@@ -185,7 +185,7 @@ def the_property(examples: int, **more: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-@the_property(15, derandomize=True)
+@the_property(10, derandomize=True)
 def test_every_answer_is_the_artifacts_own(happens, tmp_path_factory, alone):  # noqa: F811
     tell(happens, recipe_file(tmp_path_factory.mktemp("story")), alone)
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`serve` refuses a recipe whose measured safety is under its floor: it has no artifact, and says why."""
+"""A recipe whose measured safety is under its floor has no artifact, says why, and no experiment promotes it."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,3 +42,24 @@ def test_the_score_changes_no_digest(tmp_path: Path) -> None:
     good = resolved(tmp_path, "{floor: 0.9, score: 0.95}")
     assert good.names["r"].digest == good.names["plain"].digest is not None
     assert not good.names["r"].reason
+
+
+@pytest.mark.parametrize("serve", ["r", "best"])
+def test_an_arm_that_is_refused_is_not_promoted(tmp_path: Path, serve: str) -> None:
+    """The route says why, before anything is decided."""
+    pytest.importorskip("vllm")
+    from vllm_merge.serving.experiment_routes import Promotion, promote
+    from vllm_merge.serving.route_errors import RouteError
+
+    arms = {"new": SimpleNamespace(serve=serve), "old": SimpleNamespace(serve="plain")}
+    running = SimpleNamespace(experiment=SimpleNamespace(arms=arms))
+    state = SimpleNamespace(
+        trials=SimpleNamespace(running={"ab": running}), names=resolved(tmp_path, "{floor: 0.9, score: 0.5}")
+    )
+    published = SimpleNamespace(state=state)  # without a store, which a decision would need
+    request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(vllm_merge_published=published)))
+    with pytest.raises(RouteError, match=r"its safety score of 0.5 is under its floor of 0.9") as caught:
+        asyncio.run(promote("ab", Promotion(arm="new"), request))
+    assert caught.value.status == 422
+    with pytest.raises(AttributeError, match="version"):  # the other arm gets as far as the decision
+        asyncio.run(promote("ab", Promotion(arm="old"), request))

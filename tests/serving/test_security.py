@@ -203,7 +203,7 @@ def test_nothing_of_a_request_reaches_the_file_system(tmp_path):
             ]
             for body in bodies:
                 await client.post("/v1/completions", json=body, headers={"x-request-id": quote(text)})
-            for method, path in routes_of(server.apis[0].app):
+            for method, path in [*routes_of(server.apis[0].app), ("GET", "/merge/{file}")]:
                 if path.endswith("/events"):
                     continue  # does not end
                 for token in (TOKEN, "wrong"):

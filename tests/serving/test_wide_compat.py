@@ -24,13 +24,11 @@ from tests.serving.test_exactness import LIMIT, Reference, exported, reference, 
 pytestmark = [pytest.mark.full, pytest.mark.server]
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-MERGES = (
-    "ties",
-    "task-arithmetic",
-    "knots-mean",
-)  # of rank 64, of a lower one, one that is merged when it is asked for
+# Of rank 64, of a lower one, one that is merged when it is asked for.
+MERGES = ("ties", "task-arithmetic", "knots-mean")
 OPTIONS = ("--max-loras", "4", "--max-lora-rank", "64")
 SEEN = 0.05  # nats: what makes a difference at least
+HALF = 0.05  # nats: what roundings of bfloat16 may make; the merge in the worker and the one here need not have the same bits
 # Formats that vLLM's CPU build runs, but not with --enable-lora, and what it says.
 WITHOUT_LORA = {"compressed-tensors W8A8": "'NoneType' object has no attribute 'device'"}
 
@@ -94,14 +92,14 @@ def test_a_merge_on_a_quantised_base_is_what_vllm_makes_of_its_export(form, expo
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    base_tokens, base_values = found["base"]
+    printed = next(line for line in done.stdout.splitlines() if line.startswith('{"ours"'))  # beside vLLM's own lines
+    found = {
+        whose: {name: (sequences, list(map(torch.tensor, values))) for name, (sequences, values) in answers.items()}
+        for whose, answers in json.loads(printed).items()
+    }
     for name in MERGES:
-        (tokens, values), (their_tokens, their_values) = found["ours"][name], found["theirs"][name]
-        assert tokens == their_tokens, name
-        assert max(abs(a - b) for a, b in zip(values, their_values, strict=True)) <= LIMIT, name
-        same = next((i for i, (a, b) in enumerate(zip(tokens, base_tokens, strict=True)) if a != b), len(tokens))
-        assert max(abs(a - b) for a, b in zip(values[:same], base_values[:same], strict=True)) > SEEN, name
+        assert distance(found["ours"][name], found["theirs"][name]) <= HALF, name
+        assert distance(found["ours"][name], found["base"][""]) > 10 * HALF, name
 
 
 @pytest.mark.parametrize("form", WITHOUT_LORA)

@@ -4,7 +4,8 @@
 python two_ways.py MODEL DTYPE PROMPTS NAME=FOLDER …
 
 VLLM_MERGE_CONFIG is the recipe file, PROMPTS a JSON list, FOLDER the offline merge of recipe NAME. Prints a line of JSON:
-{"ours": {NAME: [tokens, log-probabilities]}, "theirs": …, "base": …}. A prompt at a time, so that both are computed alike.
+{"ours": {NAME: [the tokens of every prompt and answer, their log-probabilities from the second on]}, "theirs": …, "base":
+{"": …}}. A prompt at a time, so that both are computed alike.
 """
 
 import json
@@ -33,15 +34,15 @@ def main() -> None:
     asked = SamplingParams(max_tokens=GENERATED, temperature=0, logprobs=0, prompt_logprobs=0, ignore_eos=True)
 
     def answers(request: Any) -> list[Any]:
-        tokens, values = [], []
+        sequences, values = [], []
         for prompt in json.loads(prompts):
             (output,) = llm.generate([prompt], asked, lora_request=request, use_tqdm=False)
             (choice,) = output.outputs
             steps = [*zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)][1:]
             steps += zip(choice.token_ids, choice.logprobs, strict=True)
-            tokens += [token for token, _ in steps]
-            values += [found[token].logprob for token, found in steps]
-        return [tokens, values]
+            sequences.append([*output.prompt_token_ids, *choice.token_ids])
+            values.append([found[token].logprob for token, found in steps])
+        return [sequences, values]
 
     found = {
         "ours": {name: answers(merge_request(name)) for name in folders},
@@ -49,7 +50,7 @@ def main() -> None:
             name: answers(LoRARequest(f"{name}-exported", number, folder))
             for number, (name, folder) in enumerate(folders.items(), 1)
         },
-        "base": answers(None),
+        "base": {"": answers(None)},
     }
     print(json.dumps(found))
 

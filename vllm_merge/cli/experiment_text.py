@@ -19,6 +19,7 @@ SECTIONS = (
     ("metrics", rows.value_rows),
     ("differences from control", rows.difference_rows),
     ("latencies", rows.latency_rows),
+    ("two answers to the same request", rows.paired_rows),
     ("guardrails", rows.guardrail_rows),
     ("decisions", rows.decision_rows),
 )

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,35 +27,11 @@ from vllm_merge.cli.output import (
 from vllm_merge.errors import MergeError, UserInputError
 
 if TYPE_CHECKING:
-    from vllm_merge.evaluation.tasks import Example
-    from vllm_merge.search.budget import Budget
-    from vllm_merge.search.endpoint import Endpoint
-    from vllm_merge.search.metrics import Metric
     from vllm_merge.search.run import Result
     from vllm_merge.search.scores import Estimate
 
 MetricName = Literal["exact", "regex", "logprob", "judge"]
-JUDGE_KEYS = ("JUDGE_API_KEY",)
 SHOWN = 10  # candidates in the table
-
-
-@dataclass(frozen=True)
-class Asked:
-    """How candidates are scored, as the options say."""
-
-    data: Path | None
-    lm_eval: str | None
-    lm_eval_tasks: Path | None
-    metric: MetricName
-    pattern: str | None
-    judge: str | None
-    judge_model: str | None
-    judge_prompt: Path | None
-    limit: int | None
-    max_tokens: int
-    chat: bool
-    seed: int
-    at_once: int
 
 
 def search(
@@ -148,6 +122,7 @@ def search(
       vllm-merge search --server http://localhost:8000 --data dev.jsonl --methods ties,tsv_m --parameter density=0.1..0.5
       vllm-merge search --server http://localhost:8000 --lm-eval arc_easy --auto --promote assistant
     """
+    from vllm_merge.cli.search_options import Asked, look_at, scorer_of, space_of
     from vllm_merge.recipe.values import NAME, NAME_RULE
     from vllm_merge.search.budget import Budget
     from vllm_merge.search.endpoint import Endpoint
@@ -168,9 +143,9 @@ def search(
     with progress_bar("Looking at the server") as bar, interrupts() as stopped:
         budget = Budget(requests, minutes, stopped)
         endpoint = Endpoint(server, budget, at_once)
-        served = _served(endpoint, adapters, together, promote)
-        space = _space(list(served.adapters), methods, spaces, parameter or [], rank, auto, seed)
-        scorer, about, per_answer = _scorer(asked, endpoint, budget)
+        served = look_at(endpoint, adapters, together, promote)
+        space = space_of(list(served.adapters), methods, spaces, parameter or [], rank, auto, seed)
+        scorer, about, per_answer = scorer_of(asked, endpoint, budget)
         answers = None if requests is None else requests // per_answer
         wanted = Request(space, candidates, eta, answers, about, log, resume, promote)
         with closing(scorer):
@@ -191,129 +166,6 @@ def search(
         raise MergeError(f"no candidate finished the first rung: {result.found.ended}")
     if promote is not None and facts["promoted"] is None:
         raise MergeError(f"alias {promote!r} stays as it is: the best found does not beat it on the same examples")
-
-
-def _served(endpoint: Endpoint, adapters: str | None, together: int | None, promote: str | None) -> Any:
-    from dataclasses import replace
-
-    from vllm_merge.recipe.problems import listed, nearest
-    from vllm_merge.search.served import look
-
-    served = look(endpoint, _words("--adapters", adapters))
-    if promote is not None and promote not in served.aliases:
-        hint = nearest(promote, served.aliases)
-        raise UserInputError(f"--promote: the server has no alias {promote!r}{hint} (it has: {listed(served.aliases)})")
-    return served if together is None else replace(served, together=together)
-
-
-def _space(
-    adapters: Sequence[str],
-    methods: str | None,
-    spaces: str | None,
-    parameters: Sequence[str],
-    rank: str,
-    auto: bool,
-    seed: int,
-) -> Any:
-    from vllm_merge.search.candidates import Space
-    from vllm_merge.search.ranges import parse
-
-    allowed = ("delta", "core", "knots", "factors")
-    chosen = _words("--spaces", spaces)
-    if wrong := [space for space in chosen or () if space not in allowed]:
-        raise UserInputError(f"--spaces: {wrong[0]!r} is none; allowed: {', '.join(allowed)}")
-    ranks: list[int | str] = []
-    for word in _words("--rank", rank) or []:
-        if word != "auto" and not (word.isdecimal() and int(word) > 0):
-            raise UserInputError(f"--rank: {word!r} is no rank; allowed: auto, and whole numbers from 1")
-        ranks.append(word if word == "auto" else int(word))
-    given: dict[str, Any] = {}
-    for text in parameters:
-        name, dimension = parse(text)
-        if name in given:
-            raise UserInputError(f"--parameter {text}: {name} is given already")
-        given[name] = dimension
-    if {"size", "lambda"} <= given.keys():
-        raise UserInputError("--parameter: give size or lambda; the one decides the other")
-    return Space(adapters, _words("--methods", methods), chosen, given, ranks, auto, seed)
-
-
-def _words(option: str, text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise UserInputError(f"{option}: {text!r} has an empty name; give names with single commas between")
-    return list(dict.fromkeys(words))
-
-
-def _scorer(asked: Asked, endpoint: Endpoint, budget: Budget) -> tuple[Any, dict[str, Any], int]:
-    """The scorer, what its values are of, and how many requests it makes for an example (of the harness: 1 at least)."""
-    from vllm_merge.evaluation.tasks import read_tasks
-    from vllm_merge.search.examples import in_turns
-    from vllm_merge.search.scoring import ExampleScorer
-
-    if (asked.data is None) == (asked.lm_eval is None):
-        raise UserInputError("give --data FILE or --lm-eval TASKS, one of the two")
-    if asked.lm_eval is not None:
-        from vllm_merge.search.harness import HarnessScorer
-
-        if asked.metric != "exact" or asked.chat:
-            raise UserInputError(
-                "--lm-eval: its tasks have their own metrics and prompts; leave out --metric and --chat"
-            )
-        names = _words("--lm-eval", asked.lm_eval) or []
-        limit = asked.limit or 100
-        harness = HarnessScorer(endpoint, names, limit, asked.seed, asked.at_once, asked.lm_eval_tasks)
-        return harness, {"metric": "lm-eval", "data": names, "limit": limit}, 1
-    assert asked.data is not None
-    if asked.lm_eval_tasks is not None:
-        raise UserInputError("--lm-eval-tasks: goes with --lm-eval")
-    examples = read_tasks(asked.data, asked.limit)
-    metric, about = _metric(asked, budget, examples)
-    order = in_turns([example.task for example in examples], asked.seed)
-    scorer = ExampleScorer(endpoint, metric, [examples[index] for index in order], asked.at_once)
-    sha256 = hashlib.sha256(asked.data.read_bytes()).hexdigest()
-    about |= {"data": asked.data.name, "sha256": sha256, "limit": asked.limit, "chat": asked.chat}
-    return scorer, {**about, "max_tokens": asked.max_tokens}, metric.requests
-
-
-def _metric(asked: Asked, budget: Budget, examples: Sequence[Example]) -> tuple[Metric, dict[str, Any]]:
-    from vllm_merge.search import metrics
-    from vllm_merge.search.endpoint import Endpoint
-
-    how = metrics.Asking(asked.max_tokens, asked.chat)
-    for option, value, goes_with in (
-        ("--pattern", asked.pattern, "regex"),
-        ("--judge", asked.judge, "judge"),
-        ("--judge-model", asked.judge_model, "judge"),
-        ("--judge-prompt", asked.judge_prompt, "judge"),
-    ):
-        if value is not None and asked.metric != goes_with:
-            raise UserInputError(f"{option}: goes with --metric {goes_with}")
-    if asked.metric == "exact":
-        return metrics.Exact(how), {"metric": "exact"}
-    if asked.metric == "regex":
-        if asked.pattern is not None:
-            return metrics.Regex(how, metrics.checked_pattern(asked.pattern, "--pattern")), {
-                "metric": "regex",
-                "pattern": asked.pattern,
-            }
-        for example in examples:
-            metrics.checked_pattern(example.answer, f"{asked.data}: the answer of {example.prompt[:40]!r}")
-        return metrics.Regex(how), {"metric": "regex"}
-    if asked.metric == "logprob":
-        if asked.chat:
-            raise UserInputError(
-                "--chat: has no place with --metric logprob; prompt and answer are joined as they stand"
-            )
-        return metrics.LogProb(), {"metric": "logprob"}
-    if asked.judge is None or asked.judge_model is None:
-        raise UserInputError("--metric judge: give --judge URL and --judge-model NAME")
-    template = metrics.JUDGE_PROMPT if asked.judge_prompt is None else metrics.read_template(asked.judge_prompt)
-    judge = Endpoint(asked.judge, budget, asked.at_once, option="--judge", keys=JUDGE_KEYS)
-    about = {"metric": "judge", "judge": asked.judge_model, "judge_prompt": template}
-    return metrics.Judge(how, judge.post, asked.judge_model, template), about
 
 
 def _name(result: Result) -> str:

@@ -46,5 +46,7 @@ def agreement(first: Sequence[int], second: Sequence[int]) -> float:
     longest = max(len(first), len(second))
     if longest == 0:
         return 1.0
-    together = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    together = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
     return together / longest

@@ -18,6 +18,7 @@ from vllm_merge.experiments.findings import Better, Finding, finding, finite
 from vllm_merge.experiments.guardrails import checks
 from vllm_merge.experiments.latencies import Latencies
 from vllm_merge.experiments.measures import LESS_IS_BETTER, MEASURES, Kind
+from vllm_merge.experiments.paired import paired
 from vllm_merge.experiments.readings import Course, Readings
 from vllm_merge.experiments.records import Decision
 from vllm_merge.experiments.running import Running
@@ -74,6 +75,7 @@ def report(store: Store, name: str, version: int | None = None) -> Facts:
     mine = [decision for decision in decisions if decision.version in versions]
     with store.reading() as connection:
         facts = _Report(Readings(connection, name, versions), running, mine).facts()
+        facts["paired"] = paired(connection, name, versions, running.experiment)
     return {
         "experiment": name,
         "version": running.version,

@@ -27,6 +27,7 @@ from vllm_merge.recipe.values import NAME, NAME_RULE, shown
 PREFIX = "merge:"
 MAX_NAME = 2000  # characters
 MAX_VALUES = 2000  # of a recipe: keys, items and scalars
+MAX_TEXT = 1 << 16  # characters of all its keys and texts
 MAX_DEPTH = 8
 
 STAGE = "adhoc()"  # what the merge is called inside its plan: no name of a file can be this
@@ -228,11 +229,19 @@ def _findings(
 
 def _size(value: Any) -> str | None:
     """Why a recipe is too large; None if it is not."""
-    count, level = 0, [value]
+    count, characters, level = 0, 0, [value]
     for _ in range(MAX_DEPTH):
         count += len(level)
         if count > MAX_VALUES:
             return f"has more than {MAX_VALUES:,} values"
+        texts = [text for item in level for text in (item if isinstance(item, dict) else [item]) if isinstance(text, str)]
+        characters += sum(map(len, texts))
+        if characters > MAX_TEXT:
+            return f"has more than {MAX_TEXT:,} characters of text"
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            return "has half of a surrogate pair, which is no character"
         level = [
             inner
             for item in level

@@ -19,7 +19,8 @@ class Safety(BaseModel):
 
     floor: Share = Field(description="The least score with which the recipe is served.")
     score: Share | None = Field(
-        None, description="The measured share of safe answers; `vllm-merge tune --safety` writes it. Without one: refused."
+        None,
+        description="The measured share of safe answers; `vllm-merge tune --safety` writes it. Without one: refused.",
     )
     measured_by: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="What measured it, on what and when, in words."

@@ -23,6 +23,7 @@ SECTIONS = (
     ("Metrics", rows.value_rows),
     ("Differences from control", rows.difference_rows),
     ("Latencies", rows.latency_rows),
+    ("Two answers to the same request", rows.paired_rows),
     ("Guardrails", rows.guardrail_rows),
     ("Decisions", rows.decision_rows),
 )

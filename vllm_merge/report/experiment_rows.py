@@ -66,6 +66,20 @@ def latency_rows(facts: Facts) -> Table:
     return ["latency", *arms], rows
 
 
+def paired_rows(facts: Facts) -> Table:
+    """A row for each reading of the pairs of two arms; differences are those of the second arm from the first."""
+    rows = []
+    for both in facts["paired"]:
+        names = f"{both['control']}, {both['arm']}"
+        for value in both["values"]:
+            signed, kind = value["difference"], value["kind"]
+            if value["value"] is not None:
+                what = value["metric"] + (f": {both['arm']} − {both['control']}" if signed else "")
+                cells = [_number(value[end], kind, signed=signed) for end in ("value", "low", "high")]
+                rows.append([names, what, f"{value['units']:,}", *cells])
+    return ["both arms", "of pairs", "units", "mean", "from", "to"], rows
+
+
 def guardrail_rows(facts: Facts) -> Table:
     rows = [[check["guardrail"], check["arm"], check["state"], check["sentence"]] for check in facts["guardrails"]]
     return ["guardrail", "arm", "it is", "why"], rows
@@ -98,6 +112,11 @@ def notes(facts: Facts) -> list[str]:
             found.append(
                 f"{outcome['lost']:,} of {outcome['count']:,} outcomes {metric} belong to no unit that was seen."
             )
+    for both in facts["paired"]:
+        if both["dropped"]:
+            why = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(both["dropped"].items()))
+            every = both["pairs"] + sum(both["dropped"].values())
+            found.append(f"{both['control']} and {both['arm']}: of {every:,} pairs these were dropped: {why}.")
     found += [f"{arm['arm']} was withdrawn: {arm['withdrawn']}" for arm in facts["arms"] if arm["withdrawn"]]
     return found
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ class HarnessScorer:
     ) -> None:
         """Raises UserInputError where the harness is not installed, or a task is none of it."""
         try:
-            from lm_eval import simple_evaluate
-            from lm_eval.tasks import TaskManager
+            simple_evaluate = import_module("lm_eval").simple_evaluate
+            task_manager = import_module("lm_eval.tasks").TaskManager
         except ImportError:
             raise UserInputError(INSTALL) from None
         self._evaluate = simple_evaluate
-        self._manager = TaskManager(include_path=str(include) if include is not None else None)
+        self._manager = task_manager(include_path=str(include) if include is not None else None)
         self._endpoint, self._lock = endpoint, threading.Lock()
         self._pool = ThreadPoolExecutor(at_once)
         try:
@@ -99,9 +100,9 @@ def _value(task: str, row: dict[str, Any], better: dict[str, bool]) -> float:
 
 def _language_model(endpoint: Endpoint, name: str, pool: ThreadPoolExecutor) -> Any:
     """A model as the harness wants one."""
-    from lm_eval.api.model import LM
+    base: Any = import_module("lm_eval.api.model").LM
 
-    class Served(LM):  # type: ignore[misc]
+    class Served(base):  # type: ignore[misc]
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             def ask(post: Post, request: Any) -> tuple[float, bool]:
                 values, likeliest = answer_logprobs(post, name, *request.args[:2])

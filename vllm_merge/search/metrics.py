@@ -36,9 +36,11 @@ _GRADE = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)")
 class Metric(Protocol):
     """requests: that it makes for an example, those to a judge included. shares: whether all values are between 0 and 1."""
 
-    name: str
-    requests: int
-    shares: bool
+    @property
+    def requests(self) -> int: ...
+
+    @property
+    def shares(self) -> bool: ...
 
     def value(self, post: Post, model: str, example: Example) -> float:
         """How well the model answers the example; more is better. Raises what `post` raises, and MergeError."""
@@ -70,7 +72,6 @@ class Exact:
     """1 where the first line of the answer is the expected one."""
 
     asking: Asking
-    name: str = "exact"
     requests: int = 1
     shares: bool = True
 
@@ -87,7 +88,6 @@ class Regex:
 
     asking: Asking
     pattern: re.Pattern[str] | None = None
-    name: str = "regex"
     requests: int = 1
     shares: bool = True
 
@@ -117,7 +117,6 @@ class LogProb:
     Prompt and answer are joined as they stand, so an answer that begins with a space says so itself.
     """
 
-    name: str = "logprob"
     requests: int = 1
     shares: bool = False
 
@@ -159,15 +158,13 @@ class Judge:
     post: Post
     model: str
     template: str = JUDGE_PROMPT
-    name: str = "judge"
     requests: int = 2
     shares: bool = False
 
     def value(self, post: Post, model: str, example: Example) -> float:
         answer = self.asking.text(post, model, example.prompt)[:MAX_ANSWER]
-        parts = re.split(
-            r"(\{prompt\}|\{reference\}|\{answer\})", self.template
-        )  # once: an answer may have such words too
+        # Once: an answer may have such words too.
+        parts = re.split(r"(\{prompt\}|\{reference\}|\{answer\})", self.template)
         words = {"{prompt}": example.prompt, "{reference}": example.answer, "{answer}": answer}
         said = Asking(JUDGE_TOKENS, chat=True).text(self.post, self.model, "".join(words.get(p, p) for p in parts))
         found = _GRADE.search(said)

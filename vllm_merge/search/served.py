@@ -57,6 +57,6 @@ def look(endpoint: Endpoint, wanted: Sequence[str] | None) -> Served:
             f"{len(chosen)} adapters, and the server merges {limits['adapters']} at most for a request; choose with --adapters, "
             f"or start it with VLLM_MERGE_ADHOC=adapters={len(chosen)}"
         )
-    slots = min((worker.get("slots", 1) for worker in workers), default=1)
-    together = max(1, min(int(slots) - 1, limits["count"]))
+    slots = min((worker.get("slot_count", 1) for worker in workers), default=1)
+    together = max(1, min(slots - 1, limits["count"]))
     return Served(model, {name: str(adapters[name]["content_hash"]) for name in chosen}, together, aliases)

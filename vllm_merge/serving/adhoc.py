@@ -41,14 +41,16 @@ SWEEPS = 10  # within the time after which a merge is forgotten
 LONGEST_SWEEP = 10.0  # seconds
 
 _OFF = f"this server merges nothing for a request; whoever runs it can allow it with {ADHOC_VARIABLE}=on"
+_UNGUARDED = "merges of requests are for routes under /v1/, where vLLM checks API keys; use one of these, or a label"
 _GONE = "merges of requests are forgotten when they are not used, or their adapters change; send the recipe again"
 _LABEL = re.compile(ADHOC + r"@[0-9a-f]{12}")
 
 
-async def admit(state: Any, asked: Asked) -> Refused | None:
+async def admit(state: Any, asked: Asked, *, guarded: bool) -> Refused | None:
     """Let a request that brings a recipe ask for the recipe's artifact instead; why not, where it may not.
 
     state: of the application. Requests without a recipe stay as they are, and what is on the server already goes before.
+    guarded: whether vLLM has looked at the request's API key; else whoever has none could use up what merges may cost.
     """
     document, model = asked.document, asked.model or ""
     if document is None or not (MERGE in document or model.startswith((PREFIX, f"{ADHOC}@"))):
@@ -57,8 +59,9 @@ async def admit(state: Any, asked: Asked) -> Refused | None:
     merges: AdHocMerges | None = getattr(state, "vllm_merge_adhoc", None)
     try:
         if MERGE in document or (model.startswith(PREFIX) and not _served(models, model)):
-            if merges is None:
-                raise Refused(400, "invalid_request_error", MERGE if MERGE in document else "model", _OFF)
+            if merges is None or not guarded:
+                why = _OFF if merges is None else _UNGUARDED
+                raise Refused(400, "invalid_request_error", MERGE if MERGE in document else "model", why)
             label = await merges.label_of(document, model)
             asked.replace({key: value for key, value in document.items() if key != MERGE} | {"model": label})
         elif _LABEL.fullmatch(model) and not (merges is not None and merges.use(model)) and not _served(models, model):
@@ -152,7 +155,6 @@ class AdHocMerges:
                 raise written.error(("rank",), f"gives a result of up to {nbytes:,} bytes; at most {most:,} here")
             # Else another request has brought it meanwhile, or adapters have changed: look again.
             if self.table.get(plan.digest) is None and self._published.state.names is self._names:
-                self.table.count_new()
                 self.table.take_in(plan, nbytes)
                 return recipe, plan
 

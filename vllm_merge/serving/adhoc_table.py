@@ -9,6 +9,7 @@ sent again, gives the same digest. Rates are counted by each process for itself.
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -55,17 +56,20 @@ class AdHocTable:
     def __init__(self, front: FrontDoor, models: Any, settings: AdHocSettings) -> None:
         self.settings = settings
         self._front, self._models = front, models
-        self._entries: dict[str, Entry] = {}  # by digest, least recently used first
+        self._entries: dict[str, Entry] = {}  # by digest
+        self._leaving: set[str] = set()  # digests that are forgotten as soon as no request runs with them
         self._begun: deque[float] = deque()  # when the latest new ones came
+        self._self = secrets.token_hex(8)  # whose events are not news here
         self._names: Names | None = None  # for which the entries were looked through
 
     def entries(self) -> list[Entry]:
-        return list(self._entries.values())
+        """The least recently used, at any process, first."""
+        return sorted(self._entries.values(), key=lambda entry: entry.used)
 
     def get(self, digest: str) -> Entry | None:
         return self._entries.get(digest)
 
-    def count_new(self) -> None:
+    def _count_new(self) -> None:
         """Raises QuotaExceeded where too many new ones have come within a minute."""
         now = time.monotonic()
         while self._begun and now - self._begun[0] > MINUTE:
@@ -76,16 +80,18 @@ class AdHocTable:
         self._begun.append(now)
 
     def take_in(self, plan: Plan, nbytes: int) -> None:
-        """Keep a merge, for which others that no request uses may have to go. Raises QuotaExceeded."""
+        """Keep a merge, for which others that no request uses may have to go. Raises QuotaExceeded; nothing goes then."""
         if plan.digest not in self._entries:
-            self._make_room(nbytes)
+            unwanted = self._in_the_way(nbytes)
+            self._count_new()
+            for digest in unwanted:
+                self._forget(digest)
             self._add(plan, nbytes)
             self._tell("add", plan.digest, plan=plan.to_json(), bytes=nbytes)
 
     def use(self, digest: str, on_miss: str = "wait", fallback: str | None = None) -> None:
         """A request wants a merge that is kept, and says what is to happen while it is not in memory."""
-        entry = self._entries.pop(digest)
-        self._entries[digest] = entry
+        entry = self._entries[digest]
         entry.used, entry.told = time.monotonic(), False
         artifact = self._front.artifacts.setdefault(digest, Artifact(entry.plan))
         name = Name(ADHOC, ADHOC, digest, entry.label, on_miss=on_miss, fallback=fallback)
@@ -100,6 +106,10 @@ class AdHocTable:
                 entry.used, entry.told = now, False
             elif now - entry.used > self.settings.idle:
                 self._forget(digest)
+        for digest in list(self._leaving):
+            if self._front.drop(digest):
+                self._leaving.discard(digest)
+                self._forget_in_workers(digest)
         if used := [digest for digest, entry in self._entries.items() if not entry.told]:
             self._tell("use", digests=used)
             for digest in used:
@@ -116,7 +126,9 @@ class AdHocTable:
                 self._forget(digest)
 
     def on_event(self, event: Message) -> None:
-        """What another API process says (and what this one said): events of the kind EVENT."""
+        """What another API process says: events of the kind EVENT."""
+        if event["of"] == self._self:
+            return
         match event["what"]:
             case "add":
                 plan = Plan.from_json(event["plan"])
@@ -127,24 +139,33 @@ class AdHocTable:
                 for entry in filter(None, map(self._entries.get, event["digests"])):
                     entry.used = time.monotonic()
             case "forget":
-                if event["digest"] in self._entries and not self._in_use(event["digest"]):
-                    self._drop(event["digest"])
+                digest = event["digest"]
+                if digest in self._entries and not self._in_use(digest):
+                    leased = self._front.artifacts[digest].leased  # and so the workers have kept it
+                    self._drop(digest)
+                    if leased:
+                        self._forget_in_workers(digest)
 
     def _add(self, plan: Plan, nbytes: int) -> None:
         self._entries[plan.digest] = Entry(plan, nbytes, time.monotonic())
         self.use(plan.digest)
 
-    def _make_room(self, nbytes: int) -> None:
-        limits = self.settings
-        unused = [digest for digest in self._entries if not self._in_use(digest)]  # the least recently used first
-        while len(self._entries) >= limits.count or self._bytes() + nbytes > limits.bytes:
-            if not unused:
-                raise QuotaExceeded(
-                    f"{len(self._entries)} merges of requests with up to {self._bytes():,} bytes are in use, of "
-                    f"{limits.count} and {limits.bytes:,} that may be",
-                    5,
-                )
-            self._forget(unused.pop(0))
+    def _in_the_way(self, nbytes: int) -> list[str]:
+        """Those that have to go for another merge. Raises QuotaExceeded where too much is in use."""
+        limits, count, total, unwanted = self.settings, len(self._entries), self._bytes() + nbytes, []
+        for entry in self.entries():
+            if count < limits.count and total <= limits.bytes:
+                break
+            if not self._in_use(entry.plan.digest):
+                unwanted.append(entry.plan.digest)
+                count, total = count - 1, total - entry.bytes
+        if count >= limits.count or total > limits.bytes:
+            raise QuotaExceeded(
+                f"{len(self._entries)} merges of requests with up to {self._bytes():,} bytes are in use, of "
+                f"{limits.count} and {limits.bytes:,} that may be",
+                5,
+            )
+        return unwanted
 
     def _bytes(self) -> int:
         return sum(entry.bytes for entry in self._entries.values())
@@ -157,7 +178,10 @@ class AdHocTable:
         """Here and everywhere."""
         self._drop(digest)
         self._tell("forget", digest)
-        if self._names is None or digest not in self._names.plans:
+        self._forget_in_workers(digest)
+
+    def _forget_in_workers(self, digest: str) -> None:
+        if digest not in self._entries and (self._names is None or digest not in self._names.plans):
             self._front.links.post("forget", digest=digest)
 
     def _drop(self, digest: str) -> None:
@@ -165,11 +189,12 @@ class AdHocTable:
         self._front.adhoc.pop(entry.label, None)
         if self._front.known(entry.label) is None:
             self._models.lora_requests.pop(entry.label, None)
-        self._front.drop(digest)
+        if not self._front.drop(digest):
+            self._leaving.add(digest)
 
     def _tell(self, what: str, digest: str = "", **fields: Any) -> None:
         label = f"{ADHOC}@{digest[:DIGITS_IN_NAMES]}" if digest else ""
-        event = {"event": EVENT, "what": what, "digest": digest, "label": label, **fields}
+        event = {"event": EVENT, "of": self._self, "what": what, "digest": digest, "label": label, **fields}
         self._front.links.all[0].post("tell", event=event)
 
 

@@ -124,6 +124,15 @@ class Observed:
 
     def end(self, outcome: Outcome) -> None:
         """Tell the subscribers. To be called once, when nothing more will be sent."""
+        self.conclude(outcome)
+        for callback in list(_subscribers):
+            try:
+                callback(self.facts)
+            except Exception:  # an answer never fails for what is done with its facts
+                logger.exception("what was to be noted of an answer is lost")
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Complete the facts."""
         facts = self.facts
         facts.seconds = time.monotonic() - facts.started
         facts.label = facts.label or outcome.label or ""
@@ -138,11 +147,6 @@ class Observed:
             facts.error = "client_left" if facts.error is None and outcome.error is None else facts.error or "failed"
         elif facts.status >= 400:
             facts.error = _error_type(self._tail) or f"http_{facts.status}"
-        for callback in list(_subscribers):
-            try:
-                callback(facts)
-            except Exception:  # an answer never fails for what is done with its facts
-                logger.exception("what was to be noted of an answer is lost")
 
 
 def _count(usage: dict[str, Any], *keys: str, otherwise: int | None) -> int | None:

@@ -30,6 +30,11 @@ class Asked:
         name = self.document.get("model") if self.document is not None else None
         return name if isinstance(name, str) else None
 
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return len(self._body)
+
     def rename(self, model: str) -> None:
         """Ask for another model instead."""
         if model != self.model:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -523,6 +524,35 @@ def wrap_engine(
         original = getattr(engine_client, name, None)
         if original is not None and not getattr(original, "_vllm_merge", False):
             setattr(engine_client, name, _leased(original, lease, counter))
+
+
+BARE_STATES = (
+    ("vllm.entrypoints.launchers.api_server.app_state", "init_endpoint_plugins_state"),
+    ("vllm.entrypoints.openai.api_server", "_init_endpoint_plugins_state"),  # 0.26
+)
+
+
+def wrap_bare_states(initialise: Callable[[Any, Any, Any], Awaitable[None]]) -> None:
+    """Call `initialise(engine_client, state, args)` for application states that vLLM makes without endpoint plugins.
+
+    So does its batch runner, which has requests and no HTTP. Only in processes that have imported what makes such states.
+    """
+    for place, name in BARE_STATES:
+        module = sys.modules.get(place)
+        original = getattr(module, name, None)
+        if original is not None and not getattr(original, "_vllm_merge", False):
+            setattr(module, name, _initialising(original, initialise))
+
+
+def _initialising(original: Callable[..., Awaitable[None]], initialise: Callable[..., Awaitable[None]]) -> Any:
+    @functools.wraps(original)
+    async def init(engine_client: Any, state: Any, args: Any) -> None:
+        await original(engine_client, state, args)
+        if not hasattr(state, "endpoint_plugins"):
+            await initialise(engine_client, state, args)
+
+    init._vllm_merge = True  # type: ignore[attr-defined]
+    return init
 
 
 def _leased(

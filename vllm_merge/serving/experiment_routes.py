@@ -16,6 +16,7 @@ from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.experiments.records import Decision
 from vllm_merge.experiments.report import report as full_report
 from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.safety import refusal
 from vllm_merge.serving.admin import require_admin
 from vllm_merge.serving.control import ControlError
 from vllm_merge.serving.overview import current
@@ -91,6 +92,9 @@ async def promote(name: str, promotion: Promotion, request: Request) -> dict[str
     if promotion.arm not in arms:
         hint = nearest(promotion.arm, arms)
         raise RouteError(422, f"{name} has no arm {promotion.arm!r}{hint} (arms: {listed(arms)})", param="arm")
+    recipes, served = published.state.names.recipes, arms[promotion.arm].serve
+    if unsafe := refusal(recipes.recipes, recipes.aliases.get(served, served)):
+        raise RouteError(422, unsafe, param="arm")
     return await _decide(published, name, "promote", promotion.arm, promotion.reason)
 
 

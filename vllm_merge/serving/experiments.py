@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 
 from vllm_merge.experiments.assignment import Assigner, Assignment, Withdrawn, find_unit
+from vllm_merge.experiments.pairs import Pair
 from vllm_merge.experiments.records import Exposure
 from vllm_merge.experiments.running import Running, follow
 from vllm_merge.experiments.store import Store
@@ -35,6 +36,7 @@ from vllm_merge.serving.front import FrontDoor
 from vllm_merge.serving.names import Name, Names
 from vllm_merge.serving.refusals import Refused
 from vllm_merge.serving.settings import store_days
+from vllm_merge.serving.shadow import Shadows
 from vllm_merge.serving.trials import Trials
 
 FORCE_HEADER = "x-vllm-merge-force-arm"
@@ -71,6 +73,7 @@ class Experiments:
         self._early: deque[Exposure] = deque(maxlen=_MOST_EARLY)
         self._opening = threading.Lock()
         self.arms = Arms(front)
+        self.shadows = Shadows(front, lambda: self.trials, self._keep)
         self._front, self._base = front, base
         self._assigners: dict[str, Assigner] = {}
         self._withdrawn: dict[str, Withdrawn] = {}
@@ -107,6 +110,10 @@ class Experiments:
         exposure = exposure_of(facts, chosen)
         if exposure is not None:
             (self._early.append if self.writer is None else self.writer.put)(exposure)
+
+    def _keep(self, pair: Pair) -> None:
+        if self.writer is not None:  # always: nothing is compared before a definition came from the store
+            self.writer.put(pair)
 
     def _define(self, wanted: Mapping[str, Experiment], artifacts: Mapping[str, Mapping[str, str]]) -> Trials:
         store = self.open_store()

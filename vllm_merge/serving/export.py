@@ -38,7 +38,6 @@ class Export:
     texts: {name: content} of the small files. head: the first bytes of the weights' file; spans: the rest, in order.
     """
 
-    digest: str
     texts: dict[str, str]
     head: bytes
     spans: Sequence[Span]
@@ -67,7 +66,7 @@ class Export:
         texts = {CONFIG_FILE: _json(config)}
         if artifact.report is not None:
             texts[REPORT_FILE] = _json(artifact.report)
-        return cls(artifact.digest, texts, len(text).to_bytes(LENGTH_BYTES, "little") + text, spans)
+        return cls(texts, len(text).to_bytes(LENGTH_BYTES, "little") + text, spans)
 
     @property
     def size(self) -> int:

@@ -179,14 +179,17 @@ class FrontDoor:
         """
         return self._named() | {label: self._request(name) for label, name in self.adhoc.items()}
 
-    def drop(self, digest: str) -> None:
-        """Forget an artifact that nothing stands for any more; a request that runs keeps it."""
+    def drop(self, digest: str) -> bool:
+        """Forget an artifact that nothing stands for any more; False while a request runs with it, or it is being prepared."""
         artifact = self.artifacts.get(digest)
         stands = (name.digest == digest for name in (*self.names.values(), *self.adhoc.values()))
-        if artifact is None or artifact.users or artifact.state == "preparing" or any(stands):
-            return
+        if artifact is None or any(stands):
+            return True
+        if artifact.users or artifact.state == "preparing":
+            return False
         self._give_back(artifact)
         del self.artifacts[digest]
+        return True
 
     def _named(self) -> dict[str, Any]:
         return {name.name: self._request(name) for name in self.names.values() if name.digest is not None}

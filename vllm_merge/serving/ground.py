@@ -332,6 +332,17 @@ GROUND: tuple[Ground, ...] = (
         for method in ("generate", "encode")
     ),
     Ground(
+        (
+            "vllm.entrypoints.launchers.api_server.app_state:init_endpoint_plugins_state",
+            "vllm.entrypoints.openai.api_server:_init_endpoint_plugins_state",
+        ),
+        "our names in the batch runner, which leaves endpoint plugins out",
+        "wrapped where it is called",
+        "vLLM's batch runner has endpoint plugins",
+        "api",
+        takes=("engine_client", "state", "args"),
+    ),
+    Ground(
         (_MODELS,),
         "our names on every route",
         "entries added",

@@ -71,6 +71,13 @@ METRICS: Mapping[str, Metric] = {
         "How long a request waited for its artifact, by where that came from: cache, host, disk, merge, or failed.",
         SECONDS,
     ),
+    "vllm_merge_shadows_total": Metric(
+        "counter",
+        "requests",
+        ("experiment", "arm", "outcome"),
+        "Requests that an arm was to answer a second time, for comparison. outcome: ok, too_many, busy, unavailable, timeout, "
+        "failed.",
+    ),
     # what is served
     "vllm_merge_generation": Metric(
         "gauge", "server", (), "How many states of the recipe file and aliases were served."

@@ -62,15 +62,20 @@ class RequestMetrics:
         """Count a wait for an artifact. tier: where it came from, or `failed`."""
         self._histograms["vllm_merge_wait_seconds"].labels(tier).observe(seconds)
 
+    def shadowed(self, experiment: str, arm: str, outcome: str) -> None:
+        """Count a request that an arm was to answer for comparison."""
+        self._counters["vllm_merge_shadows_total"].labels(*self._of_arm(experiment, arm), outcome).inc()
+
     def _name(self, name: str) -> str:
         return name if name == ADHOC or self.known(name) else OTHER
 
     def _arm(self, facts: AnswerFacts) -> tuple[str, str]:
-        if not facts.experiment:
-            return "", ""
-        if not self.known(facts.experiment):
+        return self._of_arm(facts.experiment, facts.arm) if facts.experiment else ("", "")
+
+    def _of_arm(self, experiment: str, arm: str) -> tuple[str, str]:
+        if not self.known(experiment):
             return OTHER, OTHER
-        return facts.experiment, facts.arm if facts.arm in self.arms(facts.experiment) else OTHER
+        return experiment, arm if arm in self.arms(experiment) else OTHER
 
 
 def outcome_of(facts: AnswerFacts) -> str:

@@ -108,6 +108,7 @@ def observe(front: FrontDoor, published: Published) -> ServerMetrics:
     requests.known = lambda name: name in front.names and front.names[name].kind != ADHOC
     requests.arms = lambda experiment: _arms(published.state.names.recipes, experiment)
     answers.subscribe(requests.note)
+    published.experiments.shadows.note = requests.shadowed
     tracing.begin()
     return ServerMetrics(front, published)
 

@@ -9,7 +9,7 @@ models pass through untouched. vLLM's API-key check stands outside of this, so n
 from __future__ import annotations
 
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -48,19 +48,29 @@ class MergeMiddleware:
         if body is None:
             return None
         asked = Asked(scope, receive, body)
-        if (refused := await adhoc.admit(scope["app"].state, asked)) is not None:
+        guarded = path.startswith(_GUARDED)
+        if (refused := await adhoc.admit(scope["app"].state, asked, guarded=guarded)) is not None:
             return await refused.response(asked.scope, asked.receive, send)
+        experiments: Experiments | None = getattr(scope["app"].state, "vllm_merge_experiments", None)
+        with experiments.shadows.client() if experiments is not None else nullcontext():
+            return await self._run(front, experiments, asked, path, send)
+
+    async def _run(
+        self, front: FrontDoor, experiments: Experiments | None, asked: Asked, path: str, send: Send
+    ) -> None:
         name = asked.model
         known = front.known(name) if name is not None else None
         if name is None or known is None:
             return await self._app(asked.scope, asked.receive, send)
-        experiments: Experiments | None = getattr(scope["app"].state, "vllm_merge_experiments", None)
         facts = AnswerFacts(name, known.kind, "", known.name, "", time.monotonic(), time.time())
         try:
             chosen = experiments.choose(asked) if experiments is not None else None
         except Refused as error:
             return await error.response(asked.scope, asked.receive, send)
         result = outcome.begin(name)
+        compared = chosen and experiments and experiments.shadows.sample(self._app, asked, path, chosen)
+        if compared:
+            result.tape = compared.tape
         observed = Observed(facts, send)
         try:
             reply = Reply(asked, facts, result, observed.send)
@@ -77,6 +87,8 @@ class MergeMiddleware:
             observed.end(result)
             if experiments is not None and chosen is not None:
                 experiments.record(facts, chosen)
+                if compared:
+                    experiments.shadows.follow(compared, facts)
 
     async def _answer(self, front: FrontDoor, asked: Asked, reply: Reply) -> None:
         """Lease what answers, and let vLLM answer with it."""

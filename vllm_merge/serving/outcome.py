@@ -10,14 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass
+class Tape:
+    """Token ids that went into the engine and came out. calls: to the engine; with more than one the ids are of no use."""
+
+    calls: int = 0
+    prompt: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Outcome:
     """name: as asked. label: of the artifact that the request uses. error: why it could not. Tokens: of everything that the engine was
-    asked for this request (several prompts, n > 1, tool calls); None before the engine said anything.
+    asked for this request (several prompts, n > 1, tool calls); None before the engine said anything. tape: where its tokens are
+    kept, for requests that are compared (shadow.py).
     """
 
     name: str = ""
@@ -26,6 +36,7 @@ class Outcome:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     finish: str | None = None
+    tape: Tape | None = None
 
 
 _current: ContextVar[Outcome | None] = ContextVar("vllm_merge_outcome", default=None)
@@ -66,16 +77,25 @@ def counter() -> Callable[[Any], None] | None:
     if outcome is None:
         return None
     prompt_counted = False
+    tape = outcome.tape
+    if tape is not None:
+        tape.calls += 1
 
     def count(output: Any) -> None:
         nonlocal prompt_counted
         if not prompt_counted:
             prompt_counted = True
-            outcome.prompt_tokens = (outcome.prompt_tokens or 0) + len(getattr(output, "prompt_token_ids", None) or ())
+            prompt = getattr(output, "prompt_token_ids", None) or ()
+            outcome.prompt_tokens = (outcome.prompt_tokens or 0) + len(prompt)
+            if tape is not None:
+                tape.prompt.extend(prompt)
         completions = getattr(output, "outputs", None)
         if isinstance(completions, list):  # what is pooled has no tokens
             for completion in completions:
-                outcome.completion_tokens = (outcome.completion_tokens or 0) + len(getattr(completion, "token_ids", ()))
+                tokens = getattr(completion, "token_ids", ())
+                outcome.completion_tokens = (outcome.completion_tokens or 0) + len(tokens)
+                if tape is not None:
+                    tape.answer.extend(tokens)
                 outcome.finish = getattr(completion, "finish_reason", None) or outcome.finish
 
     return count

@@ -99,6 +99,7 @@ def register() -> None:
     ground.check_ground("load")
     compat.wrap_worker(on_manager, load)
     compat.wrap_activation(fill)
+    compat.wrap_bare_states(MergeEndpoints().init_state)
 
 
 def _log_like_vllm() -> None:
@@ -185,7 +186,9 @@ class MergeEndpoints:
         except MergeError as error:
             print(f"vllm-merge: {error}", file=sys.stderr)
             raise
-        watches = [published.watch(), watch_experiments(published), *(watch() for watch in companions.watches())]
+        shadows = published.experiments.shadows
+        ours = (published.watch(), watch_experiments(published), shadows.watch())
+        watches = [*ours, *(watch() for watch in companions.watches())]
         self._watching = [asyncio.ensure_future(watch) for watch in watches]
 
 

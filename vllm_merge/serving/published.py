@@ -215,7 +215,9 @@ class Published:
             if (known := before.names.names.get(name)) is not None:
                 raise UserInputError(f"the name {name!r} is taken, by {known.kind} {name!r}")
             if len(before.added_recipes) >= MAX_ADDED:
-                raise UserInputError(f"{MAX_ADDED} recipes were added already; remove one, or put them into the recipe file")
+                raise UserInputError(
+                    f"{MAX_ADDED} recipes were added already; remove one, or put them into the recipe file"
+                )
             limits = Limits(self._front.links.all[0].facts["max_lora_rank"], MAX_ADAPTERS)
             check_written(written, before.names.recipes, default_registry(), check_precondition, limits)
             after = await self._with(before, added_recipes={**before.added_recipes, name: written.recipe})

@@ -114,7 +114,7 @@ class WorkerService:
         self._served: Counter[str] = Counter()  # artifacts made ready, by where they were: cache, host, disk or merge
         self._tally = Tally()
         self._pace = Pace()
-        self._export: Export | None = None  # the layout of what is being downloaded
+        self._export: tuple[weakref.ref[ResidentArtifact], Export] | None = None  # of what is being downloaded
         self._export_stream = SideStream(self._device)
         self._sessions: dict[Session, Held] = {}
         self._owner = StateOwner()
@@ -321,9 +321,10 @@ class WorkerService:
             artifact = self.store.peek(message["digest"])
             if artifact is None:
                 raise ControlError("failed", f"artifact {message['digest'][:12]} is not in the cache")
-            made = self._export
-            if made is None or made.digest != artifact.digest:
-                made = self._export = Export.of(artifact, self._base_model)
+            of, made = self._export or (None, None)
+            if of is None or made is None or of() is not artifact:  # one that came back may lie in another order
+                made = Export.of(artifact, self._base_model)
+                self._export = weakref.ref(artifact), made
             if "offset" not in message:
                 return {"texts": made.texts, "size": made.size}
             size = min(int(message["size"]), MAX_PIECE)
@@ -366,6 +367,7 @@ class WorkerService:
             **self.store.describe(),
             **self._tiers.describe(),
             "slots": slots,
+            "slot_count": len(compat.slot_ids(self._manager)),
             "served_from": dict(self._served),
             "pid": os.getpid(),
             "state_number": self._owner.served,

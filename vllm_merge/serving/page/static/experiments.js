@@ -40,6 +40,17 @@ function arms(row, report) {
   ], row.arms, "no arms");
 }
 
+function pairs(report) {
+  return (report?.paired ?? []).map((both) => {
+    const lost = Object.values(both.dropped).reduce((sum, count) => sum + count, 0);
+    const dropped = lost ? `, ${number(lost)} dropped` : "";
+    return table(`${both.control} and ${both.arm} on the same requests: ${number(both.pairs)} pairs${dropped}`, [
+      ["Of pairs", (found) => (found.difference ? `${found.metric}, ${both.arm} − ${both.control}` : found.metric), "name"],
+      ["Mean", (found) => `${figure(found.value)}${interval(found)}`, "number"],
+    ], both.values.filter((found) => found.value !== null), "no pairs yet");
+  });
+}
+
 function guardrails(report) {
   if (!report?.guardrails?.length) return null;
   return table("Guardrails", [
@@ -95,7 +106,7 @@ export async function showExperiments(act) {
       report ? el("p", { class: "verdict" }, report.verdict.sentence) : null,
       arms(row, report),
       report ? plot(title, report.course, colours(report)) : null,
-      guardrails(report), decisions(row), controls(row, act));
+      pairs(report), guardrails(report), decisions(row), controls(row, act));
   }));
   replace(place, ...cards);
 }
