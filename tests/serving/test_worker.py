@@ -91,7 +91,12 @@ def merges(monkeypatch):
     def plan(text):
         kind = "adapter" if text.startswith("plain") else "recipe"
         return SimpleNamespace(
-            name=text, digest=digest(text), artifact_name=f"{text}@{digest(text)[:12]}", adapters={}, stages=[], kind=kind
+            name=text,
+            digest=digest(text),
+            artifact_name=f"{text}@{digest(text)[:12]}",
+            adapters={},
+            stages=[],
+            kind=kind,
         )
 
     monkeypatch.setattr(worker_module, "Plan", SimpleNamespace(from_json=plan))

@@ -234,7 +234,9 @@ def _size(value: Any) -> str | None:
         count += len(level)
         if count > MAX_VALUES:
             return f"has more than {MAX_VALUES:,} values"
-        texts = [text for item in level for text in (item if isinstance(item, dict) else [item]) if isinstance(text, str)]
+        texts = [
+            text for item in level for text in (item if isinstance(item, dict) else [item]) if isinstance(text, str)
+        ]
         characters += sum(map(len, texts))
         if characters > MAX_TEXT:
             return f"has more than {MAX_TEXT:,} characters of text"

@@ -66,7 +66,8 @@ class Recipe(_Strict):
         description="When an eager merge fails at the start. stop: the server does not start. degraded: the rest is served.",
     )
     safety: Safety | None = Field(
-        None, description="Its measured safety score and the floor; under it, the recipe is neither served nor promoted."
+        None,
+        description="Its measured safety score and the floor; under it, the recipe is neither served nor promoted.",
     )
 
     @property

@@ -159,5 +159,7 @@ def store_days(environment: Mapping[str, str] = os.environ) -> int | None:
     if not value:
         return None
     if not value.isdecimal() or int(value) < 1:
-        raise UserInputError(f"{STORE_DAYS_VARIABLE} is {value!r}; give a whole number of at least 1, or unset it (for ever)")
+        raise UserInputError(
+            f"{STORE_DAYS_VARIABLE} is {value!r}; give a whole number of at least 1, or unset it (for ever)"
+        )
     return int(value)

@@ -94,9 +94,7 @@ class WorkerService:
         server = f"{socket.gethostname()}:{socket_path.parent}".replace(" ", "_")
         self._tiers = Tiers(settings, self._device, server)
         self._news = News(self._send_news, {key: compat.place(vllm_config)[key] for key in ("engine", "rank")})
-        self.store = ArtifactStore(
-            settings.cache_bytes, self._evicted, lambda: compat.registered_bytes(worker_manager)
-        )
+        self.store = ArtifactStore(settings.cache_bytes, self._evicted, lambda: compat.registered_bytes(worker_manager))
         gpu = self._device.type == "cuda"
         total = torch.cuda.get_device_properties(self._device).total_memory if gpu else None
         self._workspace = settings.workspace_bytes_on(total)
@@ -308,7 +306,9 @@ class WorkerService:
         if artifact is None:
             return {"found": False}
         ranks = {module: a.shape[0] for module, (a, _) in artifact.factors.items()}
-        facts = {key: getattr(artifact, key) for key in ("name", "rank", "seconds", "origin", "tensors_sha256", "report")}
+        facts = {
+            key: getattr(artifact, key) for key in ("name", "rank", "seconds", "origin", "tensors_sha256", "report")
+        }
         return {"found": True, "digest": digest, "bytes": artifact.nbytes, "ranks": ranks, **facts}
 
     def _exporting(self, message: Message) -> Message:
