@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.experiment_records import pair
 from tests.serving.page_browser import browser, browser_path, server_with_page, sign_in, users_like_m1
 from tests.serving.played_server import PlayedServer, played, recipe_file
 from vllm_merge.serving.page.routes import STATIC
@@ -46,7 +47,7 @@ def test_it_shows_an_experiment_and_promotes_the_better_arm(tmp_path: Path) -> N
         await users_like_m1(server)
         await sign_in(page, address)
         card = page.get_by_role("article", name="Experiment greeting")
-        await card.locator("svg.plot polyline.line").wait_for()
+        await card.locator("svg.plot polyline.line").wait_for(state="attached")  # a line of one moment has no area
         assert "m1" in await card.locator(".verdict").inner_text()
         row = card.get_by_role("row").filter(has_text="m1@")
         assert "better" in await row.inner_text()
@@ -58,6 +59,21 @@ def test_it_shows_an_experiment_and_promotes_the_better_arm(tmp_path: Path) -> N
         assert await page.locator("img").count() == 0, "what people write is text"
         assert (await server.ask("assistant")).headers["x-vllm-merge-artifact"] == server.label("m1")
         await page.locator("#events li").filter(has_text="experiment:").first.wait_for()
+
+    on_the_page(tmp_path, scenario)
+
+
+@in_a_browser
+def test_it_shows_what_two_answers_to_the_same_request_have_in_common(tmp_path: Path) -> None:
+    async def scenario(server: PlayedServer, page: Any, address: str) -> None:
+        found = [pair(number, "m0", "m1", experiment="greeting") for number in range(60)]
+        found.append(pair(60, "m1", "m0", experiment="greeting", outcome="busy"))
+        server.published.experiments.store.add_pairs(found)
+        await sign_in(page, address)
+        card = page.get_by_role("article", name="Experiment greeting")
+        shown = card.get_by_role("region", name="m0 and m1 on the same requests: 60 pairs, 1 dropped")
+        await shown.wait_for()
+        assert "2 (2 to 2)" in await shown.get_by_role("row").filter(has_text="length, m1 − m0").inner_text()
 
     on_the_page(tmp_path, scenario)
 

@@ -27,13 +27,27 @@ export function table(caption, columns, rows, nothing) {
     el("table", { class: "stack" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, body)));
 }
 
-// Put `fresh` where `place`'s content was, unless somebody is choosing in it; the focus stays on the button it was on.
+let pressing = false; // between the press of a mouse button and its click
+addEventListener("pointerdown", () => { pressing = true; }, true);
+for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => { setTimeout(() => { pressing = false; }); }, true);
+addEventListener("change", (event) => { event.target.dataset.chosen = "yes"; }, true);
+
+// Put `fresh` where `place`'s content was, unless somebody is at it. What was chosen stays chosen, the focus where it was.
 export function replace(place, ...fresh) {
   const active = document.activeElement;
-  if (place.contains(active) && active.matches("select, input")) return;
+  if (pressing || (place.contains(active) && active.matches("select, input"))) return;
   const focused = place.contains(active) ? active.getAttribute("data-key") : null;
+  const chosen = [...place.querySelectorAll("select[data-chosen]")].map((choice) => [choice.dataset.key, choice.value]);
   place.replaceChildren(...fresh);
-  if (focused) place.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
+  const at = (key) => place.querySelector(`[data-key="${CSS.escape(key)}"]`);
+  for (const [key, value] of chosen) {
+    const choice = at(key);
+    if (choice && [...choice.options].some((option) => option.value === value)) {
+      choice.value = value;
+      choice.dataset.chosen = "yes";
+    }
+  }
+  if (focused) at(focused)?.focus();
 }
 
 export function button(label, key, action, first = false) {

@@ -57,6 +57,10 @@ export function plot(title, lines, colour) {
       picture.append(svg("polygon", { class: `band arm-${colour[line.arm]}`, points: [...there, ...back].join(" ") }));
       const middle = run.map((p) => `${x(p.at).toFixed(1)},${y(p.y).toFixed(1)}`).join(" ");
       picture.append(svg("polyline", { class: `line arm-${colour[line.arm]}`, points: middle }));
+      if (run.length > 1) continue;
+      const alone = { class: `line arm-${colour[line.arm]}`, x1: x(run[0].at), x2: x(run[0].at) };
+      picture.append(svg("line", { ...alone, y1: y(run[0].low), y2: y(run[0].high) }));
+      picture.append(svg("circle", { class: `arm-${colour[line.arm]}`, cx: x(run[0].at), cy: y(run[0].y), r: 3 }));
     }
   }
   const key = drawn.map((line) => {
