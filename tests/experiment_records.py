@@ -74,6 +74,7 @@ def pair(number: int, arm: str = "a", shadow: str = "b", **changes) -> Pair:
         "kl": 0.2,
         "missing": 0.05,
         "shadow_missing": 0.1,
+        "preferred": 1.0,
     }
     return Pair(**(usual | changes))
 

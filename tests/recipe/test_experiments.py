@@ -204,6 +204,7 @@ def test_a_shadow_names_arms_of_its_experiment_and_is_bounded(tmp_path):
         ("{compare: [text]}", "shadow.compare"),
         ("{compare: []}", "shadow.compare"),
         ("{judge: http://x}", "shadow.judge"),
+        ("{compare: [judge]}", "shadow.compare: has judge without answers"),
     ],
 )
 def test_a_wrong_shadow_is_told_with_its_key(tmp_path, shadow, message):

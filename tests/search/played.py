@@ -25,6 +25,7 @@ class PlayedMerges:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.recipes: list[str] = []
         self.admin: list[tuple[str, dict[str, Any]]] = []
         self.keys: set[str | None] = set()
         self.refuse: Callable[[str, int], tuple[int, str | None] | None] = lambda model, n: None
@@ -99,14 +100,22 @@ class PlayedMerges:
             return {"data": [{"slots": {"0": "3f9c"}, "slot_count": 4}]}
         if path == "/merge/aliases":
             return {"data": [{"alias": "assistant", "target": "old"}]}
+        if path == "/merge/recipes":
+            return {"data": [{"name": name} for name in ("old", *self.recipes)]}
         if path == "/models":
             return {"data": [{"id": "base", "parent": None}, {"id": "assistant", "parent": "base"}]}
         if re.fullmatch(r"/merge/artifacts/adhoc@\w+/report", path):
-            return {"report": {"overall": {"norm": 5.0 * SIZE, "input_norms": [3.0, 4.0]}}}
+            return {
+                "report": {
+                    "norms": {"q": 3.0 * SIZE, "k": 4.0 * SIZE},
+                    "input_norms": {"q": [3.0, 0.0], "k": [0.0, 4.0]},
+                }
+            }
         return None
 
     def change(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         self.admin.append((path, body))
+        self.recipes.append(path.rpartition("/")[2])
         return {"artifact": "found@0123456789ab", "generation": 2}
 
     def complete(self, path: str, body: dict[str, Any]) -> dict[str, Any]:

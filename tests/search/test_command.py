@@ -56,6 +56,26 @@ def test_what_is_no_better_is_not_promoted(search, merges, monkeypatch):
     assert not merges.admin
 
 
+def test_a_recipe_that_is_served_already_is_not_added_again(search, merges, monkeypatch):
+    monkeypatch.setenv("VLLM_MERGE_ADMIN_TOKEN", TOKEN)
+    arguments = ("--methods", "ties", "--candidates", 2, "--promote", "assistant", "--limit", 6)
+    for _ in range(2):
+        assert search(*arguments)[0] == 0
+    assert [path.split("/")[2] for path, _ in merges.admin] == ["recipes", "aliases", "aliases"]
+
+
+def test_a_search_that_ended_early_promotes_nothing(search, merges, monkeypatch):
+    monkeypatch.setenv("VLLM_MERGE_ADMIN_TOKEN", TOKEN)
+    arguments = ("--methods", "ties", "--candidates", 6, "--promote", "assistant", "--minutes", 1)
+    monkeypatch.setattr(
+        "vllm_merge.search.budget.Budget.seconds", property(lambda budget: 61.0 if budget.requests > 40 else 0.0)
+    )
+    code, _, err = search(*arguments)
+    assert code == 1
+    assert "alias 'assistant' stays as it is: 1 minutes are over" in err
+    assert not merges.admin
+
+
 def test_people_get_a_table(search):
     code, printed, err = search("--auto", "--candidates", 6, "--limit", 6, "--requests", 120)
     assert (code, err) == (0, "")

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="vLLM is not installed")
 
+from starlette.requests import ClientDisconnect
+
 from tests.serving.companions import accompany
 from tests.serving.played_server import BASE, played, recipe_file, write_adapter
 from vllm_merge.errors import UserInputError
@@ -279,7 +281,8 @@ def test_a_merge_that_is_forgotten_while_it_runs_leaves_when_it_has_ended(config
         write_adapter(server.files / "a0", 99)
         config.write_text(config.read_text() + "\n")
         await server.published._look()
-        await server.until(lambda: label not in server.front.adhoc)
+        merges._follow()
+        assert label not in server.front.adhoc
         merges.table.sweep()
         assert digest in server.front.artifacts
         server.engine.steps.set()
@@ -376,6 +379,31 @@ def test_facts_of_an_answer_say_adhoc_and_no_more(config):
     (fact,) = facts
     assert (fact.kind, fact.recipe, fact.status) == ("adhoc", "adhoc", 200)
     assert fact.label.startswith("adhoc@")
+
+
+@pytest.mark.parametrize(
+    ("raised", "error"), [(RuntimeError("a bug"), "exception"), (ClientDisconnect(), "client_left")]
+)
+def test_an_answer_that_an_exception_ends_is_no_client_that_left(config, raised, error):
+    """The framework's own 500 is sent outside of our middleware, which sees no answer at all."""
+    facts = []
+
+    async def scenario(server):
+        app = server.apis[0].app
+        app.router.routes.clear()
+
+        @app.post("/v1/completions")
+        async def completions():
+            raise raised
+
+        end = subscribe(facts.append)
+        try:
+            assert (await server.ask("m0")).status_code == 500
+        finally:
+            end()
+
+    played(scenario, config)
+    assert [fact.error for fact in facts] == [error]
 
 
 def test_an_adapter_that_changes_takes_its_merges_along(config):

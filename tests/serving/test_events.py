@@ -173,6 +173,30 @@ def test_too_many_listeners_get_a_503_with_retry_after(config, monkeypatch):
     played(scenario, config)
 
 
+def test_clients_that_come_at_once_are_no_more_than_may_listen(config, monkeypatch):
+    """Each is let in before any of them listens."""
+    monkeypatch.setattr(events_module, "MAX_LISTENERS", 2)
+
+    async def scenario(server):
+        api = server.apis[0]
+        accompany(api)
+        hub = api.app.state.vllm_merge_events
+
+        async def is_disconnected():
+            return False
+
+        request = SimpleNamespace(app=api.app, is_disconnected=is_disconnected)
+        streams = [(await event_routes.events(request)).body_iterator for _ in range(5)]
+        told = [await anext(stream) for stream in streams]
+        assert [text.partition(":")[0] for text in told] == ["id", "id", "retry", "retry", "retry"]
+        assert len(hub._listeners) == 2
+        for stream in streams:
+            await stream.aclose()
+        assert not hub._listeners
+
+    played(scenario, config)
+
+
 def test_a_process_that_does_not_read_is_not_written_to_for_ever():
     """A worker's memory does not grow because an API process hangs."""
     written = bytearray()

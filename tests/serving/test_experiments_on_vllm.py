@@ -181,18 +181,25 @@ def test_a_second_arm_answers_the_same_request_and_the_comparison_is_right(ab_se
             exposures[read_ticket(raw.headers["x-vllm-merge-exposure"]).exposure] = stream
             if stream:
                 list(raw.parse())
+        chat = {"messages": [{"role": "user", "content": "stone"}], "max_tokens": 6}
+        said_in_chat = client.chat.completions.with_raw_response.create(model="compared", user="u", **chat)
+        chatted = read_ticket(said_in_chat.headers["x-vllm-merge-exposure"]).exposure
     expected = [truncated_kl(p, q) for p, q in zip(*logs, strict=True)]
     deadline = time.monotonic() + WAIT_SECONDS
     store = Store.open(str(ab_server.files / "store.sqlite"), create=False)
     while True:
         with store.reading() as connection:
             found = connection.exec_driver_sql("SELECT * FROM pairs").mappings().all()
-        if len(found) == len(exposures):
+        if len(found) == len(exposures) + 1:
             break
         assert time.monotonic() < deadline, found
         time.sleep(0.1)
     store.close()
-    assert {row["exposure"] for row in found} == exposures.keys()
+    assert {row["exposure"] for row in found} == exposures.keys() | {chatted}
+    (of_chat,) = (row for row in found if row["exposure"] == chatted)
+    assert (of_chat["outcome"], of_chat["tokens"]) == ("ok", said_in_chat.parse().usage.completion_tokens)
+    assert of_chat["kl"] >= 0
+    found = [row for row in found if row["exposure"] != chatted]
     for row in found:
         assert (row["outcome"], row["arm"], row["shadow"]) == ("ok", "a50", "base")
         assert (row["tokens"], row["shadow_tokens"]) == (len(tokens[0]), len(tokens[1]))
@@ -206,7 +213,7 @@ def test_a_second_arm_answers_the_same_request_and_the_comparison_is_right(ab_se
         assert row["shadow_seconds"] > 0
     assert found[0]["kl"] > 0
     (both,) = get(ab_server, "experiments/compared/report")["paired"]
-    assert (both["control"], both["arm"], both["pairs"], both["dropped"]) == ("a50", "base", 2, {})
+    assert (both["control"], both["arm"], both["pairs"], both["dropped"]) == ("a50", "base", 3, {})
 
 
 def test_exposures_say_what_was_measured_and_survive_a_sigkill_with_every_outcome(ab_server, key):

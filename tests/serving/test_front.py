@@ -70,6 +70,12 @@ def without_vllm(monkeypatch):
     monkeypatch.setattr(front_module, "LINGER_SECONDS", 0.05)
 
 
+async def until(condition) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
 def door(*workers) -> tuple[FrontDoor, Artifact]:
     front = FrontDoor(list(workers))
     plan = SimpleNamespace(digest=DIGEST, artifact_name="x@1", to_json=lambda: "{}")
@@ -87,8 +93,7 @@ def test_a_lease_outlives_its_request_a_little_and_no_longer():
         async with front.lease(artifact.lora_request("x@1")):
             pass
         assert len(worker.prepared) == 1, "the second request found the lease"
-        await asyncio.sleep(0.1)
-        assert worker.leases == 0
+        await until(lambda: worker.leases == 0)
 
     asyncio.run(scenario())
 
@@ -104,14 +109,13 @@ def test_a_request_that_leaves_while_its_artifact_is_prepared_leaks_no_lease():
                 raise AssertionError("never ready")
 
         waiting = asyncio.create_task(request())
-        await asyncio.sleep(0.01)
+        await until(lambda: bool(worker.prepared))
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await waiting
+        assert worker.leases == 0
         worker.hold.set()
-        await asyncio.sleep(0.01)
-        assert worker.leases == 1, "it came after the request had left"
-        await asyncio.sleep(0.1)
+        await until(lambda: worker.released == 1)  # of the lease that came after the request had left
         assert worker.leases == 0
         assert not artifact.leased
 
@@ -239,10 +243,8 @@ def test_a_lost_worker_is_reached_again_and_its_leases_are_taken_again(monkeypat
         async with front.lease(artifact.lora_request("x@1")):
             worker.connected, worker.leases = False, 0
             worker.on_lost()
-            await asyncio.sleep(0.2)
+            await until(lambda: worker.leases == 1 and artifact.leased)  # the request that runs has its lease again
             assert len(attempts) == 3
-            assert worker.leases == 1, "the request that runs has its lease again"
-            assert artifact.leased
         prepared = len(worker.prepared)
         worker.on_lost()  # lost and made again before anybody looked: the old lease counts no more
         async with front.lease(artifact.lora_request("x@1")):
@@ -261,11 +263,11 @@ def test_a_request_that_does_not_wait_is_told_when_to_come_back_while_the_merge_
                 async with front.hold(artifact, "x@1", wait=False):
                     pass
             assert (error.value.retry, error.value.retry_after) == (True, 7)
-            await asyncio.sleep(0.01)
+            await until(lambda: bool(worker.prepared))
         assert len(worker.prepared) == 1, "one merge in the background"
         worker.hold.set()
         worker.near = True
-        await asyncio.sleep(0.01)
+        await until(lambda: artifact.state == "ready")
         async with front.hold(artifact, "x@1", wait=False):
             assert worker.leases == 1
 
@@ -293,7 +295,7 @@ def test_who_waited_for_a_merge_that_failed_is_told_and_does_not_try_it_again():
         worker.hold.clear()
         worker.fails = ControlError("busy", "the merge was cancelled", 3)
         waiting = [asyncio.create_task(front.ready(artifact)) for _ in range(40)]
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(worker.prepared))
         worker.hold.set()
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert {(str(r), r.retry, r.retry_after) for r in results} == {("x@1: the merge was cancelled", True, 3)}

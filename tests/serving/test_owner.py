@@ -157,7 +157,7 @@ def test_the_turn_of_a_process_that_ends_goes_on_to_the_next(served):
     async def scenario(apis):
         async def forever():
             async with apis[0].shared.turn():
-                await asyncio.sleep(60)
+                await asyncio.Event().wait()
 
         stuck = asyncio.create_task(forever())
         await asyncio.sleep(0.05)
@@ -166,7 +166,7 @@ def test_the_turn_of_a_process_that_ends_goes_on_to_the_next(served):
         await asyncio.sleep(0.05)
         assert not any(task.done() for task in waiting[1:])
         await apis[0].link.close()
-        await asyncio.wait_for(asyncio.gather(*waiting[1:]), 5)
+        await asyncio.wait_for(asyncio.gather(*waiting[1:]), 60)
         assert served[1].served == 2
         stuck.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -29,7 +29,7 @@ class Front:
         self.warmed: list[str] = []
         self.names: dict[str, Name] = {}
 
-    async def resolve(self, config, registered):
+    async def resolve(self, config, registered, added):
         self.reads += 1
         target = self.config.read_text().split()[0]
         if target == "wrong":
@@ -104,7 +104,7 @@ def two(tmp_path, monkeypatch):
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 

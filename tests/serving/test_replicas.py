@@ -2,6 +2,7 @@
 """Replicas that share a disk tier merge an artifact once, and one that joins merges nothing."""
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def quick(monkeypatch):
     """Looks often. What a test wants to be over soon it makes so itself."""
     monkeypatch.setattr(reservations, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(reservations, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(reservations, "ANSWER_SECONDS", 60.0)
 
 
 def both(first, second, scenario) -> None:
@@ -29,7 +31,7 @@ def both(first, second, scenario) -> None:
         for link in links:
             await link.connect()
         try:
-            await asyncio.wait_for(scenario(*links), 60)
+            await asyncio.wait_for(scenario(*links), 240)
         finally:
             for link in links:
                 await link.close()
@@ -157,20 +159,37 @@ def test_a_replica_that_lives_is_waited_for_but_not_for_ever(tmp_path, monkeypat
 @pytest.mark.parametrize("trouble", ["fails", "hangs"])
 def test_a_place_that_fails_or_hangs_costs_a_merge_at_most(tmp_path, monkeypatch, trouble):
     monkeypatch.setattr(reservations, "ANSWER_SECONDS", 0.05)
-    released = asyncio.Event()
+    released = threading.Event()
 
     class Broken:
         def pipe_file(self, path, value, mode="overwrite"):
             if trouble == "fails":
                 raise OSError("the bucket is gone")
-            while not released.is_set():
-                time.sleep(0.01)
+            released.wait()
+
+        def rm_file(self, path):
+            raise FileNotFoundError
 
     found = Reservations(Broken(), "bucket/merges", local=False, owner="me")
     assert found.take(digest("a"))
     assert found.take(digest("b"))
     assert found.errors >= 1
     released.set()
+
+
+def test_a_reservation_that_comes_too_late_is_given_back(tmp_path, monkeypatch):
+    """The merge has begun without it, and so nothing would ever release it: all other replicas would wait for it."""
+    monkeypatch.setattr(reservations, "ANSWER_SECONDS", 0.05)
+    tier = DiskTier(str(tmp_path), 1 << 20)
+    slow, other = tier.reservations("slow"), tier.reservations("other")
+    go = threading.Event()
+    create = slow._create
+    monkeypatch.setattr(slow, "_create", lambda digest: go.wait() and create(digest))
+    assert slow.take(digest("a")), "it merges as well"
+    go.set()
+    slow.settle()
+    monkeypatch.setattr(reservations, "ANSWER_SECONDS", 60.0)
+    assert other.take(digest("a"))
 
 
 def test_object_stores_reserve_by_exclusive_creation():

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from tests.serving import played_server
+from tests.serving.judging import judging
 from tests.serving.played_server import PlayedEngine, patched, played, recipe_file
 from vllm_merge.experiments.divergence import truncated_kl
 from vllm_merge.serving import answers, shadow, shadow_requests
@@ -30,13 +31,13 @@ class Token(str):
     def __new__(cls, text: str, step: int):
         made = super().__new__(cls, text)
         made.prompt_token_ids = PROMPT
-        made.outputs = [Piece([*STEADY, own_token(text)][step])]
+        made.outputs = [Piece([*STEADY, own_token(text)][step], text)]
         return made
 
 
 class Piece:
-    def __init__(self, token: int) -> None:
-        self.token_ids, self.finish_reason = [token], "length"
+    def __init__(self, token: int, text: str) -> None:
+        self.token_ids, self.finish_reason, self.text = [token], "length", text
 
 
 def own_token(text: str) -> int:
@@ -412,3 +413,36 @@ def test_the_draw_is_even_and_always_the_same():
     assert positions("x", 3) == [0, 1, 2]
     assert positions("x", 500) == positions("x", 500) != positions("y", 500)
     assert len(set(positions("x", 500))) == 8
+
+
+def test_a_judge_says_which_answer_it_likes(run):
+    """It likes what m1 says, wherever it is shown."""
+
+    async def scenario(server, app):
+        liked = (await server.ask("m1")).json()["tokens"][0]
+        judge.likes = liked
+        count = sum(map(len, (await both_arms(server, prompt=SECRET)).values()))
+        found = await pairs(server, count)
+        assert {(row["arm"], row["preferred"]) for row in found} == {("m0", 1.0), ("m1", 0.0)}
+        report = (await server.apis[0].client.get("/v1/merge/experiments/ab/report")).json()
+        values = {value["metric"]: value["value"] for value in report["paired"][0]["values"]}
+        assert values["preferred"] == 1, "m1 over m0, whoever answered the client"
+        assert all(SECRET in asked and liked in asked for asked in judge.asked)
+        judge.status = 500
+        await server.ask("ab")
+        last = (await pairs(server, count + 1))[-1]
+        assert (last["outcome"], last["preferred"], last["equal"]) == ("ok", None, 0), "the rest stands"
+
+    wanted = {"share": 1, "at_once": 64, "compare": ["answers", "judge"]}
+    with judging() as judge:
+        run(scenario, {**AB, "shadow": wanted}, JUDGE=judge.url, JUDGE_MODEL="wise")
+
+
+def test_a_judge_that_is_wanted_but_not_there_is_said(run, caplog):
+    async def scenario(server, app):
+        await server.ask("ab")
+        (row,) = await pairs(server, 1)
+        assert (row["outcome"], row["preferred"]) == ("ok", None)
+
+    run(scenario, {**AB, "shadow": {"share": 1, "compare": ["answers", "judge"]}})
+    assert "experiment ab: nothing is judged: VLLM_MERGE_JUDGE names no judge" in caplog.text

@@ -219,6 +219,12 @@ def test_the_disk_stays_within_its_bytes_and_lets_the_least_recently_used_go(pla
     assert not DiskTier(place, SIZE - 1).write(Packed.of(artifact("e")))
 
 
+def test_where_the_disk_is_is_not_told(place):
+    disk = DiskTier(place, 1 << 20)
+    disk.write(Packed.of(artifact("a")))
+    assert set(disk.describe()) == {"bytes", "budget_bytes", "evicted"}
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     disk = DiskTier(str(tmp_path), 1 << 20)
 
@@ -316,7 +322,7 @@ def test_an_evicted_artifact_comes_back_from_the_nearest_tier(tmp_path):
     assert not tiers.near(digest("a"))
     facts = tiers.describe()
     assert facts["host"]["bytes"] == SIZE
-    assert facts["disk"]["place"] == str(tmp_path)
+    assert str(tmp_path) not in str(facts)
     assert facts["disk"]["bytes"] > 2 * SIZE
 
 

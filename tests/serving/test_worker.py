@@ -130,7 +130,7 @@ def talk(service: WorkerService, scenario) -> None:
         link = WorkerLink(service._server.path, lambda event: None)
         await link.connect()
         try:
-            await asyncio.wait_for(scenario(link), 30)
+            await asyncio.wait_for(scenario(link), 240)
         finally:
             await link.close()
 
@@ -142,7 +142,7 @@ def prepare(link: WorkerLink, name: str, lease: bool = False):
 
 
 async def until(condition) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.005)
@@ -300,12 +300,13 @@ def test_a_merge_that_takes_too_long_is_stopped(serve, merges, deaf):
     merges.deaf = deaf
 
     async def scenario(link):
-        started = time.monotonic()
         with pytest.raises(ControlError, match=r"longer than 1 s .*VLLM_MERGE_TIME_LIMIT") as error:
             await prepare(link, "a")
         assert error.value.kind == "failed"
-        assert time.monotonic() - started < 5, "who waits is told even if the merge does not listen"
-        if not deaf:
+        assert not merges.go.is_set(), "who waits is told even if the merge does not listen"
+        if deaf:
+            assert merges.ended == []
+        else:
             await until(lambda: merges.ended == ["a stopped"])
         merges.go.set()
         assert (await prepare(link, "b"))["tier"] == "merge"

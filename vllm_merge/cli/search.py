@@ -27,6 +27,7 @@ from vllm_merge.cli.output import (
 from vllm_merge.errors import MergeError, UserInputError
 
 if TYPE_CHECKING:
+    from vllm_merge.search.endpoint import Endpoint
     from vllm_merge.search.run import Result
     from vllm_merge.search.scores import Estimate
 
@@ -157,7 +158,7 @@ def search(
             _write(output, facts["name"], result, list(served.adapters), about)
             facts["output"] = str(output.absolute())
         if promote is not None:
-            facts["promoted"] = _promoted(server, facts["name"], promote, result)
+            facts["promoted"] = _promoted(server, endpoint, facts["name"], promote, result)
     if json:
         print_json(facts)
     else:
@@ -165,7 +166,8 @@ def search(
     if result.best is None:
         raise MergeError(f"no candidate finished the first rung: {result.found.ended}")
     if promote is not None and facts["promoted"] is None:
-        raise MergeError(f"alias {promote!r} stays as it is: the best found does not beat it on the same examples")
+        why = result.found.ended or "the best found does not beat it on the same examples"
+        raise MergeError(f"alias {promote!r} stays as it is: {why}")
 
 
 def _name(result: Result) -> str:
@@ -196,17 +198,24 @@ def _write(path: Path, name: str, result: Result, adapters: Sequence[str], about
     write(path, text_of(name, best.recipe, adapters, notes))
 
 
-def _promoted(server: str, name: str, alias: str, result: Result) -> dict[str, Any] | None:
+def _promoted(server: str, endpoint: Endpoint, name: str, alias: str, result: Result) -> dict[str, Any] | None:
     """What the server says, or None where the alias is as good as the best, or was not compared."""
+    from vllm_merge.search.run import recipe_name
     from vllm_merge.search.written import plain
 
     best = result.best
     assert best is not None
-    if result.against is None or result.found.estimates[best.number].mean.mean <= result.against.mean.mean:
+    if (
+        result.found.ended
+        or result.against is None
+        or result.found.estimates[best.number].mean.mean <= result.against.mean.mean
+    ):
         return None
-    added = admin_post(server, f"/v1/merge/recipes/{name}", {"merge": plain(best.recipe)})
+    known = {row["name"] for row in endpoint.get("/merge/recipes")["data"]}
+    if name not in known or name != recipe_name(plain(best.recipe)):  # one of that name is the same recipe
+        admin_post(server, f"/v1/merge/recipes/{name}", {"merge": plain(best.recipe)})
     moved = admin_post(server, f"/v1/merge/aliases/{alias}", {"target": name})
-    return {"alias": alias, "recipe": name, "artifact": added["artifact"], "generation": moved["generation"]}
+    return {"alias": alias, "recipe": name, "artifact": moved["artifact"], "generation": moved["generation"]}
 
 
 def _print(result: Result, facts: dict[str, Any], about: dict[str, Any]) -> None:

@@ -30,26 +30,28 @@ Column = ColumnElement[Any]
 
 @dataclass(frozen=True)
 class Reading:
-    """least: units before there is an interval. difference: arm − control; otherwise a value of the pair."""
+    """difference: arm − control; otherwise a value of the pair. least: units before there is an interval, of what is no share."""
 
     metric: str
     kind: Kind
     label: str
-    least: int
     difference: bool = False
-    share: bool = False
+    least: int = MIN_UNITS
 
 
+# Shares of a pair lie in [0, 1] and need not be 0 or 1. The interval of shares holds for them too, from the first unit on: its evidence
+# is convex in each value, so what lies between counts for no more than 0s and 1s of the same mean (Hoeffding, JASA 58, 1963, §4).
 READINGS = (
-    Reading("equal", "share", "pairs with the same tokens", 1, share=True),
-    Reading("agreement", "share", "tokens before the first difference, of the longer answer", MIN_UNITS),
-    Reading("length", "number", "tokens of an answer", MIN_UNITS, difference=True),
-    Reading("seconds", "seconds", "time of the whole answer", MIN_UNITS, difference=True),
-    Reading("first_token", "seconds", "time to the first token", MIN_UNITS, difference=True),
+    Reading("equal", "share", "pairs with the same tokens"),
+    Reading("agreement", "share", "tokens before the first difference, of the longer answer"),
+    Reading("preferred", "share", "judge likes the arm's answer better than control's; ties count half"),
+    Reading("length", "number", "tokens of an answer", difference=True),
+    Reading("seconds", "seconds", "time of the whole answer", difference=True),
+    Reading("first_token", "seconds", "time to the first token", difference=True),
     # The ends of a long tail are not cancelled by another arm's.
-    Reading("kl", "number", "KL(answer ‖ shadow) of the next token, at least, in nats", MIN_UNITS_ALONE),
-    Reading("missing", "share", "probability that KL does not see, of the arm that answered", MIN_UNITS),
-    Reading("shadow_missing", "share", "probability that KL does not see, of the shadow", MIN_UNITS),
+    Reading("kl", "number", "KL(answer ‖ shadow) of the next token, at least, in nats", least=MIN_UNITS_ALONE),
+    Reading("missing", "share", "probability that KL does not see, of the arm that answered"),
+    Reading("shadow_missing", "share", "probability that KL does not see, of the shadow"),
 )
 
 
@@ -119,7 +121,7 @@ def _values(connection: Connection, ours: Column, first: str, other: str, alpha:
     for index, reading in enumerate(READINGS):
         found = Sums(*totals[6 * index : 6 * index + 6])
         estimate = ratio(found)
-        interval = Arm(found, estimate, reading.share).interval(alpha, reading.least)
+        interval = Arm(found, estimate, reading.kind == "share").interval(alpha, reading.least)
         ends = finite(estimate.value), finite(interval.low), finite(interval.high)
         yield PairedValue(reading.metric, reading.kind, reading.label, reading.difference, int(found.units), *ends)
 
@@ -129,6 +131,8 @@ def _value(reading: Reading, first: str) -> Column:
     p = pairs.c
     if reading.metric == "equal":
         return case((p.equal.is_(None), None), (p.equal, 1.0), else_=0.0)
+    if reading.metric == "preferred":
+        return case((p.arm == first, p.preferred), else_=1.0 - p.preferred)
     if not reading.difference:
         return p[reading.metric]
     column = "tokens" if reading.metric == "length" else reading.metric

@@ -15,6 +15,7 @@ class Pair:
 
     exposure: the id of the client's request. arm: who answered its client; shadow: the other arm. outcome: `ok`, or why there is
     nothing to compare: `too_many`, `busy`, `unavailable`, `timeout`, `failed`. agreement, equal: see `agreement`.
+    preferred: by the judge, 1: the shadow's answer, 0: the other one, 0.5: neither.
     positions: how many next-token distributions were compared; kl, missing, shadow_missing: their means (`divergence`).
     """
 
@@ -39,6 +40,7 @@ class Pair:
     kl: float | None = None
     missing: float | None = None
     shadow_missing: float | None = None
+    preferred: float | None = None
 
 
 def agreement(first: Sequence[int], second: Sequence[int]) -> float:

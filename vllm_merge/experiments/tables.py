@@ -124,7 +124,7 @@ pairs = Table(
     Column("streaming", Boolean, nullable=False),
     *(Column(name, Integer) for name in ("tokens", "shadow_tokens", "positions")),
     Column("equal", Boolean),
-    *(_number(name, nullable=True) for name in ("agreement", "kl", "missing", "shadow_missing")),
+    *(_number(name, nullable=True) for name in ("agreement", "kl", "missing", "shadow_missing", "preferred")),
     *(_number(name, nullable=True) for name in ("seconds", "shadow_seconds", "first_token", "shadow_first_token")),
     Index("pairs_by_time", "at"),
     sqlite_with_rowid=False,

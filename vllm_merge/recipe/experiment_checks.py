@@ -90,6 +90,8 @@ def _shadow(path: KeyPath, experiment: Experiment) -> Iterator[Finding]:
         if arm not in experiment.arms:
             hint = nearest(arm, experiment.arms)
             yield (*path, "shadow", "arms", index), f"no arm {arm!r}{hint} (arms: {listed(experiment.arms)})"
+    if shadow is not None and "judge" in shadow.compare and "answers" not in shadow.compare:
+        yield (*path, "shadow", "compare"), "has judge without answers; the judge compares those, add answers"
 
 
 def _together(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:

@@ -85,11 +85,12 @@ class Shadow(_Strict):
     busy_at: Annotated[int, Field(ge=1, le=100_000)] = Field(
         16, description="No comparison begins while so many requests of clients run in the API process."
     )
-    compare: list[Literal["answers", "distributions"]] = Field(
+    compare: list[Literal["answers", "distributions", "judge"]] = Field(
         ["answers", "distributions"],
         min_length=1,
-        max_length=2,
-        description="answers: tokens, length and time; distributions: of the next token, at some places of the answer.",
+        max_length=3,
+        description="answers: tokens, length and time; distributions: of the next token, at some places of the answer; judge: "
+        "which answer the server's judge (VLLM_MERGE_JUDGE) likes better, beside answers.",
     )
 
 

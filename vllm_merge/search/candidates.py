@@ -208,7 +208,8 @@ def as_name(recipe: Mapping[str, Any]) -> str:
         weight = item.get("parameters", {}).get(WEIGHT)
         inputs.append(item["adapter"] + ("" if weight is None else f"={weight}"))
     settings = {"space": recipe["space"], **recipe["parameters"]}
-    settings |= {key: recipe[key] for key, usual in (("rank", "auto"), ("seed", 0)) if recipe.get(key, usual) != usual}
+    usual = {"rank": "auto", "energy": None, "seed": 0}
+    settings |= {key: recipe[key] for key, value in usual.items() if recipe.get(key, value) != value}
     text = ",".join(f"{key}={_word(value)}" for key, value in settings.items())
     name = f"{PREFIX}{recipe['merge_method']}({','.join(inputs)};{text})"
     if len(name) > MAX_NAME:

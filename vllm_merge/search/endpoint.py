@@ -19,6 +19,7 @@ from vllm_merge.search.pace import Pace
 
 BUSY = (429, 503)
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
+MERGE_SECONDS = 660.0  # that a request which has something merged may take
 TRIES = 2  # of a connection that the server closed meanwhile
 
 
@@ -73,7 +74,8 @@ class Endpoint:
         while True:
             with self.pace.turn():
                 self._budget.take()
-                status, after, raw = self._send("POST", path, json.dumps(body).encode())
+                seconds = MERGE_SECONDS if alone else TIMEOUT_SECONDS
+                status, after, raw = self._send("POST", path, json.dumps(body).encode(), seconds)
             if status not in BUSY:
                 self.pace.answered()
                 return self._read(status, raw, path)
@@ -86,14 +88,19 @@ class Endpoint:
             else:
                 self.pace.refused(wait)
 
-    def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, str | None, bytes]:
+    def _send(
+        self, method: str, path: str, body: bytes | None, seconds: float = TIMEOUT_SECONDS
+    ) -> tuple[int, str | None, bytes]:
         """Status, Retry-After and body. The connection is kept for the thread's next request."""
         for attempt in range(TRIES):
             connection: http.client.HTTPConnection | None = getattr(self._own, "connection", None)
             kept = connection is not None
             if connection is None:
                 kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-                connection = self._own.connection = kind(self._host, self._port, timeout=TIMEOUT_SECONDS)
+                connection = self._own.connection = kind(self._host, self._port)
+            connection.timeout = seconds
+            if connection.sock is not None:
+                connection.sock.settimeout(seconds)
             try:
                 connection.request(method, self._path + quote(path), body, self._headers)
                 reply = connection.getresponse()
@@ -102,7 +109,7 @@ class Endpoint:
                 connection.close()
                 self._own.connection = None
                 if isinstance(error, TimeoutError):
-                    raise MergeError(f"{self._what}: {path}: no answer within {TIMEOUT_SECONDS:.0f} s") from None
+                    raise MergeError(f"{self._what}: {path}: no answer within {seconds:.0f} s") from None
                 if kept and attempt + 1 < TRIES:
                     continue  # it had been closed meanwhile
                 reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -110,7 +110,7 @@ class AdHocTable:
             if self._front.drop(digest):
                 self._leaving.discard(digest)
                 self._forget_in_workers(digest)
-        if used := [digest for digest, entry in self._entries.items() if not entry.told]:
+        if used := [entry.plan.digest for entry in self.entries() if not entry.told]:
             self._tell("use", digests=used)
             for digest in used:
                 self._entries[digest].told = True
@@ -147,8 +147,9 @@ class AdHocTable:
                         self._forget_in_workers(digest)
 
     def _add(self, plan: Plan, nbytes: int) -> None:
-        self._entries[plan.digest] = Entry(plan, nbytes, time.monotonic())
+        self._entries[plan.digest] = entry = Entry(plan, nbytes, time.monotonic())
         self.use(plan.digest)
+        entry.told = True  # who brought it tells of it
 
     def _in_the_way(self, nbytes: int) -> list[str]:
         """Those that have to go for another merge. Raises QuotaExceeded where too much is in use."""

@@ -154,12 +154,8 @@ class DiskTier:
                 continue  # another replica was quicker
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "place": self.place,
-            "bytes": self.bytes,
-            "budget_bytes": self.budget_bytes,
-            "evicted": self.evicted,
-        }
+        """For everybody who may ask the server: not where it is, which may be a URL with a password."""
+        return {"bytes": self.bytes, "budget_bytes": self.budget_bytes, "evicted": self.evicted}
 
     def _path(self, *parts: str) -> str:
         return "/".join((self._root, *parts))

@@ -46,6 +46,9 @@ async def events(request: Request) -> StreamingResponse:
 async def stream(request: Request, hub: EventHub) -> AsyncIterator[str]:
     """The events as text. Ends when nobody is there to read, or to tell."""
     front = request.app.state.vllm_merge
+    if hub.full:  # many came at once, each before the others listened
+        yield f"retry: {int(HEARTBEAT_SECONDS * 1000)}\n\n"
+        return
     with hub.listen() as listener:
         spoke = time.monotonic()
         while front.connected and not await request.is_disconnected():  # when vLLM stops, its workers end first

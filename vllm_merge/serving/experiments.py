@@ -146,6 +146,7 @@ class Experiments:
             if alias is not None and self._withdrawn[name].settled is None:
                 self._behind.setdefault(alias, []).append(name)
         self.trials = trials
+        self.shadows.look_at(trials)
 
     # -- requests -------------------------------------------------------------------------------------------------------
 

@@ -55,8 +55,10 @@ class RequestMetrics:
             self._histograms["vllm_merge_request_seconds"].labels(*asked).observe(facts.seconds)
         if facts.first_token is not None:
             self._histograms["vllm_merge_time_to_first_token_seconds"].labels(*asked).observe(facts.first_token)
-        for gap in facts.gaps:
-            self._histograms["vllm_merge_inter_token_seconds"].labels(*asked).observe(gap)
+        if facts.gaps:
+            between = self._histograms["vllm_merge_inter_token_seconds"].labels(*asked)
+            for gap in facts.gaps:
+                between.observe(gap)
 
     def waited(self, tier: str, seconds: float) -> None:
         """Count a wait for an artifact. tier: where it came from, or `failed`."""

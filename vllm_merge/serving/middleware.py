@@ -12,6 +12,7 @@ import time
 from contextlib import AsyncExitStack, nullcontext
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_merge.serving import adhoc, outcome
@@ -82,6 +83,10 @@ class MergeMiddleware:
                 if chosen is not None:
                     asked.rename(chosen.artifact)
                 await self._app(asked.scope, asked.receive, reply.send)
+        except Exception as error:  # the framework answers it outside of this
+            if not isinstance(error, ClientDisconnect):
+                facts.error = facts.error or "exception"
+            raise
         finally:
             facts.route = getattr(asked.scope.get("route"), "path", "")  # the router has put it there
             observed.end(result)

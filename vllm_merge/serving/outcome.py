@@ -16,11 +16,12 @@ from typing import Any
 
 @dataclass
 class Tape:
-    """Token ids that went into the engine and came out. calls: to the engine; with more than one the ids are of no use."""
+    """Token ids that went into the engine and came out, and the text that came out. calls: to the engine; with more than one the ids are of no use."""
 
     calls: int = 0
     prompt: list[int] = field(default_factory=list)
     answer: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -96,6 +97,7 @@ def counter() -> Callable[[Any], None] | None:
                 outcome.completion_tokens = (outcome.completion_tokens or 0) + len(tokens)
                 if tape is not None:
                     tape.answer.extend(tokens)
+                    tape.text.append(getattr(completion, "text", ""))
                 outcome.finish = getattr(completion, "finish_reason", None) or outcome.finish
 
     return count

@@ -71,11 +71,12 @@ class Reservations:
                 return True
         if self._asked is not None and not self._asked.done():
             return True  # the place hangs
-        self._asked = self._submit(lambda: self._create(digest))
+        self._asked = asked = self._submit(lambda: self._create(digest))
         try:
-            mine = bool(self._asked.result(ANSWER_SECONDS))
+            mine = bool(asked.result(ANSWER_SECONDS))
         except Exception as error:  # whatever a file system raises, or no answer in time
             self._failed(error)
+            self._submit(lambda: self._undo(asked, digest))  # one that comes late would never be given back
             return True
         if mine:
             with self._changed:
@@ -135,6 +136,10 @@ class Reservations:
         except FileExistsError:
             return self._read(digest).split(b" ")[0] in (self._owner.encode(), b"")
         return True
+
+    def _undo(self, asked: Future[bool | None], digest: str) -> None:
+        if asked.exception() is None and asked.result():
+            self._remove(digest)
 
     def _read(self, digest: str) -> bytes:
         """Empty where nobody has a reservation."""

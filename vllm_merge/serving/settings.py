@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from vllm_merge.errors import UserInputError
@@ -20,6 +20,9 @@ QUEUE_VARIABLE = "VLLM_MERGE_QUEUE"
 TIME_LIMIT_VARIABLE = "VLLM_MERGE_TIME_LIMIT"
 ADMIN_TOKEN_VARIABLE = "VLLM_MERGE_ADMIN_TOKEN"
 STORE_DAYS_VARIABLE = "VLLM_MERGE_STORE_DAYS"
+JUDGE_VARIABLE = "VLLM_MERGE_JUDGE"
+JUDGE_MODEL_VARIABLE = "VLLM_MERGE_JUDGE_MODEL"
+JUDGE_KEY_VARIABLE = "VLLM_MERGE_JUDGE_KEY"
 ADHOC_VARIABLE = "VLLM_MERGE_ADHOC"
 ADAPTER_ROOT_VARIABLE = "VLLM_MERGE_ADAPTER_ROOT"
 
@@ -163,3 +166,24 @@ def store_days(environment: Mapping[str, str] = os.environ) -> int | None:
             f"{STORE_DAYS_VARIABLE} is {value!r}; give a whole number of at least 1, or unset it (for ever)"
         )
     return int(value)
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Who compares answers of shadows. url: of an OpenAI-compatible endpoint, up to /v1. key: its API key, "" for none."""
+
+    url: str
+    model: str
+    key: str = field(default="", repr=False)
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> JudgeSettings | None:
+        """None: there is no judge. Raises UserInputError that names the variable, without the URL: it may hold a password."""
+        url, model = environment.get(JUDGE_VARIABLE, ""), environment.get(JUDGE_MODEL_VARIABLE, "")
+        if not url:
+            return None
+        if not url.startswith(("http://", "https://")):
+            raise UserInputError(f"{JUDGE_VARIABLE} is no URL; give http(s)://HOST/v1, or unset it (no judge)")
+        if not model:
+            raise UserInputError(f"{JUDGE_VARIABLE} is set, but not {JUDGE_MODEL_VARIABLE}; name the judge's model")
+        return cls(url.rstrip("/"), model, environment.get(JUDGE_KEY_VARIABLE, ""))

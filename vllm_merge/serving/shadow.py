@@ -28,9 +28,11 @@ from vllm_merge.recipe.experiments import Shadow
 from vllm_merge.serving.answers import AnswerFacts
 from vllm_merge.serving.bodies import Asked
 from vllm_merge.serving.front import ArtifactUnavailable, FrontDoor
+from vllm_merge.serving.judge import Judge, JudgeFailed
 from vllm_merge.serving.outcome import Tape
-from vllm_merge.serving.shadow_calls import CallFailed, Inside
-from vllm_merge.serving.shadow_requests import comparable
+from vllm_merge.serving.settings import JUDGE_VARIABLE, JudgeSettings
+from vllm_merge.serving.shadow_calls import Answer, CallFailed, Inside
+from vllm_merge.serving.shadow_requests import comparable, question
 from vllm_merge.serving.trials import Trials
 
 if TYPE_CHECKING:
@@ -65,8 +67,16 @@ class Shadows:
         self.running = 0  # requests of clients
         self.note: Callable[[str, str, str], None] = lambda experiment, shadow, outcome: None
         self._front, self._trials, self._keep = front, trials, keep
+        self._judge = Judge(settings) if (settings := JudgeSettings.read()) is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
         self._at_once: Counter[str] = Counter()  # by experiment
+
+    def look_at(self, trials: Trials) -> None:
+        """Say it where an experiment wants a judge and there is none."""
+        for name, running in trials.running.items():
+            shadow = running.experiment.shadow
+            if self._judge is None and shadow is not None and "judge" in shadow.compare:
+                logger.warning("experiment %s: nothing is judged: %s names no judge", name, JUDGE_VARIABLE)
 
     @contextmanager
     def client(self) -> Iterator[None]:
@@ -153,6 +163,8 @@ class Shadows:
             if "answers" in sample.shadow.compare:
                 answer = await sample.inside.post(sample.path, {**sample.document, "model": model}, request_id)
                 mine, theirs = sample.tape.answer, answer.tape.answer
+                if "judge" in sample.shadow.compare and self._judge is not None:
+                    pair = replace(pair, preferred=await self._judged(self._judge, sample, pair, answer))
                 pair = replace(
                     pair,
                     tokens=len(mine),
@@ -179,6 +191,16 @@ class Shadows:
                 )
         return pair
 
+    async def _judged(self, judge: Judge, sample: Sample, pair: Pair, answer: Answer) -> float | None:
+        """None where the judge says nothing of use: the rest of the pair stands."""
+        turned = drawn(pair.exposure, "judge") < 0.5
+        own, other = ("".join(tape.text) for tape in (sample.tape, answer.tape))
+        try:
+            return await judge.prefers(question(sample.document), own, other, turned=turned)
+        except JudgeFailed as error:
+            logger.warning("experiment %s: %s", pair.experiment, error)
+            return None
+
     def _pair(self, sample: Sample, facts: AnswerFacts, arm: str, outcome: str) -> Pair:
         chosen = sample.chosen
         found = chosen.assignment
@@ -201,9 +223,9 @@ class Shadows:
         self._keep(pair)
 
 
-def drawn(exposure: str) -> float:
+def drawn(exposure: str, purpose: str = "shadow") -> float:
     """Where an exposure falls in [0, 1): the same wherever it is asked."""
-    return int.from_bytes(hashlib.sha256(f"shadow\0{exposure}".encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(f"{purpose}\0{exposure}".encode()).digest()[:8]) / 2**64
 
 
 def positions(exposure: str, length: int) -> list[int]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_merge.serving.bodies import Asked
@@ -44,3 +45,16 @@ def _written(content: object) -> bool:
         return True
     parts = content if isinstance(content, list) else [None]
     return all(isinstance(part, str) or (isinstance(part, dict) and part.get("type") == "text") for part in parts)
+
+
+def question(document: Mapping[str, Any]) -> str:
+    """What was asked, for a judge to read: the prompt, or the messages; tokens as they are."""
+    if "messages" not in document:
+        return str(document["prompt"])
+    return "\n\n".join(f"{one.get('role', '')}: {_said(one.get('content'))}" for one in document["messages"])
+
+
+def _said(content: object) -> str:
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
