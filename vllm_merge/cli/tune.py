@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vllm_merge.cli.completion import recipe_names
+from vllm_merge.cli.interrupts import interrupts
 from vllm_merge.cli.output import (
     add_row,
     duration,
@@ -127,7 +127,7 @@ def tune(
 
             return planned(path, chosen, "float32", max_rank, bar).plan
 
-        with _interrupts() as stopped, _memory(device):
+        with interrupts() as stopped, _memory(device):
             result = run(request, replan=replan, notify=bar.update, stopped=stopped)
     _print(result, warnings, json)
     if result.failure:
@@ -186,23 +186,6 @@ def _request(
     written = load_recipes(recipe_file)  # with its adapters where the file has them, a folder or a repository
     request = Request(written, prepared.plan, path, settings, prompts, safe, floor, output, target, chat, resume)
     return request, prepared.warnings
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed; a second one ends the program at once."""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -77,8 +77,8 @@ async def report(name: str, request: Request) -> dict[str, Any]:
     _known(published.state, name)
     try:
         facts = await asyncio.to_thread(lambda: full_report(published.experiments.open_store(), name))
-    except UserInputError as error:
-        raise RouteError(404, str(error)) from None
+    except UserInputError:
+        raise RouteError(404, f"nothing of experiment {name} is in the store yet") from None
     except MergeError as error:
         raise RouteError(503, str(error), retry_after=5) from None
     return {key: value for key, value in facts.items() if key != "store"}  # where that is, is nobody's business
