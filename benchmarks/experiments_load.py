@@ -65,9 +65,9 @@ def running(arms: int = 3) -> Any:
 
 def played() -> Any:
     """Experiments of an API process, with one that runs and a front door that knows its arms."""
-    from vllm_merge.serving.experiments import Experiments
-    from vllm_merge.serving.names import Name
-    from vllm_merge.serving.trials import Trials
+    from vllm_merge.serving.control.names import Name
+    from vllm_merge.serving.experiments.experiments import Experiments
+    from vllm_merge.serving.experiments.trials import Trials
 
     names = {f"arm-{i}": Name(f"arm-{i}", "recipe", str(i) * 64, f"arm-{i}@0123456789ab") for i in range(3)}
     names["assistant-ab"] = Name("assistant-ab", "experiment", "0" * 64, "arm-0@0123456789ab")
@@ -97,7 +97,7 @@ class Front:
 
 def assignment(calls: int = 20_000) -> dict[str, Any]:
     from vllm_merge.experiments.assignment import Assigner
-    from vllm_merge.serving.bodies import Asked
+    from vllm_merge.serving.requests.bodies import Asked
 
     assigner, experiments = Assigner(running()), played()
     alone, whole = [], []
@@ -157,7 +157,7 @@ async def stub(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 async def middleware(seconds: float) -> dict[str, Any]:
     """Requests are due every 1/RATE s, whether or not the one before has ended."""
-    from vllm_merge.serving.middleware import MergeMiddleware
+    from vllm_merge.serving.requests.middleware import MergeMiddleware
 
     experiments = played()
     experiments.open_store()

@@ -190,7 +190,7 @@ def test_a_server_that_is_not_there(run, monkeypatch):
 
 def test_the_names_are_the_servers():
     admin = (
-        Path(admin_call.__file__).parents[1] / "serving" / "admin.py"
+        Path(admin_call.__file__).parents[1] / "serving" / "routes" / "admin.py"
     )  # not imported: it needs the server's packages
     assert f'"{admin_call.TOKEN_HEADER}"' in admin.read_text()
     assert admin_call.TOKEN_VARIABLE == ADMIN_TOKEN_VARIABLE

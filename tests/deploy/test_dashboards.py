@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vllm_merge.serving.metrics import HEADINGS, METRICS, tables
+from vllm_merge.serving.telemetry.metrics import HEADINGS, METRICS, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "vllm-merge.json").read_text())
@@ -122,11 +122,13 @@ def test_rules_have_what_prometheus_asks_of_them():
 
 def test_the_page_has_the_tables_of_the_code():
     for source, rows in tables().items():
-        assert f"## {HEADINGS[source]}\n\n{rows}\n" in DOCUMENT, "python -m vllm_merge.serving.metrics prints them"
+        assert f"## {HEADINGS[source]}\n\n{rows}\n" in DOCUMENT, (
+            "python -m vllm_merge.serving.telemetry.metrics prints them"
+        )
 
 
 def test_the_page_names_the_spans_that_are_made():
-    code = (ROOT / "vllm_merge" / "serving" / "tracing.py").read_text()
-    code += (ROOT / "vllm_merge" / "serving" / "worker.py").read_text()
+    code = (ROOT / "vllm_merge" / "serving" / "telemetry" / "tracing.py").read_text()
+    code += (ROOT / "vllm_merge" / "serving" / "worker" / "worker.py").read_text()
     for span in re.findall(r"^\| `vllm_merge\.(\w+)`", DOCUMENT, re.MULTILINE):
         assert f'"{span}"' in code or f'"vllm_merge.{span}"' in code

@@ -57,7 +57,7 @@ def test_a_message_that_is_not_in_the_code_is_found():
 def test_every_variable_is_explained_with_its_default():
     section = DOCUMENT.split("\n## ")[1]
     rows = dict(re.findall(r"^\| `(VLLM_MERGE_[A-Z_]+)` \| ([^|]*) \|", section, re.MULTILINE))
-    code = "".join(path.read_text() for path in (ROOT / "vllm_merge" / "serving").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "vllm_merge" / "serving").rglob("*.py"))
     assert set(re.findall(r'_VARIABLE = "(VLLM_MERGE_[A-Z_]+)"', code)) <= set(rows)
     for variable, (default, _) in NUMBERS.items():
         said = rows[variable]

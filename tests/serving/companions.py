@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.serving.played_server import PlayedApi, environment
-from vllm_merge.serving.accompany import Companions
+from vllm_merge.serving.control.accompany import Companions
 
 
 def accompany(api: PlayedApi, adhoc: str = "off") -> Companions:

@@ -32,13 +32,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from safetensors.torch import save_file
 
-from vllm_merge.serving import compat, front, links, sources, worker
-from vllm_merge.serving.control import RUNTIME_DIR_VARIABLE
-from vllm_merge.serving.front import Artifact, FrontDoor
+from vllm_merge.serving import compat
+from vllm_merge.serving.control import front, links
+from vllm_merge.serving.control.control import RUNTIME_DIR_VARIABLE
+from vllm_merge.serving.control.front import Artifact, FrontDoor
+from vllm_merge.serving.control.published import Published
+from vllm_merge.serving.memory import sources
+from vllm_merge.serving.memory.residency import ResidentArtifact
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, MergeEndpoints
-from vllm_merge.serving.published import Published
-from vllm_merge.serving.residency import ResidentArtifact
-from vllm_merge.serving.worker import WorkerService
+from vllm_merge.serving.worker import worker
+from vllm_merge.serving.worker.worker import WorkerService
 
 BASE = "the-base"
 TOKEN = "an-admin-token"

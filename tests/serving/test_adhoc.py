@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect
 from tests.serving.companions import accompany
 from tests.serving.played_server import BASE, played, recipe_file, write_adapter
 from vllm_merge.errors import UserInputError
-from vllm_merge.serving import adhoc_table
-from vllm_merge.serving.adhoc import AdHocMerges
-from vllm_merge.serving.answers import subscribe
+from vllm_merge.serving.requests import adhoc_table
+from vllm_merge.serving.requests.adhoc import AdHocMerges
+from vllm_merge.serving.requests.answers import subscribe
 from vllm_merge.serving.settings import AdHocSettings
 
 NAME = "merge:task_arithmetic(a0=1.0,a1=0.3)"

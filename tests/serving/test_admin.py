@@ -5,8 +5,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="vLLM is not installed")
 
-from vllm_merge.serving.admin import require_admin
-from vllm_merge.serving.route_errors import RouteError
+from vllm_merge.serving.routes.admin import require_admin
+from vllm_merge.serving.routes.route_errors import RouteError
 from vllm_merge.serving.settings import ADMIN_TOKEN_VARIABLE
 
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_merge.serving import compat, outcome
-from vllm_merge.serving.answers import AnswerFacts, Observed, subscribe
+from vllm_merge.serving import compat
+from vllm_merge.serving.requests import outcome
+from vllm_merge.serving.requests.answers import AnswerFacts, Observed, subscribe
 
 
 def start(status=200, kind="application/json"):

@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from vllm_merge.serving.control import ControlError, ControlServer, WorkerLink
+from vllm_merge.serving.control.control import ControlError, ControlServer, WorkerLink
 
 
 class Echo:

@@ -13,7 +13,7 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 
 from vllm_merge.serving import compat
-from vllm_merge.serving.slots import SlotLayout, flat_copy
+from vllm_merge.serving.memory.slots import SlotLayout, flat_copy
 
 TOKENS, FEATURES, RANK, SLOTS = 40, 16, 8, 3
 EMBED = "model.embed_tokens"

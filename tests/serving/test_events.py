@@ -16,10 +16,10 @@ import uvicorn
 
 from tests.serving.companions import accompany
 from tests.serving.played_server import BASE, played, recipe_file, write_adapter
-from vllm_merge.serving import event_routes
-from vllm_merge.serving import events as events_module
-from vllm_merge.serving.control import Session
-from vllm_merge.serving.events import MAX_WAITING, EventHub
+from vllm_merge.serving.control.control import Session
+from vllm_merge.serving.routes import event_routes
+from vllm_merge.serving.routes import events as events_module
+from vllm_merge.serving.routes.events import MAX_WAITING, EventHub
 from vllm_merge.serving.settings import ADAPTER_ROOT_VARIABLE
 
 MERGED = {"merge_method": "ties", "adapters": [{"adapter": "a0"}, {"adapter": "a1"}]}

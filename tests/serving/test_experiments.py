@@ -12,7 +12,7 @@ from vllm_merge.experiments.assignment import Assigner
 from vllm_merge.experiments.records import Decision, Exposure
 from vllm_merge.experiments.store import Store
 from vllm_merge.experiments.tickets import read_ticket
-from vllm_merge.serving import experiment_watch
+from vllm_merge.serving.experiments import experiment_watch
 
 AB = {
     "arms": {"m0": 1, "m1": 1},

@@ -22,7 +22,7 @@ from vllm_merge.experiments.divergence import truncated_kl
 from vllm_merge.experiments.pairs import agreement
 from vllm_merge.experiments.store import Store
 from vllm_merge.experiments.tickets import read_ticket, signing_key
-from vllm_merge.serving.slots import flat_copy
+from vllm_merge.serving.memory.slots import flat_copy
 
 SOURCE = "double"  # the smallest adapter
 OTHERS = 50

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_merge import Adapter, LoraFactors, merge
 from vllm_merge.adapters.peft import read_adapter
-from vllm_merge.serving.experts import projections, whole_experts
+from vllm_merge.serving.worker.experts import projections, whole_experts
 
 HIDDEN, INNER, EXPERTS = 12, 20, 4
 LAYER = "model.layers.0.mlp.experts"

@@ -9,11 +9,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from vllm_merge.experiments.assignment import Assignment
-from vllm_merge.serving import tracing
-from vllm_merge.serving.answers import AnswerFacts
-from vllm_merge.serving.experiments import Chosen
-from vllm_merge.serving.exposures import exposure_of, headers_of, trace
-from vllm_merge.serving.openings import CHARACTERS, Opening
+from vllm_merge.serving.experiments.experiments import Chosen
+from vllm_merge.serving.experiments.exposures import exposure_of, headers_of, trace
+from vllm_merge.serving.requests.answers import AnswerFacts
+from vllm_merge.serving.requests.openings import CHARACTERS, Opening
+from vllm_merge.serving.telemetry import tracing
 
 SPLIT = Chosen(Assignment("ab", "two", "SPLIT"), 3, "two", "two@12", "0" * 32, "f" * 32, "user", "base")
 HELD_OUT = Chosen(Assignment("ab", "one", "DEFAULT", "holdout"), 3, "one", "one@12", "1" * 32, "", "request", "base")

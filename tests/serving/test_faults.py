@@ -35,7 +35,8 @@ from tests.serving.played_server import (
     recipe_file,
     write_adapter,
 )
-from vllm_merge.serving import front, worker
+from vllm_merge.serving.control import front
+from vllm_merge.serving.worker import worker
 
 NAMES = ("m0", "m1", "m2", "m3", "m4", "m5", "a1", "assistant")
 ROUNDS = 3

@@ -12,12 +12,12 @@ import pytest
 from tests.conftest import ROOT
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError
-from vllm_merge.serving import front as front_module
-from vllm_merge.serving import links as links_module
-from vllm_merge.serving.control import ControlError
-from vllm_merge.serving.front import Artifact, ArtifactUnavailable, FrontDoor
+from vllm_merge.serving.control import front as front_module
+from vllm_merge.serving.control import links as links_module
+from vllm_merge.serving.control.control import ControlError
+from vllm_merge.serving.control.front import Artifact, ArtifactUnavailable, FrontDoor
+from vllm_merge.serving.control.names import Name, resolve_names
 from vllm_merge.serving.identity import lora_id, lora_path
-from vllm_merge.serving.names import Name, resolve_names
 
 DIGEST = hashlib.sha256(b"x").hexdigest()
 

@@ -8,10 +8,10 @@ import torch
 
 from vllm_merge.adapters.factors import LoraFactors
 from vllm_merge.artifact import MergedAdapter, MergeReport
-from vllm_merge.serving import hasher as hasher_module
-from vllm_merge.serving.hasher import Hasher
-from vllm_merge.serving.residency import ResidentArtifact
-from vllm_merge.serving.slots import flat_copy
+from vllm_merge.serving.memory import hasher as hasher_module
+from vllm_merge.serving.memory.hasher import Hasher
+from vllm_merge.serving.memory.residency import ResidentArtifact
+from vllm_merge.serving.memory.slots import flat_copy
 
 SHAPES = {"layers.10.q_proj": (3, 70, 33), "layers.2.q_proj": (1, 5, 5), "layers.2.down_proj": (8, 130, 64)}
 

@@ -7,9 +7,9 @@ import pytest
 
 from tests.serving.judging import judging
 from vllm_merge.errors import UserInputError
-from vllm_merge.serving.judge import MOST_CHARACTERS, Judge, JudgeFailed
+from vllm_merge.serving.experiments.judge import MOST_CHARACTERS, Judge, JudgeFailed
+from vllm_merge.serving.experiments.shadow_requests import question
 from vllm_merge.serving.settings import JudgeSettings
-from vllm_merge.serving.shadow_requests import question
 
 
 def asked(judge, own="mine", other="theirs", *, turned=False, key="", request="why?"):

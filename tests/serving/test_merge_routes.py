@@ -173,7 +173,8 @@ def test_a_report_tells_of_the_merge_from_whichever_tier_the_artifact_came(confi
 
 @pytest.mark.parametrize("name", ["m0", "a0", "assistant"])
 def test_a_download_is_the_peft_folder_of_what_is_served(config, tmp_path, monkeypatch, name):
-    from vllm_merge.serving import download, export
+    from vllm_merge.serving.memory import export
+    from vllm_merge.serving.routes import download
 
     for module in (download, export):
         monkeypatch.setattr(module, "MAX_PIECE", 1000)  # several pieces, across tensors
@@ -229,7 +230,7 @@ def test_a_download_of_what_came_back_in_another_order_is_the_same(tmp_path):
 @pytest.mark.parametrize("sent", [0, 1, 2])
 def test_a_download_whose_client_leaves_gives_its_lease_back(config, sent):
     async def scenario(server):
-        from vllm_merge.serving.download import Download, LeasedResponse
+        from vllm_merge.serving.routes.download import Download, LeasedResponse
 
         front = server.front
         made = Download(front, front.artifacts[front.names["m0"].digest])

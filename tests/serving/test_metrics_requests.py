@@ -9,9 +9,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from vllm_merge.serving.answers import AnswerFacts
-from vllm_merge.serving.metrics import METRICS
-from vllm_merge.serving.metrics_requests import RequestMetrics, outcome_of
+from vllm_merge.serving.requests.answers import AnswerFacts
+from vllm_merge.serving.telemetry.metrics import METRICS
+from vllm_merge.serving.telemetry.metrics_requests import RequestMetrics, outcome_of
 
 NAMES = {"support", "code", "assistant", "assistant-ab"}
 
@@ -128,7 +128,7 @@ def test_names_of_ten_thousand_recipe_files_are_bounded(metrics):
 ONE_PROCESS = """
 import json, sys
 from tests.serving.test_metrics_requests import NAMES, facts
-from vllm_merge.serving.metrics_requests import request_metrics
+from vllm_merge.serving.telemetry.metrics_requests import request_metrics
 metrics = request_metrics()
 metrics.known = NAMES.__contains__
 for _ in range(int(sys.argv[1])):

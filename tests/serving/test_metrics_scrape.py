@@ -13,13 +13,13 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from vllm_merge.errors import MergeError
-from vllm_merge.serving import metrics_scrape
-from vllm_merge.serving.control import ControlError
-from vllm_merge.serving.jobs import TooManyMerges
-from vllm_merge.serving.metrics import METRICS, SECONDS
-from vllm_merge.serving.metrics_scrape import ScrapeMiddleware, ServerMetrics
-from vllm_merge.serving.metrics_tally import Tally
-from vllm_merge.serving.names import Name
+from vllm_merge.serving.control.control import ControlError
+from vllm_merge.serving.control.names import Name
+from vllm_merge.serving.telemetry import metrics_scrape
+from vllm_merge.serving.telemetry.metrics import METRICS, SECONDS
+from vllm_merge.serving.telemetry.metrics_scrape import ScrapeMiddleware, ServerMetrics
+from vllm_merge.serving.telemetry.metrics_tally import Tally
+from vllm_merge.serving.worker.jobs import TooManyMerges
 
 
 class Link:

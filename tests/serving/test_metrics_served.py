@@ -5,8 +5,8 @@ import openai
 import pytest
 
 from tests.serving.scraping import scraped, total
-from vllm_merge.serving import metrics_scrape
-from vllm_merge.serving.metrics import METRICS
+from vllm_merge.serving.telemetry import metrics_scrape
+from vllm_merge.serving.telemetry.metrics import METRICS
 
 ASKED = {"recipe": "weighted", "experiment": "", "arm": ""}
 

@@ -13,12 +13,12 @@ from starlette.routing import Route
 
 from vllm_merge.experiments.running import follow
 from vllm_merge.recipe.experiments import Experiment
-from vllm_merge.serving import outcome
-from vllm_merge.serving.experiments import Experiments
-from vllm_merge.serving.front import ArtifactUnavailable
-from vllm_merge.serving.middleware import MergeMiddleware
-from vllm_merge.serving.names import Name
-from vllm_merge.serving.trials import Trials
+from vllm_merge.serving.control.front import ArtifactUnavailable
+from vllm_merge.serving.control.names import Name
+from vllm_merge.serving.experiments.experiments import Experiments
+from vllm_merge.serving.experiments.trials import Trials
+from vllm_merge.serving.requests import outcome
+from vllm_merge.serving.requests.middleware import MergeMiddleware
 
 BASE = "the-base"
 

@@ -19,8 +19,8 @@ from vllm_merge.experiments.commits import OutcomeCommits
 from vllm_merge.experiments.report import report
 from vllm_merge.experiments.store import Store, StoreError
 from vllm_merge.experiments.tickets import Ticket
-from vllm_merge.serving import outcomes
-from vllm_merge.serving.route_errors import answer_errors
+from vllm_merge.serving.routes import outcomes
+from vllm_merge.serving.routes.route_errors import answer_errors
 
 ROUTE = "/v1/merge/outcomes"
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_merge.serving.names import Name
-from vllm_merge.serving.overview import Current, describe_names
+from vllm_merge.serving.control.names import Name
+from vllm_merge.serving.routes.overview import Current, describe_names
 
 DIGEST = "d" * 64
 ROW = {"digest": DIGEST, "rank": 8, "bytes": 64, "seconds": 0.5, "tier": "cache"}

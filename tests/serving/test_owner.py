@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from vllm_merge.recipe_files import load_recipes
-from vllm_merge.serving import owner as owner_module
-from vllm_merge.serving.control import ControlError, ControlServer, WorkerLink
-from vllm_merge.serving.names import Name, Names
-from vllm_merge.serving.owner import StateOwner
-from vllm_merge.serving.shared import SharedState
-from vllm_merge.serving.state import State
+from vllm_merge.serving.control import owner as owner_module
+from vllm_merge.serving.control.control import ControlError, ControlServer, WorkerLink
+from vllm_merge.serving.control.names import Name, Names
+from vllm_merge.serving.control.owner import StateOwner
+from vllm_merge.serving.control.shared import SharedState
+from vllm_merge.serving.control.state import State
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from tests.serving.played_server import PlayedApi, PlayedServer, leftovers, patched, played, recipe_file
 from tests.serving.test_faults import NAMES, SIZE, Brittle, alone, held_merges  # noqa: F401  (a fixture)
-from vllm_merge.serving import front, worker
+from vllm_merge.serving.control import front
+from vllm_merge.serving.worker import worker
 
 APIS = 2
 TARGETS = ("m0", "m1", "m2", "a1")

@@ -11,10 +11,10 @@ import pytest
 from tests.serving.test_owner import Worker
 from vllm_merge.errors import UserInputError
 from vllm_merge.recipe_files import load_recipes
-from vllm_merge.serving import published as published_module
-from vllm_merge.serving.control import ControlServer, WorkerLink
-from vllm_merge.serving.names import Name, Names
-from vllm_merge.serving.published import Published
+from vllm_merge.serving.control import published as published_module
+from vllm_merge.serving.control.control import ControlServer, WorkerLink
+from vllm_merge.serving.control.names import Name, Names
+from vllm_merge.serving.control.published import Published
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 RECIPES = load_recipes(CONFIG)

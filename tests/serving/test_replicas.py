@@ -11,10 +11,10 @@ import pytest
 
 from tests.serving.scraping import scraped, total
 from tests.serving.test_worker import digest, merges, prepare, serve, talk, until, written  # noqa: F401
-from vllm_merge.serving import reservations
-from vllm_merge.serving.control import ControlError, WorkerLink
-from vllm_merge.serving.disk_tier import DiskTier
-from vllm_merge.serving.reservations import Reservations
+from vllm_merge.serving.control.control import ControlError, WorkerLink
+from vllm_merge.serving.memory import reservations
+from vllm_merge.serving.memory.disk_tier import DiskTier
+from vllm_merge.serving.memory.reservations import Reservations
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@
 import pytest
 
 from tests.serving.test_worker import merges, serve  # noqa: F401
-from vllm_merge.serving import worker as worker_module
 from vllm_merge.serving.settings import WorkerSettings
+from vllm_merge.serving.worker import worker as worker_module
 
 
 @pytest.mark.parametrize("changes", [{}, {"cache_bytes": 1 << 20}, {"workspace_bytes": 64 << 20, "cache_bytes": 7}])

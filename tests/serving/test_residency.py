@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_merge.errors import MergeError
-from vllm_merge.serving.residency import ArtifactStore, OutOfBudget, ResidentArtifact
+from vllm_merge.serving.memory.residency import ArtifactStore, OutOfBudget, ResidentArtifact
 
 SIZE = 2 * 4 * 100 * 4  # bytes of one artifact below
 

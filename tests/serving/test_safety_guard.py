@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import DEMO
 from vllm_merge.adapters.catalogue import Catalogue
-from vllm_merge.serving.names import resolve_names
+from vllm_merge.serving.control.names import resolve_names
 
 FACTS = {"base_model_hash": "0" * 64, "dtype": "float32", "max_lora_rank": 64}
 RECIPE = "{{merge_method: linear, adapters: [{{adapter: add}}]{more}}}"
@@ -48,8 +48,8 @@ def test_the_score_changes_no_digest(tmp_path: Path) -> None:
 def test_an_arm_that_is_refused_is_not_promoted(tmp_path: Path, serve: str) -> None:
     """The route says why, before anything is decided."""
     pytest.importorskip("vllm")
-    from vllm_merge.serving.experiment_routes import Promotion, promote
-    from vllm_merge.serving.route_errors import RouteError
+    from vllm_merge.serving.routes.experiment_routes import Promotion, promote
+    from vllm_merge.serving.routes.route_errors import RouteError
 
     arms = {"new": SimpleNamespace(serve=serve), "old": SimpleNamespace(serve="plain")}
     running = SimpleNamespace(experiment=SimpleNamespace(arms=arms))

@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 
 from tests.serving.played_server import TOKEN, PlayedServer, environment, leftovers, played, recipe_file, write_adapter
 from vllm_merge.adapters.peft import read_adapter
-from vllm_merge.serving.admin import ADMIN_HEADER
-from vllm_merge.serving.control import ControlError, runtime_dir
-from vllm_merge.serving.disk_tier import DiskTier
+from vllm_merge.serving.control.control import ControlError, runtime_dir
+from vllm_merge.serving.memory.disk_tier import DiskTier
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, MergeEndpoints
+from vllm_merge.serving.routes.admin import ADMIN_HEADER
 from vllm_merge.serving.settings import ADMIN_TOKEN_VARIABLE
 
 # Routes that answer a POST without the token: they change nothing of what is served. Whoever adds one says so here.

@@ -14,9 +14,10 @@ from tests.serving import played_server
 from tests.serving.judging import judging
 from tests.serving.played_server import PlayedEngine, patched, played, recipe_file
 from vllm_merge.experiments.divergence import truncated_kl
-from vllm_merge.serving import answers, shadow, shadow_requests
-from vllm_merge.serving.metrics_requests import request_metrics
-from vllm_merge.serving.shadow import drawn, positions
+from vllm_merge.serving.experiments import shadow, shadow_requests
+from vllm_merge.serving.experiments.shadow import drawn, positions
+from vllm_merge.serving.requests import answers
+from vllm_merge.serving.telemetry.metrics_requests import request_metrics
 
 PROMPT = [11, 12, 13]
 SECRET = "the password is swordfish"

@@ -10,11 +10,12 @@ import torch
 
 from tests.serving.test_worker import digest, merges, prepare, serve, talk  # noqa: F401  (fixtures)
 from vllm_merge.errors import MergeCancelled
-from vllm_merge.serving import compat, sleep
-from vllm_merge.serving import worker as worker_module
-from vllm_merge.serving.arena import Arena
+from vllm_merge.serving import compat
 from vllm_merge.serving.identity import FIRST_ID
-from vllm_merge.serving.sleep import Wakefulness, outside_memory_pools
+from vllm_merge.serving.memory.arena import Arena
+from vllm_merge.serving.worker import sleep
+from vllm_merge.serving.worker import worker as worker_module
+from vllm_merge.serving.worker.sleep import Wakefulness, outside_memory_pools
 
 
 class Merge:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from vllm_merge.serving.slots import SlotBuffer, SlotLayout, fill_with_torch, flat_copy
+from vllm_merge.serving.memory.slots import SlotBuffer, SlotLayout, fill_with_torch, flat_copy
 
 SHAPES = [(8, 96), (160, 8), (8, 64), (96, 8), (8, 33), (1000, 8)]
 
@@ -95,7 +95,7 @@ def test_a_flat_copy_is_one_aligned_storage():
 
 INTERPRETED = """
 import torch
-from vllm_merge.serving.slot_kernel import fill_slot
+from vllm_merge.serving.memory.slot_kernel import fill_slot
 
 torch.manual_seed(0)
 shapes, tile = [(8, 96), (160, 8), (8, 33)], 256

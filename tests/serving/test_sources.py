@@ -18,9 +18,9 @@ from vllm_merge.adapters.factors import Adapter
 from vllm_merge.adapters.peft import WEIGHTS_FILE, hash_adapter, read_adapter, size_of
 from vllm_merge.errors import MergeCancelled, UserInputError
 from vllm_merge.recipe.plan import Plan, PlannedAdapter
-from vllm_merge.serving import sources as sources_module
-from vllm_merge.serving.holes import ALIGN
-from vllm_merge.serving.sources import SourceCache
+from vllm_merge.serving.memory import sources as sources_module
+from vllm_merge.serving.memory.holes import ALIGN
+from vllm_merge.serving.memory.sources import SourceCache
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import pytest
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.plan import Plan
-from vllm_merge.serving.names import Names, resolve_names
-from vllm_merge.serving.state import State
+from vllm_merge.serving.control.names import Names, resolve_names
+from vllm_merge.serving.control.state import State
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = {"base_model_hash": "0" * 64, "dtype": "float32", "max_lora_rank": 64}

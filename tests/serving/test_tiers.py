@@ -16,17 +16,17 @@ from peft import LoraConfig
 from vllm_merge.adapters.factors import LoraFactors, factors_sha256
 from vllm_merge.adapters.peft import read_adapter
 from vllm_merge.errors import UserInputError
-from vllm_merge.serving import disk_tier
-from vllm_merge.serving import tiers as tiers_module
-from vllm_merge.serving.arena import Arena
-from vllm_merge.serving.disk_tier import DiskTier
-from vllm_merge.serving.holes import ALIGN
-from vllm_merge.serving.host_tier import HostTier
-from vllm_merge.serving.packed import Packed
-from vllm_merge.serving.residency import ArtifactStore, ResidentArtifact
+from vllm_merge.serving.memory import disk_tier
+from vllm_merge.serving.memory import tiers as tiers_module
+from vllm_merge.serving.memory.arena import Arena
+from vllm_merge.serving.memory.disk_tier import DiskTier
+from vllm_merge.serving.memory.holes import ALIGN
+from vllm_merge.serving.memory.host_tier import HostTier
+from vllm_merge.serving.memory.packed import Packed
+from vllm_merge.serving.memory.residency import ArtifactStore, ResidentArtifact
+from vllm_merge.serving.memory.slots import flat_copy
+from vllm_merge.serving.memory.tiers import Tiers
 from vllm_merge.serving.settings import ADMIN_TOKEN_VARIABLE, DISK_VARIABLE, NUMBERS, WorkerSettings
-from vllm_merge.serving.slots import flat_copy
-from vllm_merge.serving.tiers import Tiers
 
 CPU = torch.device("cpu")
 

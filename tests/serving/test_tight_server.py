@@ -18,7 +18,7 @@ import yaml
 
 from tests.conftest import DEMO, servers
 from vllm_merge.adapters.peft import read_adapter
-from vllm_merge.serving.slots import flat_copy
+from vllm_merge.serving.memory.slots import flat_copy
 
 TOKEN = "admin"
 PROMPT = "upper: stone ->"

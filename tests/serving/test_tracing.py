@@ -19,8 +19,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from tests.conftest import CONFIG, DEMO, servers
-from vllm_merge.serving import outcome, tracing
-from vllm_merge.serving.timeline import Timeline
+from vllm_merge.serving.requests import outcome
+from vllm_merge.serving.telemetry import tracing
+from vllm_merge.serving.telemetry.timeline import Timeline
 
 pytest.importorskip("opentelemetry.sdk")
 
@@ -138,7 +139,7 @@ def test_off_opentelemetry_is_not_even_needed():
     script = """
 import sys
 sys.modules["opentelemetry"] = None
-from vllm_merge.serving import tracing
+from vllm_merge.serving.telemetry import tracing
 assert tracing.begin() is False
 with tracing.waiting("a@1") as wait:
     wait.came([{"tier": "host"}], [{"engine": 0, "rank": 0}])

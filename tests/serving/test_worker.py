@@ -16,13 +16,13 @@ import torch
 from vllm_merge.adapters.factors import LoraFactors
 from vllm_merge.artifact import MergedAdapter, MergeReport
 from vllm_merge.errors import MergeCancelled, MergeError
-from vllm_merge.serving import worker as worker_module
-from vllm_merge.serving.arena import quick_switches
-from vllm_merge.serving.claims import Claims
-from vllm_merge.serving.control import ControlError, WorkerLink
+from vllm_merge.serving.control.control import ControlError, WorkerLink
 from vllm_merge.serving.identity import lora_id, lora_path
-from vllm_merge.serving.jobs import Job, Line, TooManyMerges
-from vllm_merge.serving.worker import WorkerService
+from vllm_merge.serving.memory.arena import quick_switches
+from vllm_merge.serving.worker import worker as worker_module
+from vllm_merge.serving.worker.claims import Claims
+from vllm_merge.serving.worker.jobs import Job, Line, TooManyMerges
+from vllm_merge.serving.worker.worker import WorkerService
 
 SIZE = 2 * 4 * 64 * 4  # bytes of one artifact below
 

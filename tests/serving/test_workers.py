@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_merge.errors import UserInputError
-from vllm_merge.serving import workers
-from vllm_merge.serving.control import ControlError, ControlServer
-from vllm_merge.serving.workers import Place, any_worker, connect_workers, wanted_places
+from vllm_merge.serving.control import workers
+from vllm_merge.serving.control.control import ControlError, ControlServer
+from vllm_merge.serving.control.workers import Place, any_worker, connect_workers, wanted_places
 
 
 def parallel(**changed):

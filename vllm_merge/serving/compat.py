@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from vllm_merge.adapters.tensor_names import TensorName
-from vllm_merge.serving.experts import DOWN, projections, whole_experts
-from vllm_merge.serving.slots import SlotBuffer
+from vllm_merge.serving.memory.slots import SlotBuffer
+from vllm_merge.serving.worker.experts import DOWN, projections, whole_experts
 
 Loader = Callable[[Any, Any], Any]
 

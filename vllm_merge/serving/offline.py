@@ -15,10 +15,10 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from vllm_merge.errors import UserInputError
-from vllm_merge.serving.control import runtime_dir
-from vllm_merge.serving.front import FrontDoor
+from vllm_merge.serving.control.control import runtime_dir
+from vllm_merge.serving.control.front import FrontDoor
+from vllm_merge.serving.control.workers import Place, any_worker, connect_workers
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, config_path
-from vllm_merge.serving.workers import Place, any_worker, connect_workers
 
 T = TypeVar("T")
 

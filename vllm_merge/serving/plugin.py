@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_merge.errors import MergeError, UserInputError
-from vllm_merge.serving.control import RUNTIME_DIR_VARIABLE, Message, runtime_dir
+from vllm_merge.serving.control.control import RUNTIME_DIR_VARIABLE, Message, runtime_dir
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -73,8 +73,8 @@ def register() -> None:
     services: dict[int, Any] = {}
 
     def on_manager(worker_manager: Any, vllm_config: Any) -> None:
-        from vllm_merge.serving.sleep import outside_memory_pools
-        from vllm_merge.serving.worker import WorkerService
+        from vllm_merge.serving.worker.sleep import outside_memory_pools
+        from vllm_merge.serving.worker.worker import WorkerService
 
         folder = runtime_dir(create=True)
         assert folder is not None
@@ -119,16 +119,23 @@ class MergeEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         if config_path() is None:
             return
-        from vllm_merge.serving import adapter_routes, aliases, artifact_routes, event_routes, recipe_changes, routes
-        from vllm_merge.serving.experiment_routes import changes as experiment_changes
-        from vllm_merge.serving.experiment_routes import router as experiments
-        from vllm_merge.serving.metrics_scrape import ScrapeMiddleware
-        from vllm_merge.serving.middleware import MergeMiddleware
-        from vllm_merge.serving.outcomes import router as outcomes
         from vllm_merge.serving.page.routes import router as page
-        from vllm_merge.serving.route_errors import answer_errors
+        from vllm_merge.serving.requests.middleware import MergeMiddleware
+        from vllm_merge.serving.routes import (
+            adapter_routes,
+            aliases,
+            artifact_routes,
+            event_routes,
+            recipe_changes,
+            routes,
+        )
+        from vllm_merge.serving.routes.experiment_routes import changes as experiment_changes
+        from vllm_merge.serving.routes.experiment_routes import router as experiments
+        from vllm_merge.serving.routes.outcomes import router as outcomes
+        from vllm_merge.serving.routes.route_errors import answer_errors
         from vllm_merge.serving.settings import admin_token
-        from vllm_merge.serving.tracing import TraceContextMiddleware
+        from vllm_merge.serving.telemetry.metrics_scrape import ScrapeMiddleware
+        from vllm_merge.serving.telemetry.tracing import TraceContextMiddleware
 
         app.add_middleware(MergeMiddleware)  # added before vLLM's own, so inside its API-key check
         app.add_middleware(TraceContextMiddleware)
@@ -149,14 +156,15 @@ class MergeEndpoints:
         config = config_path()
         if config is None or engine_client is None:
             return
-        from vllm_merge.serving import compat, ground, outcome
-        from vllm_merge.serving.accompany import Companions
-        from vllm_merge.serving.experiment_watch import begin as begin_experiments
-        from vllm_merge.serving.experiment_watch import watch as watch_experiments
-        from vllm_merge.serving.front import FrontDoor
-        from vllm_merge.serving.metrics_scrape import observe
-        from vllm_merge.serving.published import Published
-        from vllm_merge.serving.workers import connect_workers, wanted_places
+        from vllm_merge.serving import compat, ground
+        from vllm_merge.serving.control.accompany import Companions
+        from vllm_merge.serving.control.front import FrontDoor
+        from vllm_merge.serving.control.published import Published
+        from vllm_merge.serving.control.workers import connect_workers, wanted_places
+        from vllm_merge.serving.experiments.experiment_watch import begin as begin_experiments
+        from vllm_merge.serving.experiments.experiment_watch import watch as watch_experiments
+        from vllm_merge.serving.requests import outcome
+        from vllm_merge.serving.telemetry.metrics_scrape import observe
 
         ground.check_ground("api")
         if compat.lora_config(engine_client) is None:
