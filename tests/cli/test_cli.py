@@ -20,7 +20,20 @@ from tests.cli.conftest import RECIPE, Run, factors
 from vllm_merge import MergedAdapter
 from vllm_merge.adapters.peft import read_adapter, write_adapter
 
-COMMANDS = ("serve", "merge", "plan", "validate", "methods", "schema", "inspect", "doctor", "eval", "tune", "search", "osrm")
+COMMANDS = (
+    "serve",
+    "merge",
+    "plan",
+    "validate",
+    "methods",
+    "schema",
+    "inspect",
+    "doctor",
+    "eval",
+    "tune",
+    "search",
+    "osrm",
+)
 SCHEMA = Path(__file__).parents[2] / "configs/recipe.schema.json"
 
 
