@@ -10,6 +10,7 @@ from tests.serving.played_server import ADMIN
 
 EXAMPLES = 15  # for each operation
 NAMES = ["m0", "m1", "a0", "assistant", "fresh", "0" * 64, "..", "a/b", "%2e%2e%2fetc", "x" * 201, "ä\n", "a\x00b"]
+ELSEWHERE = {"..", "a/b", "%2e%2e%2fetc"}  # in a path these make the address of another route, or of none
 CHECKED = [
     checks.not_a_server_error,
     checks.status_code_conformance,
@@ -45,7 +46,7 @@ def fuzz(operation) -> int:
             case.path_parameters = dict.fromkeys(case.path_parameters or {}, name)
         case.headers = {**(case.headers or {}), **ADMIN}
         response = case.call(timeout=60)
-        case.validate_response(response, checks=CHECKED)
+        case.validate_response(response, checks=CHECKED[:1] if name in ELSEWHERE else CHECKED)
 
     ask()
     return sent
