@@ -7,7 +7,8 @@ import pytest
 
 from vllm_merge.errors import UserInputError
 from vllm_merge.evaluation.scores import score, wilson
-from vllm_merge.evaluation.tasks import EXAMPLE, MAX_LINE_BYTES, Example, read_tasks
+from vllm_merge.evaluation.tasks import EXAMPLE, Example, read_tasks
+from vllm_merge.json_lines import MAX_LINE_BYTES
 
 GOOD = '{"task": "a", "prompt": "p", "answer": "x"}\n'
 

@@ -84,12 +84,13 @@ def report(
       vllm-merge experiment report assistant-ab --html report.html --plots plots
       vllm-merge experiment report assistant-ab --store postgresql://user@host/db --json
     """
-    from vllm_merge.cli.experiment_text import print_report, write_page, write_plots
+    from vllm_merge.cli.experiment_text import figures_of, page_of, print_report
+    from vllm_merge.cli.pictures import write_page, write_plots
     from vllm_merge.experiments.report import report as read
 
     with progress_bar(f"Reading {name}"):
         facts = read(_open(store), name, version)
-    written = [*write_plots(facts, plots), *write_page(facts, html)]
+    written = [*write_plots(lambda: figures_of(facts), plots), *write_page(lambda: page_of(facts), html)]
     if json:
         print_json(facts)
     else:

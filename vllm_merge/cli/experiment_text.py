@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `vllm-merge experiment` prints and writes."""
+"""What `vllm-merge experiment` prints and draws."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_merge.cli.output import add_row, print_table, print_text, print_warnings, table
-from vllm_merge.errors import UserInputError
 from vllm_merge.report import experiment_rows as rows
 
 if TYPE_CHECKING:
@@ -57,35 +55,16 @@ def print_plan(plan: Plan) -> None:
         print_text(f"{plan.days:.1f} days")
 
 
-def write_plots(facts: Mapping[str, Any], folder: Path | None) -> list[Path]:
-    """Every figure as PNG and SVG, in a folder that is made where it is missing."""
-    if folder is None:
-        return []
+def figures_of(facts: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """(name, figure) of everything there is to draw."""
     from vllm_merge.report.experiment_plots import experiment_figures
-    from vllm_merge.report.plots import LIGHT, rendered
+    from vllm_merge.report.plots import LIGHT
 
-    if folder.exists() and not folder.is_dir():
-        raise UserInputError(f"--plots {folder}: is not a folder; choose another")
-    written = []
-    for name, figure in experiment_figures(facts, LIGHT):
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind in ("png", "svg"):
-            path = folder / f"{name}.{kind}"
-            path.write_bytes(rendered(figure, kind))
-            written.append(path)
-    return written
+    return experiment_figures(facts, LIGHT)
 
 
-def write_page(facts: Mapping[str, Any], path: Path | None) -> list[Path]:
-    """The page, whole or not at all."""
-    if path is None:
-        return []
+def page_of(facts: Mapping[str, Any]) -> str:
+    """The page, in HTML."""
     from vllm_merge.report.experiment_page import experiment_page
 
-    if path.is_dir():
-        raise UserInputError(f"--html {path}: is a folder; give the name of a file")
-    text = experiment_page(facts)
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-    return [path]
+    return experiment_page(facts)

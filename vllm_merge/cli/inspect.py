@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vllm-merge inspect: what is in an adapter folder or in the result of a merge."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from vllm_merge.cli.output import (
     size,
     table,
 )
-from vllm_merge.errors import UserInputError
+from vllm_merge.cli.pictures import write_page, write_plots
 
 if TYPE_CHECKING:
     from vllm_merge.adapters.factors import Adapter, LoraFactors
@@ -59,7 +60,7 @@ def inspect(
     facts = _facts(adapter, modules)
     if merged is not None:
         facts |= {"report": merged.report.to_dict(), "provenance": merged.provenance}
-    written = [*_write_plots(facts, plots), *_write_page(facts, html)]
+    written = [*write_plots(lambda: _figures(facts), plots), *write_page(lambda: _page(facts), html)]
     if json:
         print_json(facts)
         return
@@ -99,37 +100,16 @@ def _print_overall(report: "MergeReport") -> None:
     print_text("; ".join(parts))
 
 
-def _write_plots(facts: dict[str, Any], folder: Path | None) -> list[Path]:
-    """Every figure as PNG and SVG, in a folder that is made where it is missing."""
-    if folder is None:
-        return []
-    from vllm_merge.report.plots import LIGHT, figures, rendered
+def _figures(facts: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    from vllm_merge.report.plots import LIGHT, figures
 
-    if folder.exists() and not folder.is_dir():
-        raise UserInputError(f"--plots {folder}: is not a folder; choose another")
-    written = []
-    for name, figure in figures(facts, LIGHT):
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind in ("png", "svg"):
-            path = folder / f"{name}.{kind}"
-            path.write_bytes(rendered(figure, kind))
-            written.append(path)
-    return written
+    return figures(facts, LIGHT)
 
 
-def _write_page(facts: dict[str, Any], path: Path | None) -> list[Path]:
-    """The page, whole or not at all."""
-    if path is None:
-        return []
+def _page(facts: dict[str, Any]) -> str:
     from vllm_merge.report.page import page
 
-    if path.is_dir():
-        raise UserInputError(f"--html {path}: is a folder; give the name of a file")
-    text = page(facts)
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-    return [path]
+    return page(facts)
 
 
 def _module(factors: "LoraFactors") -> dict[str, Any]:

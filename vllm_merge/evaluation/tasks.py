@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Task files: one JSON object a line, {"task", "prompt", "answer"}."""
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_merge.errors import UserInputError
+from vllm_merge.json_lines import read_lines, read_object, require_texts
 
 FIELDS = ("task", "prompt", "answer")
 EXAMPLE = '{"task": "sum", "prompt": "2 + 2 =", "answer": "4"}'
-MAX_LINE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +28,7 @@ def read_tasks(path: Path, limit: int | None = None) -> list[Example]:
     """The examples of the file, of each task at most the first `limit`. Raises UserInputError with file and line."""
     taken: dict[str, int] = {}
     examples = []
-    for number, raw in _lines(path):
+    for number, raw in read_lines(path):
         if not raw.strip():
             continue
         example = _example(raw, f"{path}:{number}")
@@ -42,29 +40,8 @@ def read_tasks(path: Path, limit: int | None = None) -> list[Example]:
     return examples
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(raw) > MAX_LINE_BYTES:
-                    raise UserInputError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes")
-                yield number, raw
-    except OSError as error:
-        raise UserInputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def _example(raw: bytes, where: str) -> Example:
-    try:
-        fields = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise UserInputError(f"{where}: not valid JSON ({error}); a line is {EXAMPLE}") from None
-    if not isinstance(fields, dict):
-        raise UserInputError(f"{where}: expected a JSON object, found {type(fields).__name__}; a line is {EXAMPLE}")
-    for name in FIELDS:
-        if name not in fields:
-            raise UserInputError(f"{where}: {name!r} is missing; a line is {EXAMPLE}")
-        if not isinstance(fields[name], str) or not fields[name].strip():
-            raise UserInputError(f"{where}: {name!r} is {str(fields[name])[:60]!r}; expected text that is not empty")
+    hint = f"; a line is {EXAMPLE}"
+    fields = read_object(raw, where, hint)
+    require_texts(fields, FIELDS, where, hint)
     return Example(*(fields[name] for name in FIELDS))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_merge.errors import UserInputError
+from vllm_merge.json_lines import read_lines, read_object
 
 FILE = "train.jsonl"
 TEXT_FIELDS = ("text", "prompt")
-MAX_LINE_BYTES = 2**20
 _HOLE = re.compile(r"\{(\w+)\}")
 
 
@@ -51,26 +50,13 @@ def read_samples(path: Path, count: int, template: str | None = None, seed: int 
 
 
 def _texts(file: Path, template: str | None) -> Iterator[str]:
-    try:
-        with file.open("rb") as lines:
-            number = 0
-            while raw := lines.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(raw) > MAX_LINE_BYTES:
-                    raise UserInputError(f"{file}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes")
-                if raw.strip():
-                    yield _text(raw, template, f"{file}:{number}")
-    except OSError as error:
-        raise UserInputError(f"{file}: cannot be read: {error.strerror}") from None
+    for number, raw in read_lines(file):
+        if raw.strip():
+            yield _text(raw, template, f"{file}:{number}")
 
 
 def _text(raw: bytes, template: str | None, where: str) -> str:
-    try:
-        fields = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise UserInputError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise UserInputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
+    fields = read_object(raw, where)
     if template is None:
         text = next((fields[name] for name in TEXT_FIELDS if name in fields), None)
         if not isinstance(text, str) or not text.strip():

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_merge.errors import UserInputError
+from vllm_merge.json_lines import read_lines, read_object, require_texts
 from vllm_merge.recipe.problems import listed
 
 EXAMPLE = '{"prompt": "2 + 2 =", "answer": "4", "task": "sum"}'
-MAX_LINE_BYTES = 2**20
 MAX_PROMPTS = 1_000_000
 FIELDS = ("prompt", "answer", "task")
 
@@ -100,7 +99,7 @@ def read_prompts(path: Path, limit: int | None = None) -> PromptSet:
     digest = hashlib.sha256()
     taken: dict[str | None, int] = {}
     prompts: list[Prompt] = []
-    for number, raw in _lines(path):
+    for number, raw in read_lines(path):
         digest.update(raw)
         if not raw.strip():
             continue
@@ -115,36 +114,9 @@ def read_prompts(path: Path, limit: int | None = None) -> PromptSet:
     return PromptSet(path, tuple(prompts), digest.hexdigest())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(raw) > MAX_LINE_BYTES:
-                    raise UserInputError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes")
-                yield number, raw
-    except OSError as error:
-        raise UserInputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def _prompt(raw: bytes, path: Path, line: int) -> Prompt:
-    where = f"{path}:{line}"
-    try:
-        fields = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise UserInputError(f"{where}: not valid JSON ({error}); a line is {EXAMPLE}") from None
-    if not isinstance(fields, dict):
-        raise UserInputError(f"{where}: expected a JSON object, found {type(fields).__name__}; a line is {EXAMPLE}")
-    _text(fields, ("prompt",), where)
-    _text(fields, [name for name in ("answer", "task") if fields.get(name) is not None], where)
+    where, hint = f"{path}:{line}", f"; a line is {EXAMPLE}"
+    fields = read_object(raw, where, hint)
+    given = [name for name in ("answer", "task") if fields.get(name) is not None]
+    require_texts(fields, ["prompt", *given], where, hint)
     return Prompt(fields["prompt"], fields.get("answer"), fields.get("task"), line)
-
-
-def _text(fields: dict[str, object], names: Collection[str], where: str) -> None:
-    for name in names:
-        if name not in fields:
-            raise UserInputError(f"{where}: {name!r} is missing; a line is {EXAMPLE}")
-        value = fields[name]
-        if not isinstance(value, str) or not value.strip():
-            raise UserInputError(f"{where}: {name!r} is {str(value)[:60]!r}; expected text that is not empty")
