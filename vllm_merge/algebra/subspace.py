@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.symmetric import LARGEST_JACOBI, descending_eigh
+from vllm_merge.algebra.symmetric import LARGEST_AT_ONCE, descending_eigh
 
 TOLERANCE = 1e-10  # of residuals ‖M v − θ v‖, relative to the largest eigenvalue
 SHIFT = 1e-3  # of the trace: keeps the columns independent where a matrix has fewer dimensions than they
@@ -31,7 +31,7 @@ class LeadingVectors:
         call, in which all were given.
         """
         size, wide = matrices.shape[-1], 2 * self.width
-        if not matrices.is_cuda or size <= LARGEST_JACOBI or wide > LARGEST_JACOBI:
+        if not matrices.is_cuda or size <= LARGEST_AT_ONCE or wide > LARGEST_AT_ONCE:
             values, vectors = descending_eigh(matrices)
         elif self._near is None:
             values, vectors = descending_eigh(matrices)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eigendecomposition of batches of small symmetric matrices.
 
-On a GPU, `torch.linalg.eigh` takes the matrices of a batch one after the other: 0.35 s for 224 matrices of 128 in float64
-on an H200, and the approximate batched SVD (`gesvda`) gives up where eigenvalues lie close together, as those of the Gram
-matrices of independent adapters do. Up to 64 rows the rotations of `kernels.jacobi` take them all at once there (4 ms for
-224); beyond, the host's cores are faster, and leave the GPU to others.
+On a GPU, `torch.linalg.eigh` takes the matrices of a batch one after the other: 0.36 s for 224 matrices of 128 in float64
+on an H100, and the approximate batched SVD (`gesvda`) gives up where eigenvalues lie close together, as those of the Gram
+matrices of independent adapters do. Up to 128 rows `kernels.tridiagonal` takes them all at once there; beyond, the host's
+cores are faster, and leave the GPU to others.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from math import gcd
 import torch
 from torch import Tensor
 
-LARGEST_JACOBI = 64  # rows
+LARGEST_AT_ONCE = 128  # rows
 LARGEST_ON_HOST = 512  # rows; larger matrices fill the GPU one by one
 
 
 def descending_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, clamped at 0, and eigenvectors of positive semi-definite (batch, k, k) matrices, largest first."""
     batch, rows = matrices.shape[:2]
-    if matrices.is_cuda and batch > 1 and 0 < rows <= LARGEST_JACOBI:
-        return _by_rotations(matrices)
-    if matrices.is_cuda and batch > 1 and LARGEST_JACOBI < rows <= LARGEST_ON_HOST:
+    if matrices.is_cuda and batch > 1 and 0 < rows <= LARGEST_AT_ONCE:
+        return _at_once(matrices)
+    if matrices.is_cuda and batch > 1 and LARGEST_AT_ONCE < rows <= LARGEST_ON_HOST:
         values, vectors = (part.to(matrices.device) for part in _in_parallel(matrices.cpu()))
     elif matrices.device.type == "cpu" and batch > 1 and torch.get_num_threads() > 1:
         values, vectors = _in_parallel(matrices, torch.get_num_threads())
@@ -61,13 +61,13 @@ def _pool() -> ThreadPoolExecutor:
     return pool
 
 
-def _by_rotations(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    from vllm_merge.kernels import jacobi
+def _at_once(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    from vllm_merge.kernels import tridiagonal
 
     wide = matrices.double()
     scale = wide.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
     wide = wide / scale[:, None, None]
-    values, vectors, converged = jacobi.eigh(wide)
+    values, vectors, converged = tridiagonal.eigh(wide)
     if not bool(converged.all()):
         values[~converged], vectors[~converged] = torch.linalg.eigh(wide[~converged])
     values, order = values.sort(-1, descending=True)

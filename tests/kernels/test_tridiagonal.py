@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eigendecompositions by rotations against LAPACK's: spectra flat, decaying and with a null space, of any size."""
+"""Eigendecompositions of batches in one kernel against LAPACK's: spectra flat, decaying and with a null space, of any size."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def with_spectrum(spectrum: Tensor, batch: int, generator: torch.Generator) -> T
 
 def check(matrices: Tensor, device: str) -> None:
     """Values, vectors and what they multiply to, to within 1e-11 of the largest entry, which is 1."""
-    from vllm_merge.kernels import jacobi
+    from vllm_merge.kernels import tridiagonal
 
     k = matrices.shape[-1]
-    values, vectors, converged = (part.cpu() for part in jacobi.eigh(matrices.to(device)))
+    values, vectors, converged = (part.cpu() for part in tridiagonal.eigh(matrices.to(device)))
     assert converged.all()
     assert (values.sort(-1).values - torch.linalg.eigvalsh(matrices)).abs().max() < 1e-11
     assert (vectors.mT @ vectors - torch.eye(k, dtype=torch.float64)).abs().max() < 1e-11
     assert (vectors @ torch.diag_embed(values) @ vectors.mT - matrices).abs().max() < 1e-11
 
 
-SIZES = {"cpu": (1, 3, 6, 13), "cuda": (1, 2, 3, 4, 5, 8, 13, 16, 24, 32, 33, 48, 63, 64)}
+SIZES = {"cpu": (1, 3, 6, 13), "cuda": (1, 2, 3, 4, 5, 8, 13, 16, 32, 33, 63, 64, 65, 100, 127, 128)}
 
 
 def check_full_rank(device: str) -> None:
@@ -72,15 +72,24 @@ def check_equal_eigenvalues(device: str) -> None:
         check(torch.diag(torch.linspace(0.01, 1, k, dtype=torch.float64))[None], device)
 
 
-def check_what_is_not_positive_is_told(device: str) -> None:
-    """A matrix that has no Cholesky factor has not converged; its neighbour has."""
-    from vllm_merge.kernels import jacobi
-
+def check_indefinite(device: str) -> None:
+    """Eigenvalues of both signs, and a matrix that is tridiagonal already."""
     generator = torch.Generator().manual_seed(4)
-    matrices = with_spectrum(torch.linspace(0.5, 1, 8), 2, generator)
-    matrices[0] -= 2 * torch.eye(8, dtype=torch.float64)
-    converged = jacobi.eigh(matrices.to(device))[2]
-    assert converged.tolist() == [False, True]
+    for k in SIZES[device]:
+        either = torch.randn(2, k, k, generator=generator, dtype=torch.float64)
+        either = either + either.mT
+        check(either / either.abs().amax((1, 2))[:, None, None], device)
+        beside = torch.diag(torch.ones(k - 1, dtype=torch.float64), 1)
+        check((torch.eye(k, dtype=torch.float64) - 0.5 * (beside + beside.mT))[None], device)
+
+
+def check_what_is_not_finite_is_told(device: str) -> None:
+    """It has not converged; its neighbour has."""
+    from vllm_merge.kernels import tridiagonal
+
+    matrices = with_spectrum(torch.linspace(0.5, 1, 8), 2, torch.Generator().manual_seed(5))
+    matrices[0, 2, 3] = matrices[0, 3, 2] = torch.nan
+    assert tridiagonal.eigh(matrices.to(device))[2].tolist() == [False, True]
 
 
 @pytest.mark.gpu
@@ -92,7 +101,7 @@ def test_on_a_gpu(check: Callable[[str], None]) -> None:
 
 @pytest.mark.gpu
 @on_a_gpu
-@pytest.mark.parametrize("rows", [1, 2, 7, 16, 48, 64, 65, 100])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 48, 64, 100, 128, 140])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_caller_sorts_and_scales(rows: int, dtype: torch.dtype) -> None:
     """Largest first, of matrices of any size and magnitude, one of them zero."""
@@ -112,7 +121,7 @@ def test_the_caller_sorts_and_scales(rows: int, dtype: torch.dtype) -> None:
 
 
 def test_in_tritons_interpreter() -> None:
-    interpret("tests.kernels.test_jacobi", globals())
+    interpret("tests.kernels.test_tridiagonal", globals())
 
 
 if __name__ == "__main__":
