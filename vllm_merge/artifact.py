@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_merge.adapters.arrangement import FactorViews
 from vllm_merge.adapters.factors import Adapter, LoraFactors, factors_sha256, natural_key
 from vllm_merge.adapters.sequence_state import REPORT_FILE
 from vllm_merge.errors import UserInputError
@@ -93,7 +94,9 @@ class MergedAdapter:
         base_model: str | None = None,
     ) -> None:
         self.name = name
-        self.factors: dict[str, LoraFactors] = {module: factors[module] for module in sorted(factors, key=natural_key)}
+        self.factors: Mapping[str, LoraFactors] = factors  # views are made when they are asked for, in natural order
+        if not isinstance(factors, FactorViews):
+            self.factors = {module: factors[module] for module in sorted(factors, key=natural_key)}
         self.report = report
         self.provenance: dict[str, object] = dict(provenance)
         self.base_model = base_model

@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,17 +39,21 @@ class LoraFactors:
     embedding: bool = False
 
     def __post_init__(self) -> None:
-        found = f"found A {tuple(self.A.shape)} {self.A.dtype}, B {tuple(self.B.shape)} {self.B.dtype}"
-        if self.A.ndim != 2 or self.B.ndim != 2:
-            raise UserInputError(f"LoRA factors must be matrices, A (r, d_in) and B (d_out, r); {found}")
-        if self.A.shape[0] != self.B.shape[1]:
-            raise UserInputError(f"LoRA factors A (r, d_in) and B (d_out, r) must have the same rank r; {found}")
-        if 0 in self.A.shape or 0 in self.B.shape:
-            raise UserInputError(f"LoRA factors must not be empty; {found}")
+        a, b = self.A.shape, self.B.shape
+        if len(a) != 2 or len(b) != 2:
+            self._refuse("must be matrices, A (r, d_in) and B (d_out, r)")
+        if a[0] != b[1]:
+            self._refuse("A (r, d_in) and B (d_out, r) must have the same rank r")
+        if 0 in a or 0 in b:
+            self._refuse("must not be empty")
         if not (self.A.is_floating_point() and self.B.is_floating_point()):
-            raise UserInputError(f"LoRA factors must be floating point; {found}")
+            self._refuse("must be floating point")
         if not math.isfinite(self.scaling):
             raise UserInputError(f"LoRA scaling must be finite; found {self.scaling}")
+
+    def _refuse(self, why: str) -> NoReturn:
+        found = f"found A {tuple(self.A.shape)} {self.A.dtype}, B {tuple(self.B.shape)} {self.B.dtype}"
+        raise UserInputError(f"LoRA factors {why}; {found}")
 
     @property
     def rank(self) -> int:
@@ -106,8 +110,15 @@ def factors_sha256(factors: Mapping[str, LoraFactors]) -> str:
     return digest.hexdigest()
 
 
-Layout = tuple[tuple[str, tuple[int, int], int], ...]
-"""(module, (d_out, d_in), rank) of every module of an adapter."""
+class Layout(tuple[tuple[str, tuple[int, int], int, bool], ...]):
+    """(module, (d_out, d_in), rank, whether it is an embedding) of every module of an adapter. Its hash is kept."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class Adapter:
@@ -129,11 +140,13 @@ class Adapter:
         self.factors: Mapping[str, LoraFactors] = MappingProxyType(
             {module: factors[module] for module in sorted(factors, key=natural_key)}
         )
-        self.layout: Layout = tuple((module, pair.shape, pair.rank) for module, pair in self.factors.items())
+        self.layout = Layout((m, pair.shape, pair.rank, pair.embedding) for m, pair in self.factors.items())
         self.base_model = base_model
         self.metadata: Mapping[str, object] = MappingProxyType(dict(metadata or {}))
         self.known_hash = content_hash
         """The content hash that was given, if one was."""
+        self.known_zero: bool | None = None
+        """Whether ΔW = 0 at every module, once a merge has found out."""
         self._computed_hash: str | None = None
         self._places: Places | None = None
 
@@ -184,12 +197,17 @@ class Adapter:
 
 def embeddings_of(adapters: Sequence[Adapter]) -> frozenset[str]:
     """The modules that are embeddings. Raises UserInputError where one adapter says so of a module and another does not."""
+    return _embeddings(tuple(adapter.layout for adapter in adapters), tuple(adapter.name for adapter in adapters))
+
+
+@lru_cache(maxsize=16)
+def _embeddings(layouts: tuple[Layout, ...], names: tuple[str, ...]) -> frozenset[str]:
     says: dict[str, tuple[str, bool]] = {}
-    for adapter in adapters:
-        for module, pair in adapter.factors.items():
-            first, embedding = says.setdefault(module, (adapter.name, pair.embedding))
-            if embedding != pair.embedding:
-                one, other = (first, adapter.name) if embedding else (adapter.name, first)
+    for name, layout in zip(names, layouts, strict=True):
+        for module, _, _, embedding in layout:
+            first, before = says.setdefault(module, (name, embedding))
+            if embedding != before:
+                one, other = (first, name) if before else (name, first)
                 raise UserInputError(
                     f"module {module!r} is an embedding in adapter {one!r} and a linear layer in {other!r}; adapters to "
                     "be merged must be of the same base model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,53 +15,65 @@ from torch import Tensor
 from vllm_merge.adapters.factors import LoraFactors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # others are read as the last
+ITEM_SIZES = np.array([dtype.itemsize for dtype in DTYPES])
 ABSENT = -1
+ADDRESS, ROWS, COLUMNS, STRIDE, DTYPE, ON_HOST = range(6)  # what `numbers` says of a factor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Places:
-    """Of every module of an adapter, its A and its B (the second axis, of 2).
+    """Of every module of an adapter, its A and its B.
 
-    address: int64; rows, columns, stride: int64, stride in elements from row to row, elements of a row are adjacent; dtype:
-    int64, an index into DTYPES; on_host: bool; scaling: (modules,) float64. factors: what lies there, which this keeps.
+    numbers: (modules + 1, 2, 6) int64, the second axis A and B: address; rows; columns; elements from row to row, those of
+    a row are adjacent; index into DTYPES; whether it is in host memory. scaling: (modules + 1,) float64. The last
+    entry of both, which ABSENT finds, is that of a module that the adapter lacks. factors: what lies there, which this
+    keeps.
     """
 
     position: Mapping[str, int]
     factors: Sequence[tuple[Tensor, Tensor]]
-    address: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    columns: NDArray[np.int64]
-    stride: NDArray[np.int64]
-    dtype: NDArray[np.int64]
-    on_host: NDArray[np.bool_]
+    numbers: NDArray[np.int64]
     scaling: NDArray[np.float64]
 
     @classmethod
     def of(cls, factors: Mapping[str, LoraFactors]) -> Places:
-        pairs = [tuple(_readable(tensor) for tensor in (pair.A, pair.B)) for pair in factors.values()]
-        numbers = np.array(
-            [
-                [(t.data_ptr(), *t.shape, t.stride(0), DTYPES.index(t.dtype), t.device.type == "cpu") for t in pair]
-                for pair in pairs
-            ],
-            dtype=np.int64,
-        ).reshape(len(pairs), 2, 6)
-        address, rows, columns, stride, dtype, on_host = np.moveaxis(numbers, -1, 0)
+        pairs = [(_readable(pair.A), _readable(pair.B)) for pair in factors.values()]
+        found = [
+            [(t.data_ptr(), *t.shape, t.stride(0), DTYPES.index(t.dtype), t.device.type == "cpu") for t in pair]
+            for pair in pairs
+        ]
+        absent = [(0, 0, 0, 0, DTYPES.index(t.dtype), 0) for t in pairs[0]] if pairs else [(0,) * 6] * 2
         return cls(
             {module: index for index, module in enumerate(factors)},
-            [(a, b) for a, b in pairs],
-            address,
-            rows,
-            columns,
-            stride,
-            dtype,
-            on_host.astype(bool),
-            np.array([pair.scaling for pair in factors.values()], dtype=np.float64),
+            pairs,
+            np.array([*found, absent], dtype=np.int64),
+            np.array([*(pair.scaling for pair in factors.values()), 0.0], dtype=np.float64),
         )
 
     def positions(self, modules: Sequence[str]) -> NDArray[np.int64]:
         """Where these modules stand here, ABSENT where they do not."""
         return np.array([self.position.get(module, ABSENT) for module in modules], dtype=np.int64)
+
+    @cached_property
+    def any_on_host(self) -> bool:
+        """Whether a factor is in host memory."""
+        return bool(self.numbers[:, :, ON_HOST].any())
+
+    @cached_property
+    def run(self) -> Tensor | None:
+        """The bytes from the first factor in host memory to the last, (bytes,) uint8, if there is little else in between."""
+        address, rows, columns, stride, dtype, on_host = np.moveaxis(self.numbers[:-1], -1, 0)
+        if not len(self.factors) or not on_host.all() or (stride != columns).any():
+            return None
+        storage = self.factors[0][0].untyped_storage()
+        sizes = rows * columns * ITEM_SIZES[dtype]
+        first, last = int(address.min()), int((address + sizes).max())
+        if not storage.data_ptr() <= first <= last <= storage.data_ptr() + storage.nbytes():
+            return None
+        if last - first > 2 * sizes.sum():
+            return None
+        whole = torch.empty(0, dtype=torch.uint8)
+        return whole.set_(storage, first - storage.data_ptr(), (last - first,))  # type: ignore[call-overload,no-any-return]
 
 
 def _readable(factor: Tensor) -> Tensor:

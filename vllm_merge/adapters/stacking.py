@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vllm_merge.adapters.arrangement import Arrangement, arranged
 from vllm_merge.adapters.factors import Adapter, Layout, natural_key
-from vllm_merge.adapters.places import ABSENT, DTYPES, Places
+from vllm_merge.adapters.places import ADDRESS, ON_HOST, STRIDE, Places
 from vllm_merge.errors import UserInputError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class ModuleGroup:
     """Modules of one shape (d_out, d_in). ranks[m][i] is adapter i's rank at module m, 0 where it lacks the module.
 
@@ -32,21 +33,29 @@ class ModuleGroup:
     ranks: tuple[tuple[int, ...], ...]
     slots: tuple[slice, ...]
 
-    @property
+    @cached_property
     def stacked_rank(self) -> int:
         """K, the number of stacked rank-one terms."""
         return sum(slot.stop - slot.start for slot in self.slots)
 
-    def by_ranks(self) -> Iterator[ModuleGroup]:
+    def by_ranks(self) -> Sequence[ModuleGroup]:
         """The group in pieces of modules whose adapters have the same ranks, so that no term is padding."""
+        return self._by_ranks
+
+    @cached_property
+    def _by_ranks(self) -> tuple[ModuleGroup, ...]:
         same: dict[tuple[int, ...], list[str]] = {}
         for module, ranks in zip(self.modules, self.ranks, strict=True):
             same.setdefault(ranks, []).append(module)
-        for ranks, modules in same.items():
-            yield ModuleGroup(self.shape, tuple(modules), (ranks,) * len(modules), _slots(ranks))
+        return tuple(
+            ModuleGroup(self.shape, tuple(modules), (ranks,) * len(modules), _slots(ranks))
+            for ranks, modules in same.items()
+        )
 
     def only(self, adapters: Sequence[int]) -> ModuleGroup:
         """The group with some of its adapters, by position; its modules have the same ranks (`by_ranks`)."""
+        if list(adapters) == list(range(len(self.slots))):
+            return self
         ranks = tuple(self.ranks[0][index] for index in adapters)
         return ModuleGroup(self.shape, self.modules, (ranks,) * len(self.modules), _slots(ranks))
 
@@ -55,8 +64,16 @@ class ModuleGroup:
         names, ranks = tuple(self.modules[m] for m in modules), tuple(self.ranks[m] for m in modules)
         return ModuleGroup(self.shape, names, ranks, self.slots)
 
+    def cored(self) -> ModuleGroup:
+        """The group as that of its tasks' coordinates in `core`, which have at most K rows and columns."""
+        k, (d_out, d_in) = self.stacked_rank, self.shape
+        return ModuleGroup((min(k, d_out), min(k, d_in)), self.modules, self.ranks, self.slots)
+
     def batches(self, modules: int) -> Iterator[ModuleGroup]:
         """The group in pieces of at most this many modules, all with the group's slots."""
+        if modules >= len(self.modules):
+            yield self
+            return
         for start in range(0, len(self.modules), modules):
             piece = slice(start, start + modules)
             yield ModuleGroup(self.shape, self.modules[piece], self.ranks[piece], self.slots)
@@ -85,8 +102,8 @@ def _grouped(layouts: tuple[Layout, ...], names: tuple[str, ...]) -> tuple[Modul
     owners: dict[str, str] = {}
     ranks: list[dict[str, int]] = []
     for name, layout in zip(names, layouts, strict=True):
-        ranks.append({module: rank for module, _, rank in layout})
-        for module, shape, _ in layout:
+        ranks.append({module: rank for module, _, rank, _ in layout})
+        for module, shape, _, _ in layout:
             if shapes.setdefault(module, shape) != shape:
                 raise UserInputError(
                     f"module '{module}': adapter '{name}' has ΔW of shape {shape}, adapter "
@@ -116,10 +133,10 @@ def stack_group(
     d_out, d_in = group.shape
     count, stacked = len(group.modules), group.stacked_rank
     if device.type == "cuda":
-        a = torch.empty(count, stacked, d_in, device=device)
-        b = torch.empty(count, d_out, stacked, device=device)
-        fill_on_gpu(group, adapters, sources or Sources(device, 0), a, b)
-        return Stack(group, a, b)
+        arrangement = arranged((group,))
+        memory = torch.empty(arrangement.size, device=device)
+        gather_stacks(arrangement, memory, adapters, sources or Sources(device, 0))
+        return Stack(group, *arrangement.stack(memory, 0))
     a = torch.zeros(count, stacked, d_in, device=device)
     b = torch.zeros(count, d_out, stacked, device=device)
     scale = torch.zeros(count, stacked)
@@ -169,7 +186,7 @@ class Sources:
         # First and last address of a run on the host, and how far it moved.
         self._moved: list[tuple[int, int, int]] = []
         room = keep_bytes
-        runs = [run for adapter in adapters if (run := _run_of_bytes(adapter)) is not None]
+        runs = [run for adapter in adapters if (run := adapter.places.run) is not None]
         for run in {(run.data_ptr(), run.numel()): run for run in runs}.values():  # one may have several names
             if run.numel() <= room:
                 room -= run.numel()
@@ -190,122 +207,67 @@ class Sources:
         """Forget what was copied for the batch before."""
         self._passing = []
 
-    def addresses(
-        self, places: Places, at: NDArray[np.int64], side: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Addresses on the device, and elements from row to row, of the A (side 0) or B (side 1) at these positions."""
-        address, stride = places.address[at, side], places.stride[at, side]
-        elsewhere = places.on_host[at, side] & (at != ABSENT)
-        if not elsewhere.any():
-            return address, stride
-        moved = address.copy()
+    def numbers(self, places: Places, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`places.numbers` at these positions, with addresses on the device, where all are then."""
+        numbers = places.numbers[at]
+        address, elsewhere = numbers[..., ADDRESS], numbers[..., ON_HOST] != 0
+        given = address.copy()
         for first, last, distance in self._moved:
-            inside = elsewhere & (first <= address) & (address < last)
-            moved[inside] += distance
+            inside = elsewhere & (first <= given) & (given < last)
+            address[inside] += distance
             elsewhere &= ~inside
-        for index in elsewhere.nonzero()[0]:
+        for index, side in zip(*elsewhere.nonzero(), strict=True):
             there = places.factors[at[index]][side].to(self._device, non_blocking=True).contiguous()
             self._passing.append(there)
-            moved[index], stride[index] = there.data_ptr(), there.stride(0)
-        return moved, stride
-
-
-def _run_of_bytes(adapter: Adapter) -> Tensor | None:
-    """The bytes from an adapter's first factor in host memory to its last, if there is little else in between."""
-    places = adapter.places
-    if not len(places.factors) or not places.on_host.all() or (places.stride != places.columns).any():
-        return None
-    storage = places.factors[0][0].untyped_storage()
-    sizes = np.array([dtype.itemsize for dtype in DTYPES])[places.dtype]
-    first = int(places.address.min())
-    last = int((places.address + places.rows * places.columns * sizes).max())
-    if not storage.data_ptr() <= first <= last <= storage.data_ptr() + storage.nbytes():
-        return None
-    if last - first > 2 * adapter.nbytes:
-        return None
-    whole = torch.empty(0, dtype=torch.uint8)
-    return whole.set_(storage, first - storage.data_ptr(), (last - first,))  # type: ignore[call-overload,no-any-return]
+            numbers[index, side, [ADDRESS, STRIDE]] = there.data_ptr(), there.stride(0)
+        return numbers
 
 
 def side_by_side(
-    group: ModuleGroup,
+    arrangement: Arrangement,
+    memory: Tensor,
     adapters: Sequence[Adapter],
     shares: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
     sources: Sources | None,
-) -> tuple[Tensor, Tensor, bool]:
-    """A = [A_1; …; A_n] (modules, K, d_in) and B = [c_1 B_1, …, c_n B_n] (modules, d_out, K), and whether they are finite.
+) -> Tensor:
+    """Write A = [A_1; …; A_n] and B = [c_1 B_1, …, c_n B_n] of every group to memory (size,), in its dtype.
 
-    shares: c, (modules, n) float64, on the CPU; the scaling is folded into B.
+    shares: c, (all modules, n) float64, on the CPU; the scaling is folded into B. Returns a number on the device, not 0
+    where a value is not finite.
     """
-    (d_out, d_in), count = group.shape, len(group.modules)
-    if device.type != "cuda":
-        stack = stack_group(group, adapters, device)
-        columns = [shares[:, index, None].expand(-1, slot.stop - slot.start) for index, slot in enumerate(group.slots)]
-        a, b = stack.A.to(dtype), (stack.B * torch.cat(columns, dim=1)[:, None, :].to(device, torch.float32)).to(dtype)
-        return a, b, bool(a.isfinite().all() & b.isfinite().all())
-    a = torch.empty(count, group.stacked_rank, d_in, dtype=dtype, device=device)
-    b = torch.empty(count, d_out, group.stacked_rank, dtype=dtype, device=device)
-    overflow = fill_on_gpu(group, adapters, sources or Sources(device, 0), a, b, shares.numpy())
-    return a, b, not bool(overflow)
+    if memory.device.type == "cuda":
+        return gather_stacks(arrangement, memory, adapters, sources or Sources(memory.device, 0), shares.numpy())
+    overflow = torch.zeros((), dtype=torch.bool)
+    start = 0
+    for index, group in enumerate(arrangement.groups):
+        a, b = arrangement.stack(memory, index)
+        stack = stack_group(group, adapters, memory.device)
+        mine = shares[start : start + len(group.modules)].float()
+        start += len(group.modules)
+        columns = [mine[:, i, None].expand(-1, slot.stop - slot.start) for i, slot in enumerate(group.slots)]
+        a.copy_(stack.A)
+        b.copy_(stack.B * torch.cat(columns, dim=1)[:, None, :])
+        overflow |= ~(a.isfinite().all() & b.isfinite().all())
+    return overflow
 
 
-def fill_on_gpu(
-    group: ModuleGroup,
+def gather_stacks(
+    arrangement: Arrangement,
+    memory: Tensor,
     adapters: Sequence[Adapter],
     sources: Sources,
-    a: Tensor,
-    b: Tensor,
     weights: NDArray[np.float64] | None = None,
 ) -> Tensor:
-    """Write the stacked A (modules, K, d_in) and B (modules, d_out, K), of any dtype, B times scaling and weights[m, i].
+    """Write the stacks of every group to memory (size,) on a GPU, in its dtype, B times scaling and weights.
 
-    Returns one int32, not 0 where a value is not finite in the dtype of the stack.
+    weights: (all modules, n), 1 without. Returns a number on the GPU, not 0 where a value is not finite.
     """
+    from vllm_merge.adapters.pieces import pieces_of
     from vllm_merge.kernels.gather import gather
 
     sources.begin_batch()
-    (d_out, d_in), stacked, count = group.shape, group.stacked_rank, len(group.modules)
-    each = np.arange(count)
-    tables: dict[tuple[int, int], list[NDArray[np.int64]]] = {}  # by side and dtype
-    scales: dict[tuple[int, int], list[NDArray[np.float64]]] = {}
-    for index, (adapter, slot) in enumerate(zip(adapters, group.slots, strict=True)):
-        sources.pause()
-        width = slot.stop - slot.start
-        if not width:
-            continue
-        places = adapter.places
-        at = places.positions(group.modules)
-        there = at != ABSENT
-        shares = places.scaling[at] * (1.0 if weights is None else weights[:, index])
-        for side, (rows, columns, first, scale) in enumerate(
-            (
-                (width, d_in, (each * stacked + slot.start) * d_in, np.ones(count)),
-                (d_out, width, each * d_out * stacked + slot.start, shares),
-            )
-        ):
-            address, stride = sources.addresses(places, at, side)
-            found = [address, places.rows[at, side], places.columns[at, side], stride]
-            write = [np.full(count, rows), np.full(count, columns), first]
-            table = np.stack([*(np.where(there, column, 0) for column in found), *write], axis=1)
-            dtypes = places.dtype[at, side]
-            for dtype in set(dtypes.tolist()):
-                mine = dtypes == dtype
-                tables.setdefault((side, dtype), []).append(table[mine])
-                scales.setdefault((side, dtype), []).append(np.where(there, scale, 0.0)[mine])
-    overflow = torch.zeros(1, dtype=torch.int32, device=a.device)
-    widest = max(slot.stop - slot.start for slot in group.slots)
-    for (side, dtype), pieces in tables.items():
-        out, stride_out, size = ((a, d_in, widest * d_in), (b, stacked, widest * d_out))[side]
-        numbers = np.append(np.concatenate(pieces).ravel(), stride_out)
-        factors = np.concatenate(scales[side, dtype]).astype(np.float32)
-        gather(
-            torch.from_numpy(numbers).to(a.device, non_blocking=True),
-            torch.from_numpy(factors).to(a.device, non_blocking=True),
-            out,
-            overflow,
-            size,
-            DTYPES[dtype],
-        )
-    return overflow
+    sources.pause()
+    pieces = pieces_of(arrangement, [adapter.places for adapter in adapters], sources)
+    table = torch.from_numpy(pieces.with_scales(weights)).to(memory.device, non_blocking=True)
+    gather(table, memory, pieces)
+    return table[-1]

@@ -9,7 +9,7 @@ The bases come from Gram matrices; no matrix with both d_out and d_in is made he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +67,7 @@ class Grams:
     def of(cls, stack: Stack) -> Grams:
         """Non-finite factors give non-finite norms; a task within rounding of zero has norm exactly 0."""
         gram_a, gram_b = gram(stack.A.mT), gram(stack.B)
-        norms = [task_norm(gram_a[:, slot, slot], gram_b[:, slot, slot]) for slot in stack.group.slots]
-        return cls(gram_a, gram_b, torch.stack(norms, dim=1))
+        return cls(gram_a, gram_b, task_norms(gram_a, gram_b, stack.group.slots))
 
 
 def task_norm(gram_a: Tensor, gram_b: Tensor) -> Tensor:
@@ -76,6 +75,16 @@ def task_norm(gram_a: Tensor, gram_b: Tensor) -> Tensor:
     squared = (gram_a * gram_b).sum((-1, -2))
     terms = (gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)).sqrt()
     return torch.where(squared <= 1e-14 * terms.sum(-1) ** 2, 0.0, squared).sqrt()
+
+
+def task_norms(gram_a: Tensor, gram_b: Tensor, slots: Sequence[slice]) -> Tensor:
+    """`task_norm` of every task, (modules, n), from the Gram matrices (modules, K, K) of all."""
+    widths = {slot.stop - slot.start for slot in slots}
+    if len(widths) > 1:
+        return torch.stack([task_norm(gram_a[:, slot, slot], gram_b[:, slot, slot]) for slot in slots], dim=1)
+    n, width = len(slots), widths.pop()  # all at once: a GPU waits for launches here
+    blocks = [gram.reshape(-1, n, width, n, width).diagonal(dim1=1, dim2=3) for gram in (gram_a, gram_b)]
+    return task_norm(*(block.permute(0, 3, 1, 2) for block in blocks))
 
 
 Build = Callable[[Stack, Grams, bool], Coordinates]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.coordinates import Coordinates, task_norm
+from vllm_merge.algebra.coordinates import Coordinates, task_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Cores:
     """What a method of whole modules is given.
 
     left: (modules, rows, K), right: (modules, K, cols), float64; task i is left[:, :, slots[i]] @ right[:, slots[i]].
-    ranks: (modules, n) int64, r_i, 0 where an adapter lacks the module. shape: (d_out, d_in) of ΔW.
+    ranks: (modules, n) int64, r_i, 0 where an adapter lacks the module.
     modules: positions among all modules of the merge. parameters: per-adapter ones, each (modules, n, 1, 1) float64.
     """
 
@@ -28,7 +28,6 @@ class Cores:
     right: Tensor
     slots: tuple[slice, ...]
     ranks: Tensor
-    shape: tuple[int, int]
     modules: slice
     parameters: Mapping[str, Tensor]
 
@@ -41,10 +40,14 @@ class Cores:
             space.right[part],
             group.slots,
             torch.tensor(group.ranks[part], device=space.left.device),
-            group.shape,
             slice(start + part.start, start + part.stop),
             parameters,
         )
+
+    @property
+    def room(self) -> int:
+        """min(rows, cols): as many directions as any ΔW of these has, min(d_out, d_in), or Σ r_i where that is less."""
+        return min(self.left.shape[1], self.right.shape[2])
 
     def task(self, index: int) -> tuple[Tensor, Tensor]:
         """left_i (modules, rows, r) and right_i (modules, r, cols)."""
@@ -66,8 +69,7 @@ class Cores:
 
     def norms(self) -> Tensor:
         """‖M_i‖_F = ‖ΔW_i‖_F, (modules, n) float64; exactly 0 where it is within rounding of 0."""
-        pairs = [self.task(index) for index in range(len(self.slots))]
-        return torch.stack([task_norm(right @ right.mT, left.mT @ left) for left, right in pairs], dim=1)
+        return task_norms(self.right @ self.right.mT, self.left.mT @ self.left, self.slots)
 
     def gram(self) -> Tensor:
         """⟨M_i, M_j⟩ = ⟨ΔW_i, ΔW_j⟩, (modules, n, n) float64; exactly 0 where a task is within rounding of 0."""

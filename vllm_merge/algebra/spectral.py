@@ -80,6 +80,18 @@ def triples_of_product(left: Tensor, right: Tensor, floor: Tensor | None = None)
     return Triples(left @ (out.T @ inner.U), inner.S, right.mT @ (into.T @ inner.V))
 
 
+def triples_of_each(
+    tasks: Sequence[tuple[Tensor, Tensor]], floors: Sequence[Tensor] | None = None
+) -> Sequence[Triples]:
+    """`triples_of_product` of each; all at once where they have the same shapes."""
+    if len({(left.shape, right.shape) for left, right in tasks}) > 1:
+        return [triples_of_product(*t, floors[index] if floors else None) for index, t in enumerate(tasks)]
+    lefts, rights = zip(*tasks, strict=True)
+    every = triples_of_product(torch.cat(lefts), torch.cat(rights), None if floors is None else torch.cat(list(floors)))
+    parts = [part.chunk(len(tasks)) for part in (every.U, every.S, every.V)]
+    return [Triples(*part) for part in zip(*parts, strict=True)]
+
+
 def polar(matrix: Tensor) -> Tensor:
     """X (XᵀX)^(−1/2) on the support: U Vᵀ of the singular value decomposition, (modules, rows, cols).
 
@@ -107,7 +119,7 @@ def _polar_of_full_rank(matrix: Tensor) -> Tensor | None:
     guess = matrix / size[:, None, None]
     one = torch.eye(matrix.shape[2], dtype=matrix.dtype, device=matrix.device)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        guess = 1.5 * guess - 0.5 * guess @ (guess.mT @ guess)
+        guess = torch.baddbmm(guess, guess, guess.mT @ guess, beta=1.5, alpha=-0.5)
     away = (guess.mT @ guess - one).abs().amax((-1, -2))
     return guess if bool((away < POLAR_ERROR).all()) else None
 

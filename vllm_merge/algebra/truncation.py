@@ -58,6 +58,18 @@ class Truncated:
     energy: Tensor
     singular: bool = True
 
+    def of(self, modules: slice) -> Truncated:
+        """Of some matrices of the batch."""
+        return Truncated(
+            self.long[modules],
+            self.short[modules],
+            self.ranks[modules],
+            self.exact[modules],
+            self.norm[modules],
+            self.energy[modules],
+            self.singular,
+        )
+
 
 def truncate(
     strips: Strips, short: int, policy: RankPolicy, rank_sums: Tensor, seed: int, *, singular: bool = False

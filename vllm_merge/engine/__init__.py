@@ -69,7 +69,7 @@ def merge(
     policy = RankPolicy.parse(rank, max_rank)
     names = [adapter.name for adapter in adapters]
     embeddings = embeddings_of(adapters)
-    resolve_parameters(spec, chosen, names, weights, parameters, adapter_parameters)  # all are checked, dropped or not
+    resolved = resolve_parameters(spec, chosen, names, weights, parameters, adapter_parameters)
     provenance = {
         "merge_method": merge_method,
         "method_version": spec.version,
@@ -91,9 +91,10 @@ def merge(
     def those(values: Sequence[Any] | None) -> list[Any] | None:
         return None if values is None else [values[index] for index in used]
 
-    resolved = resolve_parameters(
-        spec, chosen, [names[i] for i in used], those(weights), parameters, those(adapter_parameters)
-    )
+    if zero:
+        resolved = resolve_parameters(
+            spec, chosen, [names[i] for i in used], those(weights), parameters, those(adapter_parameters)
+        )
     target = torch.device(device) if device is not None else _device_of(adapters)
     context = Context(target, seed, workspace_bytes)
     kept: Sequence[Adapter] = [adapters[index] for index in used]
@@ -117,23 +118,27 @@ def merge(
         overview=Overview(len(used)) if report == "full" else None,
     )
     job.report.dropped_adapters = [adapter.name for i, adapter in enumerate(adapters) if i not in used]
-    merged = job.run() if used else {}
-    factors = {m: replace(pair, embedding=True) if m in embeddings else pair for m, pair in merged.items()}
+    factors = job.run() if used else {}
+    if embeddings:
+        factors = {m: replace(pair, embedding=True) if m in embeddings else pair for m, pair in factors.items()}
     bases = {adapter.base_model for adapter in adapters}
     return MergedAdapter(name, factors, job.report, provenance, bases.pop() if len(bases) == 1 else None)
 
 
 def _zero_adapters(adapters: Sequence[Adapter]) -> set[int]:
     """Which adapters are ΔW = 0 at every module. A module of each settles nearly all; two reads of the device do."""
-    modules = {index: list(adapter.factors.values()) for index, adapter in enumerate(adapters)}
-    device = _device_of(adapters)
-    zero = set(modules)
-    for some in (slice(0, 1), slice(1, None)):
-        norms = {index: [_norm(pair) for pair in modules[index][some]] for index in zero if modules[index][some]}
-        if norms:
-            largest = torch.stack([torch.stack(found).amax().to(device) for found in norms.values()])
-            zero -= {index for index, norm in zip(norms, largest.tolist(), strict=True) if norm != 0}
-    return zero
+    modules = {index: list(a.factors.values()) for index, a in enumerate(adapters) if a.known_zero is None}
+    if modules:
+        device = _device_of(adapters)
+        zero = set(modules)
+        for some in (slice(0, 1), slice(1, None)):
+            norms = {index: [_norm(pair) for pair in modules[index][some]] for index in zero if modules[index][some]}
+            if norms:
+                largest = torch.stack([torch.stack(found).amax().to(device) for found in norms.values()])
+                zero -= {index for index, norm in zip(norms, largest.tolist(), strict=True) if norm != 0}
+        for index in modules:
+            adapters[index].known_zero = index in zero
+    return {index for index, adapter in enumerate(adapters) if adapter.known_zero}
 
 
 def _norm(factors: LoraFactors) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_merge.adapters.factors import LoraFactors
+from vllm_merge.adapters.stacking import Stack
 from vllm_merge.algebra.truncation import Truncated
 from vllm_merge.errors import MergeError
 
@@ -21,16 +22,17 @@ CANCELLED = 1e-7  # of the largest weighted task; float32 rounding
 def factors(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, tall: bool) -> dict[str, LoraFactors]:
     """The merged factors. described: the same by singular vectors, for the report."""
     modules = prepared.batch.group.modules
-    left, right = _lifted(prepared, cut, tall)
+    stack = job.stack(prepared)
+    left, right = _lifted(prepared, stack, cut, tall)
     if job.overview is not None:
         with job.timed("report"):
-            seen = (left, right) if described is cut else _lifted(prepared, described, tall)
-            job.overview.add(prepared.stack, prepared.grams, *seen)
+            seen = (left, right) if described is cut else _lifted(prepared, stack, described, tall)
+            job.overview.add(stack, prepared.grams, *seen)
     # Singular vectors are unique up to sign: the largest entry of each column of B is made positive.
     if cut.singular:
         sign = torch.where(left.gather(1, left.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
         left, right = left * sign, right * sign
-    b, a = left.to(job.dtype), right.to(job.dtype)
+    b, a = (torch.empty(part.shape, dtype=job.dtype, device=part.device).copy_(part) for part in (left, right.mT))
     fits = (b.isfinite().all(-1).all(-1) & a.isfinite().all(-1).all(-1)).tolist()
     found = {}
     ranks, norms, energies = cut.ranks.tolist(), cut.norm.tolist(), cut.energy.tolist()
@@ -44,14 +46,16 @@ def factors(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, 
         job.report.ranks[module] = rank
         job.report.norms[module] = norms[index]
         job.report.energy_kept[module] = None if exact[index] else energies[index]
-        # Copies: a module must not keep the memory of its whole batch.
-        found[module] = LoraFactors(_own(a[index, :, :rank].mT), _own(b[index, :, :rank]))
+        mine, its = a[index, :rank], b[index, :, :rank]
+        if rank < cut.long.shape[2]:  # a copy: a module must not keep the memory of what was cut off
+            mine, its = _own(mine), _own(its)
+        found[module] = LoraFactors(mine, its)
     return found
 
 
-def _lifted(prepared: Prepared, cut: Truncated, tall: bool) -> tuple[Tensor, Tensor]:
+def _lifted(prepared: Prepared, stack: Stack, cut: Truncated, tall: bool) -> tuple[Tensor, Tensor]:
     """The factors of the weight change from those of the merged coordinates: (modules, d_out, k), (modules, d_in, k)."""
-    space, of = prepared.coordinates, prepared.product or prepared.stack
+    space, of = prepared.coordinates, prepared.product or stack
     left, right = (cut.long, cut.short) if tall else (cut.short, cut.long)
     if space.left_transform is not None:
         left = of.B.double() @ (space.left_transform @ left.double())

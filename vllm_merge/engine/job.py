@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from vllm_merge.algebra.factorwise import NOT_EXACT, FactorTasks
 from vllm_merge.algebra.overview import Overview
 from vllm_merge.algebra.ranks import RankPolicy
 from vllm_merge.algebra.tiles import Part, Tile, parts
-from vllm_merge.algebra.truncation import truncate
+from vllm_merge.algebra.truncation import Truncated, truncate
 from vllm_merge.algebra.workspace import ModuleCost, Workspace
 from vllm_merge.artifact import MergeReport
 from vllm_merge.engine import finish, side_by_side
@@ -47,16 +47,38 @@ class Batch:
 class Prepared:
     """A batch on the device, with its parameters: per adapter (modules, n) float64, λ (modules,) float64.
 
+    stack: its factors; None where they are made again when they are needed.
     product: in space `factors`, the one task that its method has made of all; the coordinates then are of it.
     """
 
     batch: Batch
-    stack: Stack
+    stack: Stack | None
     grams: Grams
     coordinates: Coordinates
     parameters: Mapping[str, Tensor]
     lam: Tensor
     product: Stack | None = None
+
+    @classmethod
+    def joined(cls, several: Sequence[Prepared]) -> Prepared:
+        """Batches whose coordinates have the same rows, columns and slots, as one whose ΔW are these coordinates."""
+        spaces = [one.coordinates for one in several]
+        modules = tuple(module for space in spaces for module in space.group.modules)
+        ranks = tuple(row for space in spaces for row in space.group.ranks)
+        group = replace(spaces[0].group.cored(), modules=modules, ranks=ranks)
+        left, right, entries = (
+            torch.cat([getattr(space, part) for space in spaces]) for part in ("left", "right", "entries")
+        )
+        grams = Grams(*(torch.cat([getattr(one.grams, part) for one in several]) for part in ("A", "B", "norms")))
+        first = several[0]
+        return cls(
+            Batch(group, first.batch.start, first.batch.cost),
+            None,
+            grams,
+            Coordinates(group, left, right, None, None, entries),
+            {name: torch.cat([one.parameters[name] for one in several]) for name in first.parameters},
+            torch.cat([one.lam for one in several]),
+        )
 
     def parameters_of(self, modules: slice, dtype: torch.dtype) -> dict[str, Tensor]:
         """Per-adapter parameters as a method gets them, (modules, n, 1, 1)."""
@@ -81,23 +103,26 @@ class Job:
     report: MergeReport
     overview: Overview | None
 
-    def run(self) -> dict[str, LoraFactors]:
+    def run(self) -> Mapping[str, LoraFactors]:
         """Statistics over all modules, then batch by batch: merged entries, rank, factors."""
         statistics: Any = None
-        if self.spec.statistics is not None:
+        alone = self.overview is None and all(side_by_side.fits(self, batch.group) for batch in self.batches)
+        if self.spec.statistics is not None and not alone:  # those of a weighted sum only check what it checks too
             passes = JobPasses(self)
             with self.timed("statistics"):
                 statistics = self.spec.statistics(passes, **self.parameters.per_recipe)
         factors: dict[str, LoraFactors] = {}
-        for batch in self.batches:
-            if not side_by_side.fits(self, batch.group):
-                factors.update(self._merge_batch(self.prepared(batch), statistics))
+        beside: list[Batch] = []
+        for several in self._together():
+            if not side_by_side.fits(self, several[0].group):
+                factors.update(self._merge_batches(several, statistics))
                 continue
             if self.overview is not None:  # which needs the singular values of the result
                 dropped = list(self.report.dropped_modules)
-                self._merge_batch(self.prepared(batch), statistics)
+                self._merge_batches(several, statistics)
                 self.report.dropped_modules = dropped
-            factors.update(side_by_side.merged(self, batch))
+            beside += several
+        found = side_by_side.merged(self, beside) if beside else {}
         conflict = getattr(statistics, "sign_conflict", None)
         if conflict is not None:
             self.report.sign_conflict = dict(zip(self.modules, conflict.tolist(), strict=True))
@@ -117,7 +142,7 @@ class Job:
                 f"least {low[worst]:.1%} at {worst}; a larger rank keeps more"
             )
         self.report.peak_workspace_bytes = self.workspace.peak
-        return factors
+        return {**factors, **found} if factors else found
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -229,17 +254,67 @@ class Job:
         parameters = prepared.parameters_of(part.modules, torch.float64)
         return Cores.of(prepared.coordinates, part.modules, prepared.batch.start, parameters)
 
+    def _together(self) -> Iterator[list[Batch]]:
+        """The batches, those that can be merged as one together.
+
+        Where a method takes whole modules in `core`, its work is on matrices of K rows and columns whatever the modules'
+        shapes, and on a GPU takes as long for a few of them as for all.
+        """
+        alike = self.space == "core" and self.spec.whole_modules
+        several: list[Batch] = []
+        for batch in self.batches:
+            if several and not (alike and self._fit_together([*several, batch])):
+                yield several
+                several = []
+            several.append(batch)
+        if several:
+            yield several
+
+    def _fit_together(self, batches: Sequence[Batch]) -> bool:
+        """Whether the coordinates of the batches have one shape, and all that is made of them fits into the workspace."""
+        groups = [batch.group for batch in batches]
+        core, *others = (group.cored() for group in groups)
+        if any((other.shape, other.slots) != (core.shape, core.slots) for other in others):
+            return False
+        cost = ModuleCost.of(core, self.space, self.policy, whole_modules=True)
+        fits = sum(len(group.modules) for group in groups) <= self.workspace.modules_at_once(cost)
+        return fits and not any(side_by_side.fits(self, group) for group in groups)
+
+    def stack(self, prepared: Prepared) -> Stack:
+        """The factors of a batch."""
+        if prepared.stack is not None:
+            return prepared.stack
+        return stack_group(prepared.batch.group, self.adapters, self.device, self.sources)
+
     def _product(self, prepared: Prepared, statistics: Any) -> Prepared:
         """The batch as one task in `core`, the product of the A and the B that a method of space `factors` makes."""
         parameters = prepared.parameters_of(slice(None), torch.float64)
-        tasks = FactorTasks.of(prepared.stack, self.adapters, prepared.batch.start, parameters)
+        tasks = FactorTasks.of(self.stack(prepared), self.adapters, prepared.batch.start, parameters)
         with self.timed("merge"):
             stack = tasks.product(*self.spec.apply(tasks, statistics, **parameters, **self.parameters.per_recipe))
         return replace(prepared, product=stack, coordinates=core_coordinates(stack, Grams.of(stack), False))
 
-    def _merge_batch(self, prepared: Prepared, statistics: Any) -> dict[str, LoraFactors]:
+    def _merge_batches(self, batches: Sequence[Batch], statistics: Any) -> dict[str, LoraFactors]:
+        """The factors of batches that are merged as one."""
+        parts = []
+        for batch in batches:
+            prepared = self.prepared(batch)
+            alone = len(batches) == 1 or self._held is not None
+            parts.append(prepared if alone else replace(prepared, stack=None))
         if self.space == "factors":
-            prepared = self._product(prepared, statistics)
+            parts = [self._product(one, statistics) for one in parts]
+        cut, described, tall = self._cut(parts[0] if len(parts) == 1 else Prepared.joined(parts), statistics)
+        factors: dict[str, LoraFactors] = {}
+        start = 0
+        with self.timed("factors"):
+            for one in parts:
+                piece = slice(start, start + len(one.batch.group.modules))
+                factors.update(finish.factors(self, one, cut.of(piece), described.of(piece), tall))
+                start = piece.stop
+        return factors
+
+    def _cut(self, prepared: Prepared, statistics: Any) -> tuple[Truncated, Truncated, bool]:
+        """The merged coordinates cut to their rank, the same by singular vectors, and whether rows are their long side."""
         batch, space = prepared.batch, prepared.coordinates
         modules, _, rows, cols = space.shape
         tall = rows >= cols
@@ -289,8 +364,7 @@ class Job:
             described = cut
             if self.overview is not None and not cut.singular:
                 described = truncate(strips, min(rows, cols), self.policy, sums, self.seed, singular=True)
-        with self.timed("factors"):
-            return finish.factors(self, prepared, cut, described, tall)
+        return cut, described, tall
 
     def _check_result(self, batch: Batch, part: Part, values: Tensor) -> None:
         finite = values.sum((-1, -2), dtype=torch.float64).isfinite().tolist()

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vllm_merge.adapters.arrangement import FactorViews, arranged
 from vllm_merge.adapters.factors import LoraFactors
 from vllm_merge.adapters.stacking import ModuleGroup, side_by_side, stack_group
 from vllm_merge.algebra.coordinates import Grams
@@ -24,45 +26,78 @@ def fits(job: Job, group: ModuleGroup) -> bool:
     return job.policy.by_sum or (job.policy.limit or 0) >= group.stacked_rank
 
 
-def merged(job: Job, batch: Batch) -> dict[str, LoraFactors]:
+def merged(job: Job, batches: Sequence[Batch]) -> Mapping[str, LoraFactors]:
     """A = [A_1; …; A_n], B = [c_1 B_1, …, c_n B_n]: exact, without a rounding but that of c_i B_i to the dtype."""
     assert job.spec.coefficients is not None
-    modules, cpu = batch.group.modules, torch.device("cpu")
-    job.step("merge", batch.start)
+    for batch in batches:
+        job.step("merge", batch.start)
     with job.timed("factors"):
+        groups, cpu = [batch.group for batch in batches], torch.device("cpu")
+        modules = [module for group in groups for module in group.modules]
         shares = job.spec.coefficients(**job.parameters.tensors(modules, cpu), **job.parameters.per_recipe)
-        shares = _like_terms(job, shares * job.parameters.lambdas(modules, cpu)[:, None])
-    alike: dict[tuple[bool, ...], list[int]] = {}
-    for index, pattern in enumerate((shares != 0).tolist()):
-        alike.setdefault(tuple(pattern), []).append(index)
-    factors: dict[str, LoraFactors] = {}
-    for pattern, rows in alike.items():
-        used = [index for index, there in enumerate(pattern) if there]
-        factors.update(_terms(job, batch.group.of(rows), used, shares[rows][:, used]))
+        if not job.parameters.unscaled:
+            shares = shares * job.parameters.lambdas(modules, cpu)[:, None]
+        shares = _like_terms(job, shares)
+        found = [_terms(job, batches, *terms) for terms in _alike(groups, shares)]
+    if len(found) == 1:
+        return found[0]
+    return {module: factors for some in found for module, factors in some.items()}
+
+
+def _alike(groups: Sequence[ModuleGroup], shares: Tensor) -> Iterator[tuple[list[int], list[ModuleGroup], Tensor]]:
+    """The adapters that have a share, with the modules that have these terms alone, and their shares (modules, adapters)."""
+    if shares.numpy().all():
+        yield list(range(shares.shape[1])), list(groups), shares
+        return
+    patterns = (shares != 0).tolist()
+    for pattern in dict.fromkeys(map(tuple, patterns)):
+        rows = [index for index, mine in enumerate(patterns) if tuple(mine) == pattern]
+        used = [index for index, has in enumerate(pattern) if has]
+        picked, start = [], 0
+        for group in groups:
+            end = start + len(group.modules)
+            if mine := [row - start for row in rows if start <= row < end]:
+                picked.append(group.of(mine))
+            start = end
+        yield used, picked, shares[rows][:, used]
+
+
+def _terms(
+    job: Job, batches: Sequence[Batch], used: Sequence[int], groups: Sequence[ModuleGroup], shares: Tensor
+) -> Mapping[str, LoraFactors]:
+    """Of modules that have the same terms: those of the adapters used, times their shares (modules, adapters)."""
+    terms = [group.only(used) for group in groups]
+    if nothing := [module for group in terms if not group.stacked_rank for module in group.modules]:
+        job.report.dropped_modules += nothing
+        shares = shares[torch.tensor([group.stacked_rank > 0 for group in terms for _ in group.modules])]
+        terms = [group for group in terms if group.stacked_rank]
+    if not terms:
+        return {}
+    arrangement = arranged(tuple(terms))
+    memory = torch.empty(arrangement.size, dtype=job.dtype, device=job.device)
+    overflow = side_by_side(arrangement, memory, [job.adapters[index] for index in used], shares, job.sources)
+    factors = FactorViews(memory, arrangement)
+    for group in terms:
+        job.report.ranks.update(dict.fromkeys(group.modules, group.stacked_rank))
+        job.report.energy_kept.update(dict.fromkeys(group.modules))
+    if overflow:  # the one wait for a GPU
+        _explain(job, batches, factors)
     return factors
 
 
-def _terms(job: Job, group: ModuleGroup, used: list[int], shares: Tensor) -> dict[str, LoraFactors]:
-    """Of modules that have the same terms: those of the adapters used, times their shares (modules, adapters)."""
-    modules = group.modules
-    if not used:
-        job.report.dropped_modules += modules
-        return {}
-    with job.timed("factors"):
-        terms, adapters = group.only(used), [job.adapters[index] for index in used]
-        a, b, finite = side_by_side(terms, adapters, shares, job.device, job.dtype, job.sources)
-    if not finite:
-        batch = next(batch for batch in job.batches if modules[0] in batch.group.modules)
+def _explain(job: Job, batches: Sequence[Batch], factors: Mapping[str, LoraFactors]) -> None:
+    """Raise MergeError for factors that are not finite: an adapter's own, or merged ones that their dtype cannot hold."""
+    for batch in batches:
         job.check_inputs(batch, Grams.of(stack_group(batch.group, job.adapters, job.device)).norms)
-        raise MergeError(f"module '{modules[0]}' or one of its shape: the merged factors do not fit {job.dtype}")
-    job.report.ranks.update(dict.fromkeys(modules, terms.stacked_rank))
-    job.report.energy_kept.update(dict.fromkeys(modules))
-    return {m: LoraFactors(mine, its) for m, mine, its in zip(modules, a.unbind(), b.unbind(), strict=True)}
+    module = next(m for m, pair in factors.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all()))
+    raise MergeError(f"module '{module}': the merged factors do not fit {job.dtype}; choose a wider dtype")
 
 
 def _like_terms(job: Job, shares: Tensor) -> Tensor:
     """The shares (modules, n), those of adapters that are the same added up at the first of them."""
-    first: dict[object, int] = {}
+    if len({adapter.known_hash or id(adapter) for adapter in job.adapters}) == len(job.adapters):
+        return shares
+    shares, first = shares.clone(), dict[object, int]()
     for index, adapter in enumerate(job.adapters):
         same = first.setdefault(adapter.known_hash or id(adapter), index)
         if same != index:

@@ -1,52 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes many small matrices, wherever they lie, into one array in a single launch."""
+"""Writes many small matrices, wherever they lie, into one run of memory in a single launch."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from vllm_merge.adapters.pieces import Pieces
+
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_TILE = 4096
+_TILE = 2048
+_WIDE = 1024  # columns of a tile, of matrices that are wider than all slots
+_TILES_EACH = 8  # that a program copies of the largest matrix, one after the other
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gather(  # type: ignore[no-untyped-def]
-    table, scales, out, overflow, most, TILE: tl.constexpr, SOURCE: tl.constexpr
+def _copy(  # type: ignore[no-untyped-def]
+    entry,
+    out,
+    pieces,
+    most,
+    SOURCE: tl.constexpr,
+    BYTES: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    piece = tl.program_id(0)
-    entry = table + 7 * piece
-    source = tl.load(entry).to(tl.pointer_type(SOURCE))
-    given_rows = tl.load(entry + 1).to(tl.int32)
-    given_columns = tl.load(entry + 2).to(tl.int32)
-    source_stride = tl.load(entry + 3)
-    rows = tl.load(entry + 4).to(tl.int32)
-    columns = tl.load(entry + 5).to(tl.int32)
-    target = tl.load(entry + 6)
-    target_stride = tl.load(table + 7 * tl.num_programs(0))
-    at = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    row = at // columns
-    column = at - row * columns
-    given = (row < given_rows) & (column < given_columns)
-    values = tl.load(source + row.to(tl.int64) * source_stride + column, mask=given, other=0.0).to(tl.float32)
-    values *= tl.load(scales + piece)
-    place = out + target + row.to(tl.int64) * target_stride + column
-    tl.store(place, values.to(out.dtype.element_ty), mask=row < rows)
-    if tl.sum((~(tl.abs(values) <= most)).to(tl.int32)) > 0:  # nan is not, either
-        tl.store(overflow, 1)
+    """The tiles of a piece that are this program's. Returns how many lanes met a value that is not finite."""
+    source = tl.multiple_of(tl.load(entry).to(tl.pointer_type(SOURCE)), UNIT * BYTES)
+    given_rows = tl.load(entry + pieces).to(tl.int32)
+    given_columns = tl.multiple_of(tl.load(entry + 2 * pieces).to(tl.int32), UNIT)
+    stride = tl.multiple_of(tl.load(entry + 3 * pieces), UNIT)
+    rows = tl.load(entry + 4 * pieces).to(tl.int32)
+    columns = tl.multiple_of(tl.load(entry + 5 * pieces).to(tl.int32), UNIT)
+    target = out + tl.multiple_of(tl.load(entry + 6 * pieces), UNIT)
+    target_stride = tl.multiple_of(tl.load(entry + 7 * pieces), UNIT)
+    scale = tl.load(entry + 8 * pieces).to(tl.float64, bitcast=True).to(tl.float32)
+    across = tl.cdiv(columns, COLUMNS)
+    largest = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS) * across, tl.num_programs(1)):
+        row = (tile // across * ROWS + tl.arange(0, ROWS))[:, None]
+        column = (tile % across * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        given = (row < given_rows) & (column < given_columns)
+        values = tl.load(source + row.to(tl.int64) * stride + column, mask=given, other=0.0).to(tl.float32) * scale
+        written = values.to(out.dtype.element_ty)
+        tl.store(target + row.to(tl.int64) * target_stride + column, written, mask=(row < rows) & (column < columns))
+        largest = tl.maximum(largest, tl.abs(written.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
+    return tl.sum((~(largest <= most)).to(tl.int32))  # nan is not, either
 
 
-def gather(table: Tensor, scales: Tensor, out: Tensor, overflow: Tensor, largest: int, dtype: torch.dtype) -> None:
+@triton.jit(do_not_specialize=["pieces", "first"])  # type: ignore[untyped-decorator]
+def _gather(  # type: ignore[no-untyped-def]
+    table,
+    out,
+    pieces,
+    first,
+    most,
+    SOURCE: tl.constexpr,
+    BYTES: tl.constexpr,
+    UNIT: tl.constexpr,
+    NARROW: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    entry = table + first + tl.program_id(0)
+    if tl.load(entry + 5 * pieces) <= NARROW:  # columns: the others would leave most lanes of a tile idle
+        bad = _copy(entry, out, pieces, most, SOURCE, BYTES, UNIT, TILE // NARROW, NARROW)
+    else:
+        bad = _copy(entry, out, pieces, most, SOURCE, BYTES, UNIT, TILE // WIDE, WIDE)
+    if bad > 0:
+        tl.store(table + 9 * pieces, 1)
+
+
+def gather(table: Tensor, out: Tensor, pieces: Pieces) -> None:
     """out[piece] = scale · source, zero where the source ends, computed in float32.
 
-    table: int64 on the GPU, per piece 7 numbers (the source's address, rows, columns and row stride; rows and columns to
-    write; first element in out), then the row stride of out. scales: (pieces,) float32. largest: elements of the
-    largest piece. dtype: of the sources. overflow: one int32, set to 1 where a value is not finite in out's dtype. Strides
-    count elements.
+    table: int64 on the GPU, `pieces.with_scales(…)`; its last number becomes 1 where a value is not finite in out's dtype.
+    out: one run of elements.
     """
-    pieces = scales.shape[0]
-    _gather[(pieces, triton.cdiv(largest, _TILE))](
-        table, scales, out, overflow, torch.finfo(out.dtype).max, TILE=_TILE, SOURCE=_TYPES[dtype], num_warps=4
-    )
+    narrow = min(triton.next_power_of_2(max(pieces.widest, 1)), _WIDE)
+    split = max(1, pieces.largest // (_TILE * _TILES_EACH))
+    for dtype, first, last in pieces.launches:
+        _gather[(last - first, split)](
+            table,
+            out,
+            pieces.count,
+            first,
+            torch.finfo(out.dtype).max,
+            SOURCE=_TYPES[dtype],
+            BYTES=dtype.itemsize,
+            UNIT=pieces.unit,
+            NARROW=narrow,
+            WIDE=_WIDE,
+            TILE=_TILE,
+            num_warps=4,
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_merge.algebra.bases import TOLERANCE
 from vllm_merge.algebra.cores import Cores
-from vllm_merge.algebra.spectral import Triples, polar, triples_of_product
+from vllm_merge.algebra.spectral import Triples, polar, triples_of_each
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 from vllm_merge.methods.ties import disjoint_merge
@@ -39,7 +39,8 @@ def dc_merge(
     among them, those that agree are averaged, and what couples directions of different tasks is cleared.
     """
     tasks = cores.scaled(weight)
-    own = [smoothed(triples_of_product(*tasks.task(index)), smoothing, rho) for index in range(len(tasks.slots))]
+    tasks_of = [tasks.task(index) for index in range(len(tasks.slots))]
+    own = [smoothed(triples, smoothing, rho) for triples in triples_of_each(tasks_of)]
     ranks = torch.stack([task.rank for task in own], 1)
     every = Triples.cat(own)
     u, v = polar(every.U), polar(every.V)

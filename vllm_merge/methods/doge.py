@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm_merge.adapters.factors import Adapter
 from vllm_merge.adapters.stacking import Stack
 from vllm_merge.algebra.bases import gram
-from vllm_merge.algebra.coordinates import task_norm
+from vllm_merge.algebra.coordinates import task_norms
 from vllm_merge.algebra.shared_subspace import shared_subspace
 from vllm_merge.algebra.tiles import Passes, Tile
 from vllm_merge.errors import UserInputError
@@ -68,7 +68,7 @@ class Correction:
         """a: (modules, K, d_in), b: (modules, d_out, K), of task i at slots[i]; weight: (modules, n)."""
         b = b.double()
         gram_a, gram_b = gram(a.mT), gram(b)
-        norms = torch.stack([task_norm(gram_a[:, slot, slot], gram_b[:, slot, slot]) for slot in slots], dim=1)
+        norms = task_norms(gram_a, gram_b, slots)
         coefficients = torch.where(norms > 0, coefficient * weight / norms, 0.0)
         owner = torch.zeros(len(slots), b.shape[2], dtype=b.dtype, device=b.device)
         for index, slot in enumerate(slots):

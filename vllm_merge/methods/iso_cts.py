@@ -7,6 +7,7 @@ changes the rest would be null vectors, which are arbitrary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from vllm_merge.algebra.bases import TOLERANCE
 from vllm_merge.algebra.cores import Cores
-from vllm_merge.algebra.spectral import Triples, polar, triples_of, triples_of_product
+from vllm_merge.algebra.spectral import Triples, polar, triples_of, triples_of_each
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
@@ -34,16 +35,15 @@ def iso_cts(
     share common_fraction of all; u_i, v_i those of (I − U_c U_cᵀ) w_i ΔW_i; σ̄ is the mean of their singular values.
     """
     tasks = cores.scaled(weight)
-    alone = [triples_of_product(*tasks.task(index)) for index in range(len(tasks.slots))]
-    of_the_sum, of_each = split(torch.stack([task.rank for task in alone], 1), min(cores.shape), common_fraction)
+    alone = triples_of_each([tasks.task(index) for index in range(len(tasks.slots))])
+    of_the_sum, of_each = split(torch.stack([task.rank for task in alone], 1), cores.room, common_fraction)
     common = triples_of(tasks.total()).leading(of_the_sum)
-    pieces = [common]
-    for index, task in enumerate(alone):
-        left, right = tasks.task(index)
-        outside = left - common.U @ (common.U.mT @ left)
-        rest = triples_of_product(outside, right, floor=TOLERANCE * task.S[:, :1].sum(1))
-        pieces.append(rest.leading(of_each))
-    every = Triples.cat(pieces)
+    outside = replace(tasks, left=tasks.left - common.U @ (common.U.mT @ tasks.left))
+    rests = triples_of_each(
+        [outside.task(index) for index in range(len(tasks.slots))],
+        [TOLERANCE * task.S[:, :1].sum(1) for task in alone],
+    )
+    every = Triples.cat([common, *(rest.leading(of_each) for rest in rests)])
     return every.mean[:, None, None] * (polar(every.U) @ polar(every.V).mT)
 
 

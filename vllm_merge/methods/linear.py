@@ -16,7 +16,12 @@ from vllm_merge.methods.registry import merge_method
 
 def check_weights(passes: Passes, *, normalize: bool) -> None:
     """Refuse weights that cannot be normalised."""
-    if normalize and bool((passes.parameters["weight"].sum(1) == 0).any()):
+    if normalize:
+        _check_divisor(passes.parameters["weight"].sum(1))
+
+
+def _check_divisor(total: Tensor) -> None:
+    if not bool(total.all()):
         raise UserInputError(
             "merge method 'linear': the weights of the adapters add up to 0, so that they cannot be normalised; "
             "change a weight or set normalize: false"
@@ -25,7 +30,11 @@ def check_weights(passes: Passes, *, normalize: bool) -> None:
 
 def shares(*, weight: Tensor, normalize: bool) -> Tensor:
     """c_i = w_i / Σ w_j."""
-    return weight / weight.sum(1, keepdim=True) if normalize else weight
+    if not normalize:
+        return weight
+    total = weight.sum(1, keepdim=True)
+    _check_divisor(total)
+    return weight / total
 
 
 @merge_method(

@@ -63,8 +63,13 @@ class OpcmSequence:
         }
 
     def sums(self, modules: slice) -> Tensor:
-        """X_T of the modules of a pass."""
-        return self._sums[modules.start]
+        """X_T of modules of one shape, by their positions."""
+        found = []
+        for start, x in self._sums.items():
+            first, last = max(start, modules.start), min(start + len(x), modules.stop)
+            if first < last:
+                found.append(x[first - start : last - start])
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def projected(task: Tensor, merged: Triples, alpha: float) -> Tensor:

@@ -41,7 +41,7 @@ def _table(chains: Sequence[Sequence[Any]], modules: Sequence[str]) -> Tensor:
     """The first candidate of every chain at every module, (modules, chains) float64."""
     if any(isinstance(chain[0], Mapping) for chain in chains):
         return torch.tensor([[_first(chain, module) for chain in chains] for module in modules], dtype=torch.float64)
-    return torch.tensor([float(chain[0]) for chain in chains], dtype=torch.float64).repeat(len(modules), 1)
+    return torch.tensor([float(chain[0]) for chain in chains], dtype=torch.float64).expand(len(modules), -1)
 
 
 def _first(candidates: Sequence[Any], module: str) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_merge.algebra.cores import Cores
-from vllm_merge.algebra.spectral import Triples, isotropic, polar, triples_of_product
+from vllm_merge.algebra.spectral import Triples, isotropic, polar, triples_of_each
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
@@ -27,8 +27,8 @@ def tsv_m(
     all singular values of the result their mean (as the Core Space paper does, arXiv:2509.17786).
     """
     tasks = cores.scaled(weight)
-    own = [triples_of_product(*tasks.task(index)) for index in range(len(tasks.slots))]
-    keep = kept_ranks(torch.stack([task.rank for task in own], 1), min(cores.shape))
+    own = triples_of_each([tasks.task(index) for index in range(len(tasks.slots))])
+    keep = kept_ranks(torch.stack([task.rank for task in own], 1), cores.room)
     every = Triples.cat([task.leading(keep[:, index]) for index, task in enumerate(own)])
     merged = polar(every.U) * every.S[:, None, :] @ polar(every.V).mT
     return isotropic(merged) if isotropize else merged
@@ -37,7 +37,7 @@ def tsv_m(
 def kept_ranks(ranks: Tensor, room: int) -> Tensor:
     """How many singular triples each task keeps, of its rank: all, or its equal share where they exceed the room.
 
-    ranks and the result: (modules, n), 0 where a task has nothing; room: min(d_out, d_in).
+    ranks and the result: (modules, n), 0 where a task has nothing; room: at most as many directions as ΔW has.
     """
     share = (room // (ranks > 0).sum(1).clamp_min(1)).clamp_min(1)
     fits = ranks.sum(1) <= room

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPU is told to gather stacks: of every factor of every adapter where it lies, and where in the stacks it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from weakref import ReferenceType, ref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_merge.adapters.places import ADDRESS, DTYPE, DTYPES, ITEM_SIZES, STRIDE, Places
+
+if TYPE_CHECKING:
+    from vllm_merge.adapters.arrangement import Arrangement
+    from vllm_merge.adapters.stacking import ModuleGroup, Sources
+
+_WIDEST_ACCESS = 8  # elements
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Pieces:
+    """One piece for each factor: of every module, A and B, of every adapter, in this order (modules, 2, n).
+
+    numbers: (8, pieces) int64: the source's address, rows, columns and row stride (0 where there is none); rows and columns
+    to write; the first element in the stacks' memory, and the stride there. scaling: (modules, n) float64.
+    order: of the pieces in `numbers`, where they are sorted by the sources' dtype. launches: dtype, first and last piece
+    of it. unit: what divides all addresses, columns and strides, in elements, up to 8. widest: columns of the widest slot;
+    largest: elements of the largest piece.
+    """
+
+    numbers: NDArray[np.int64]
+    scaling: NDArray[np.float64]
+    order: NDArray[np.int64] | None
+    launches: tuple[tuple[torch.dtype, int, int], ...]
+    unit: int
+    widest: int
+    largest: int
+
+    @property
+    def count(self) -> int:
+        return self.numbers.shape[1]
+
+    def with_scales(self, weights: NDArray[np.float64] | None) -> NDArray[np.int64]:
+        """The numbers, then the pieces' scales (the bits of float64), then a 0; flat.
+
+        The scale of B is scaling times weights, (modules, n), 1 without; that of A is 1.
+        """
+        modules, n = self.scaling.shape
+        scales = np.ones((modules, 2, n))
+        scales[:, 1] = self.scaling if weights is None else self.scaling * weights
+        flat = scales.ravel() if self.order is None else scales.ravel()[self.order]
+        return np.concatenate((self.numbers.ravel(), flat.view(np.int64), _ZERO))
+
+
+_ZERO = np.zeros(1, dtype=np.int64)
+
+
+def pieces_of(arrangement: Arrangement, places: Sequence[Places], sources: Sources) -> Pieces:
+    """The pieces of adapters, whose factors may lie anywhere: those on the host are first copied to the GPU."""
+    if not any(mine.any_on_host for mine in places):
+        return _known(arrangement, tuple(ref(mine) for mine in places))
+    return _pieces(arrangement, places, sources)
+
+
+@lru_cache(maxsize=8)  # of the merges that are made again and again. A weak reference to what is gone equals no other.
+def _known(arrangement: Arrangement, places: tuple[ReferenceType[Places], ...]) -> Pieces:
+    return _pieces(arrangement, [mine for known in places if (mine := known()) is not None], None)
+
+
+def _pieces(arrangement: Arrangement, places: Sequence[Places], sources: Sources | None) -> Pieces:
+    groups, firsts = arrangement.groups, arrangement.firsts
+    blocks = [_block(group, *first, places, sources) for group, first in zip(groups, firsts, strict=True)]
+    numbers, dtypes = (np.concatenate([block[part] for block in blocks], axis=-3) for part in (0, 1))
+    scaling = np.concatenate([block[2] for block in blocks])
+    numbers, dtypes = numbers.reshape(8, -1), dtypes.ravel()
+    kinds, counts = np.unique(dtypes, return_counts=True)
+    order = None
+    if len(kinds) > 1:
+        order = dtypes.argsort(kind="stable")
+        numbers, dtypes = numbers[:, order], dtypes[order]
+    ends = counts.cumsum()
+    bits = int(np.bitwise_or.reduce(numbers[[2, 3, 5, 6, 7]], axis=None))
+    bits |= int(np.bitwise_or.reduce(numbers[0] // ITEM_SIZES[dtypes]))
+    return Pieces(
+        numbers,
+        scaling,
+        order,
+        tuple((DTYPES[k], int(end - count), int(end)) for k, count, end in zip(kinds, counts, ends, strict=True)),
+        min(bits & -bits, _WIDEST_ACCESS) or _WIDEST_ACCESS,
+        max(slot.stop - slot.start for group in groups for slot in group.slots),
+        int((numbers[4] * numbers[5]).max()),
+    )
+
+
+def _block(
+    group: ModuleGroup, first_a: int, first_b: int, places: Sequence[Places], sources: Sources | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Of one group: (8, modules, 2, n) numbers, (modules, 2, n) dtypes, (modules, n) scaling."""
+    (d_out, d_in), k, count = group.shape, group.stacked_rank, len(group.modules)
+    numbers = np.empty((8, count, 2, len(places)), dtype=np.int64)
+    dtypes = np.empty((count, 2, len(places)), dtype=np.int64)
+    scaling = np.empty((count, len(places)))
+    for index, mine in enumerate(places):
+        at = mine.positions(group.modules)
+        found = mine.numbers[at] if sources is None else sources.numbers(mine, at)
+        numbers[: STRIDE + 1, :, :, index] = np.moveaxis(found[:, :, ADDRESS : STRIDE + 1], -1, 0)
+        dtypes[:, :, index] = found[:, :, DTYPE]
+        scaling[:, index] = mine.scaling[at]
+    start, width = np.array([(slot.start, slot.stop - slot.start) for slot in group.slots]).T
+    each = np.arange(count)[:, None] * k
+    numbers[4:, :, 0] = np.array([width, np.full_like(width, d_in), width, np.full_like(width, d_in)])[:, None]
+    numbers[4:, :, 1] = np.array([np.full_like(width, d_out), width, width, np.full_like(width, k)])[:, None]
+    numbers[6, :, 0] = first_a + (each + start) * d_in
+    numbers[6, :, 1] = first_b + each * d_out + start
+    return numbers, dtypes, scaling
