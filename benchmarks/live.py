@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
-from shapes import ModelShape, random_factors
+from shapes import SHAPES, ModelShape, random_factors
 
 from vllm_merge.serving import launch
 
@@ -32,6 +34,29 @@ TOKENIZER = HERE.parent / "examples" / "demo" / "model"
 ADAPTERS, RANK = 8, 16
 SUM = ADAPTERS * RANK
 PROMPT = 64  # tokens of a prompt, one per letter
+STREAMS = 16
+SETTLE = 1.0  # seconds that streams run before they are watched
+ANSWER = 3900  # tokens of a stream's answer: longer than a window, and short of --max-model-len
+QUICK: dict[str, Any] = {"shape": "small", "eager": True, "window": 4.0, "acts": 3, "cold": 3}
+QUICK |= {"cache_gib": 0.2, "merges": 60, "rounds": 1, "round_seconds": 2.0, "kv_gib": 1}
+
+
+def server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    """The arguments that every benchmark of a server has."""
+    parser.add_argument("--quick", action="store_true", help="a small model and tiny windows: does all of it run here?")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--cache-gib", type=float, default=16, help="VLLM_MERGE_CACHE_BYTES, in GiB")
+    parser.add_argument("--port", type=int, default=port)
+    parser.add_argument("server_options", nargs="*", help="further options for vLLM, after --")
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; what --quick sets gives way to what is said. `started` is now. A SIGTERM stops the servers too."""
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return parser.parse_args(namespace=argparse.Namespace(started=time.monotonic()))
 
 
 def write_model(folder: Path, shape: ModelShape) -> None:
@@ -154,8 +179,9 @@ def server(
     place: Place, recipes: Path | None, port: int, options: Sequence[str], environment: dict[str, str] | None = None
 ) -> Iterator[Server]:
     """A server on `port`, started but not waited for: with the plugin and these recipes, or vLLM alone."""
-    every = [*COMMON, "--port", str(port), *options]
-    variables = {key: value for key, value in os.environ.items() if key != "VLLM_MERGE_CONFIG"}
+    every = [*COMMON, "--port", str(port), *([] if torch.cuda.is_available() else ON_A_CPU), *options]
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
+    variables.pop("VLLM_MERGE_CONFIG", None)
     if recipes is None:
         command = launch.command(str(place.model), ["--enable-lora", *every])
         variables["VLLM_PLUGINS"] = ""
@@ -188,6 +214,15 @@ COMMON = (
     *("--max-model-len", "4096", "--max-num-seqs", "32", "--host", "127.0.0.1", "--uvicorn-log-level", "warning"),
     *("--worker-extension-cls", "worker_memory.WorkerMemory"),
 )
+# vLLM's share of a CPU's memory is of what the machine has, others' use of it included.
+ON_A_CPU = ("--gpu-memory-utilization", "0.3")
+
+
+def graph_options(eager: bool) -> list[str]:
+    """vLLM captures graphs up to twice --max-num-seqs tokens. A new prompt beside the streams' tokens must be within: on a
+    server of ordinary size it is, and a step outside runs kernel by kernel, several times as long.
+    """
+    return ["--enforce-eager"] if eager else ["--max-cudagraph-capture-size", str(2 * PROMPT)]
 
 
 class Client:
@@ -199,9 +234,10 @@ class Client:
         self.session, self.server = session, server
 
     async def first_token(self, model: str) -> float:
-        """Seconds from the request to its first token; every prompt is a new one. Raises RuntimeError."""
+        """Seconds from the request to its first token; every prompt is new from its first block. Raises RuntimeError."""
         started = time.perf_counter()
-        body = {"model": model, "prompt": f"{next(self._prompts):0{PROMPT}}", "max_tokens": 1, "temperature": 0}
+        prompt = f"{next(self._prompts):0{PROMPT}}"[::-1]  # no two share a prefix that vLLM would have cached
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
         async with self.session.post(f"{self.server.url}/v1/completions", json=body) as answer:
             text = await answer.text()
             if answer.status != 200:
@@ -243,14 +279,22 @@ def resident_bytes(pid: int) -> float:
 
 
 class Streams:
-    """Streams that never end: each starts anew when its answer is complete. Gaps are kept by phase, in seconds."""
+    """Streams that never end: each starts anew when its answer is complete. Gaps of `phase` are kept, in seconds."""
 
     def __init__(self, client: Client, models: Sequence[str], number: int) -> None:
         self._client = client
-        self.phase = "warm-up"
+        self.phase: str | None = None
         self.gaps: dict[str, list[float]] = {}
         self.tokens = 0
+        self._begun = 0
+        self._number = number
         self._running = asyncio.gather(*(self._stream(models[i % len(models)]) for i in range(number)))
+
+    async def begun(self) -> None:
+        """Return once every stream has had a token. Raises what a stream ended with."""
+        while self._begun < self._number:
+            self.check()
+            await asyncio.sleep(0.05)
 
     def check(self) -> None:
         """Raises what a stream ended with."""
@@ -264,7 +308,8 @@ class Streams:
 
     async def _stream(self, model: str) -> None:
         url = f"{self._client.server.url}/v1/completions"
-        body = {"model": model, "prompt": "a" * PROMPT, "max_tokens": 2000, "temperature": 0, "stream": True}
+        body = {"model": model, "prompt": "a" * PROMPT, "max_tokens": ANSWER, "temperature": 0, "stream": True}
+        first = True
         while True:
             async with self._client.session.post(url, json={**body, "ignore_eos": True}) as answer:
                 answer.raise_for_status()
@@ -274,7 +319,9 @@ class Streams:
                         continue
                     now = time.perf_counter()
                     self.tokens += 1
-                    if last is not None:
+                    self._begun += first
+                    first = False
+                    if last is not None and self.phase is not None:
                         self.gaps.setdefault(self.phase, []).append(now - last)
                     last = now
 
@@ -290,11 +337,13 @@ class Streams:
 
 @contextlib.asynccontextmanager
 async def streaming(client: Client, models: Sequence[str], number: int) -> AsyncIterator[Streams]:
-    """`number` streams over these models in turn, each warmed up before; none for number 0."""
+    """`number` streams over these models in turn, each warmed up before, once all of them run and SETTLE seconds are over."""
     for model in models:
         await client.first_token(model)
     streams = Streams(client, models, number)
     try:
+        await streams.begun()
+        await asyncio.sleep(SETTLE)
         yield streams
     finally:
         await streams.stop()
@@ -302,7 +351,9 @@ async def streaming(client: Client, models: Sequence[str], number: int) -> Async
 
 @contextlib.asynccontextmanager
 async def connected(server: Server) -> AsyncIterator[Client]:
-    """A client without time limits."""
+    """A client without time limits, whose own collections of garbage do not look like gaps of the server's."""
+    gc.collect()
+    gc.freeze()
     timeout = aiohttp.ClientTimeout(total=None)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 20) as session:

@@ -4,6 +4,8 @@
 python benchmarks/tuning.py                      # all of configs/tuning; rewrites docs/tuning/index.md
 python benchmarks/tuning.py --only ssr nsc       # these anew, the others as they were
 
+A search that has a NAME-random.yaml beside its NAME.yaml is run with three seeds, and so is that random search.
+
 Each runs the command at the head of its recipe file. Scores are of greedy answers to examples/demo/eval.jsonl, which no
 prompt of validation.jsonl or safety.jsonl shares a word or sum with. CPU seconds are of one core: the machine may be busy.
 """
@@ -41,6 +43,8 @@ METHODS = ROOT / "benchmarks" / "results" / "demo-methods.json"
 PAGE = ROOT / "docs" / "tuning" / "index.md"
 EVAL = ROOT / "examples" / "demo" / "eval.jsonl"
 BEGIN, END = "<!-- generated: python benchmarks/tuning.py -->", "<!-- end of generated -->"
+BEGIN_RANDOM = "<!-- generated: python benchmarks/tuning.py, beside random search -->"
+RANDOM, SEEDS = "-random", (0, 1, 2)
 COMMAND = "#   vllm-merge "
 MAX_RANK = 64
 LONGEST = 20  # tokens of an answer
@@ -54,10 +58,17 @@ def command(config: Path) -> list[str]:
     return shlex.split(lines[0].removeprefix(COMMAND))
 
 
-def run(config: Path, output: Path) -> dict[str, Any]:
+def has_twin(name: str) -> bool:
+    """Whether a search and the random search that it is compared with are both there."""
+    searched = name.removesuffix(RANDOM)
+    return all((CONFIGS / f"{one}.yaml").is_file() for one in (searched, searched + RANDOM))
+
+
+def run(config: Path, output: Path, seed: int) -> dict[str, Any]:
     """The record of one run, with its seconds from the command to its end, and those of the CPU."""
     arguments = command(config)
     arguments[arguments.index("-o") + 1] = str(output)
+    arguments += ["--seed", str(seed)] if seed else []
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     called = [sys.executable, "-m", "vllm_merge", *arguments, "--json"]
@@ -102,9 +113,18 @@ class Held:
 
 
 def row(config: Path, held: Held) -> dict[str, Any]:
-    """One line of the table."""
+    """One line of the table, of the first seed; with all seeds where random search is compared with."""
+    found = seeded(config, held, SEEDS[0])
+    if has_twin(config.stem):
+        found["seeds"] = [found, *(seeded(config, held, seed) for seed in SEEDS[1:])]
+        found["seeds"] = [{"objective": o["objective"], "after": o["after"], "cpu": o["cpu"]} for o in found["seeds"]]
+    return found
+
+
+def seeded(config: Path, held: Held, seed: int) -> dict[str, Any]:
+    """What one run gave."""
     with tempfile.TemporaryDirectory() as folder:
-        facts = run(config, Path(folder))
+        facts = run(config, Path(folder), seed)
         (start,) = load_recipes(config).recipes
         return {
             "config": config.stem,
@@ -153,10 +173,28 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def renewed(page: str, block: str) -> str:
+def beside_random(results: Mapping[str, Any]) -> str:
+    """Each search beside random search as Markdown, seed by seed."""
+    rows = {one["config"]: one for one in results["rows"]}
+    lines = [
+        "| search | value that is made small: it, random | held out: it, random, % | CPU s: it, random |",
+        "|---|---|---|---|",
+    ]
+    for name in sorted(rows):
+        if name + RANDOM not in rows:
+            continue
+        pairs = list(zip(rows[name]["seeds"], rows[name + RANDOM]["seeds"], strict=True))
+        values = ", ".join(f"{it['objective'][2]:.3g} / {other['objective'][2]:.3g}" for it, other in pairs)
+        held = ", ".join(f"{it['after']['mean']:.1f} / {other['after']['mean']:.1f}" for it, other in pairs)
+        cpu = ", ".join(f"{it['cpu']:.0f} / {other['cpu']:.0f}" for it, other in pairs)
+        lines.append(f"| [{name}]({name}.md) | {values} | {held} | {cpu} |")
+    return "\n".join(lines)
+
+
+def renewed(page: str, block: str, begin: str = BEGIN) -> str:
     """The page with another block between its markers."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{block}\n{END}{rest.split(END, 1)[1]}"
 
 
 def main() -> None:
@@ -184,7 +222,8 @@ def save(rows: Sequence[Mapping[str, Any]]) -> None:
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), table(results)), encoding="utf-8")
+    page = renewed(PAGE.read_text(encoding="utf-8"), table(results))
+    PAGE.write_text(renewed(page, beside_random(results), BEGIN_RANDOM), encoding="utf-8")
 
 
 if __name__ == "__main__":

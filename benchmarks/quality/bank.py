@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.quality.settings import Tuning
@@ -66,15 +66,16 @@ def train_bank(
     model.eval()  # no dropout; the adapters' gradients flow all the same
     try:
         for step in range(tuning.steps):
-            rows_of = [mine.next() for mine in batches]
-            ids, targets = _together(rows_of, device)
-            shares = torch.tensor([1 / sum(len(label) for _, label in rows) for rows in rows_of], device=device)
+            ids, targets = _together([mine.next() for mine in batches])
+            rows, columns = (targets[:, 1:] >= 0).nonzero(as_tuple=True)  # here, where nothing waits for the device
+            counts = torch.bincount(rows // tuning.batch, minlength=len(wanted))
+            shares, labels = (1 / counts)[rows // tuning.batch], targets[rows, columns + 1]
+            ids, rows, columns, shares, labels = (_sent(part, device) for part in (ids, rows, columns, shares, labels))
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # padding is behind
-                rows, columns = (targets[:, 1:] >= 0).nonzero(as_tuple=True)
                 logits = model.lm_head(hidden[rows, columns])
-            losses = cross_entropy(logits.float(), targets[rows, columns + 1], reduction="none")
-            (losses * shares[rows // tuning.batch]).sum().backward()
+            losses = cross_entropy(logits.float(), labels, reduction="none")
+            (losses * shares).sum().backward()
             optimizer.step(_share(step, tuning))
         return [_factors(layers, index, one) for index, one in enumerate(wanted)]
     finally:
@@ -87,27 +88,36 @@ class _Batches:
     def __init__(self, wanted: Wanted, tokenizer: PreTrainedTokenizerFast, tuning: Tuning) -> None:
         labels = [tokenizer(answer(label))["input_ids"] + [tokenizer.eos_token_id] for label in wanted.task.labels]
         texts = tokenizer([prompt(example.text) for example in wanted.task.train])["input_ids"]
-        self._rows = [(text, labels[e.label]) for text, e in zip(texts, wanted.task.train, strict=True)]
+        rows = [(text, labels[e.label]) for text, e in zip(texts, wanted.task.train, strict=True)]
+        self._lengths = torch.tensor([len(text) + len(label) for text, label in rows])
+        self._ids = torch.zeros(len(rows), int(self._lengths.max()), dtype=torch.long)
+        self._targets = torch.full_like(self._ids, -1)
+        for index, (text, label) in enumerate(rows):
+            self._ids[index, : len(text) + len(label)] = torch.tensor(text + label)
+            self._targets[index, len(text) : len(text) + len(label)] = torch.tensor(label)
         self._generator = torch.Generator().manual_seed(wanted.seed)
         self._size = tuning.batch
         self._left: list[int] = []
 
-    def next(self) -> list[tuple[list[int], list[int]]]:
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Ids (batch, tokens), padded on the right, and targets, −1 where there is none."""
         while len(self._left) < self._size:
-            self._left += torch.randperm(len(self._rows), generator=self._generator).tolist()
+            self._left += torch.randperm(len(self._ids), generator=self._generator).tolist()
         now, self._left = self._left[: self._size], self._left[self._size :]
-        return [self._rows[index] for index in now]
+        width = int(self._lengths[now].max())
+        return self._ids[now, :width], self._targets[now, :width]
 
 
-def _together(parts: Sequence[list[tuple[list[int], list[int]]]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids (K · batch, tokens), padded on the right, and targets, −1 where there is none."""
-    rows = [row for part in parts for row in part]
-    width = max(len(text) + len(label) for text, label in rows)
-    ids, targets = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -1)
-    for index, (text, label) in enumerate(rows):
-        ids[index, : len(text) + len(label)] = torch.tensor(text + label)
-        targets[index, len(text) : len(text) + len(label)] = torch.tensor(label)
-    return ids.to(device), targets.to(device)
+def _together(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Ids and targets (K · batch, tokens) of all adapters, on the CPU."""
+    width = max(ids.shape[1] for ids, _ in parts)
+    padded = [(pad(ids, (0, width - ids.shape[1])), pad(to, (0, width - to.shape[1]), value=-1)) for ids, to in parts]
+    return torch.cat([ids for ids, _ in padded]), torch.cat([targets for _, targets in padded])
+
+
+def _sent(part: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it does meanwhile."""
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
 
 
 def _share(step: int, tuning: Tuning) -> float:
@@ -182,13 +192,17 @@ class _BankAdamW:
         gradients = [parameter.grad for parameter in self._parameters]
         square = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0)
         clip = (1.0 / (square.sqrt() + 1e-6)).clamp_max(1.0)[:, None, None]
-        gradients = [gradient * clip for gradient in gradients]
+        gradients = torch._foreach_mul(gradients, [clip] * len(gradients))
         torch._foreach_lerp_(self._first, gradients, 1 - BETAS[0])
         torch._foreach_mul_(self._second, BETAS[1])
         torch._foreach_addcmul_(self._second, gradients, gradients, 1 - BETAS[1])
         rate = (share * self._tuning.learning_rate * self._speeds)[:, None, None]
         one, two = 1 - BETAS[0] ** self._steps, 1 - BETAS[1] ** self._steps
-        for parameter, first, second in zip(self._parameters, self._first, self._second, strict=True):
-            change = (first / one) / ((second / two).sqrt() + EPSILON) + self._tuning.weight_decay * parameter
-            parameter.sub_(rate * change)
+        below = torch._foreach_sqrt(torch._foreach_div(self._second, two))
+        torch._foreach_add_(below, EPSILON)
+        change = torch._foreach_div(torch._foreach_div(self._first, one), below)
+        torch._foreach_add_(change, self._parameters, alpha=self._tuning.weight_decay)
+        torch._foreach_mul_(change, [rate] * len(change))
+        torch._foreach_sub_(self._parameters, change)
+        for parameter in self._parameters:
             parameter.grad = None

@@ -99,7 +99,9 @@ def _train(model: LlamaForCausalLM, train: Tensor, valid: Tensor, settings: Base
     """AdamW with a cosine; the model has the weights with the least held-out loss afterwards."""
     device = model.device
     steps = max(1, round(settings.epochs * len(train) / settings.batch))
-    optimizer = torch.optim.AdamW(_groups(model, settings), lr=settings.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        _groups(model, settings), lr=settings.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda"
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
     hooks = _dropping(model, settings.dropout)
     order = _order(len(train), settings.seed)

@@ -96,14 +96,14 @@ def _stages(settings: Settings, tasks: Sequence[str]) -> Iterator[Config]:
                         yield Config(kind, seed, group, method, space, rank, name)
 
     first, seeds = settings.seeds[:1], settings.seeds
+    smaller = sorted((size for size in settings.sizes if size < largest), reverse=True)
     everything, few = list(every_method(largest)), [e for e in every_method(largest) if e in FIRST]
     yield from stage("all tasks", "plain", first, largest, everything)
     yield from stage("all tasks", "plain", seeds, largest, few)
-    yield from stage("osrm", "osrm", seeds, largest, few)
-    yield from stage("mixed", "mixed", seeds, largest, few)
-    yield from stage("all tasks", "plain", seeds, largest, everything)
-    for size in sorted((size for size in settings.sizes if size < largest), reverse=True):
-        yield from stage(f"{size} tasks", "plain", seeds, size, [e for e in every_method(size) if e in FIRST])
+    yield from stage("osrm", "osrm", seeds, largest, few, (LOSSLESS,))
+    yield from stage("mixed", "mixed", seeds, largest, few, (LOSSLESS,))
+    for size in smaller[:1]:
+        yield from stage(f"{size} tasks", "plain", seeds, size, _first(size), (LOSSLESS,))
     for kind in ("plain", "mixed"):
         for pair in combinations(tasks[:largest], 2):
             for method, space in (
@@ -111,13 +111,23 @@ def _stages(settings: Settings, tasks: Sequence[str]) -> Iterator[Config]:
             ):
                 yield Config(kind, first[0], pair, method, space, LOSSLESS, PAIRS)
     yield from stage("ranks", "plain", first, largest, few, CURVE)
+    yield from stage("all tasks", "plain", seeds, largest, everything)
+    for kind in ("osrm", "mixed"):
+        yield from stage(kind, kind, seeds, largest, few)
+    for size in smaller:
+        yield from stage(f"{size} tasks", "plain", seeds, size, _first(size))
     yield from stage("osrm", "osrm", seeds, largest, everything)
-    for size in sorted((size for size in settings.sizes if size < largest), reverse=True):
-        yield from stage(f"{size} tasks", "osrm", seeds, size, [e for e in every_method(size) if e in FIRST])
+    for size in smaller:
+        yield from stage(f"{size} tasks", "osrm", seeds, size, _first(size))
     yield from stage("mixed", "mixed", seeds, largest, everything)
     yield from stage("osrm-mean", "osrm-mean", seeds, largest, few)
-    for size in sorted((size for size in settings.sizes if size < largest), reverse=True):
+    for size in smaller:
         yield from stage(f"{size} tasks", "plain", seeds, size, list(every_method(size)))
+
+
+def _first(size: int) -> list[tuple[str, str]]:
+    """Those of FIRST that take this many adapters."""
+    return [entry for entry in every_method(size) if entry in FIRST]
 
 
 def estimate(configs: Sequence[Config], rows: Sequence[Row], device: str, jobs: int) -> float:

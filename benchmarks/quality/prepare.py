@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +19,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from benchmarks.quality.bank import PROJECTIONS, Wanted, train_bank
 from benchmarks.quality.base import train_base
-from benchmarks.quality.records import Row, Writer, key, packed, read_rows, read_run, unpacked, write_run
+from benchmarks.quality.records import Row, Writer, identity, key, packed, read_rows, read_run, unpacked, write_run
 from benchmarks.quality.scoring import Questions, Weights
 from benchmarks.quality.settings import MIXED, Settings
-from benchmarks.quality.tasks import Task, answer, prompt
+from benchmarks.quality.tasks import Example, Task, answer, prompt
 from vllm_merge import Adapter
 from vllm_merge.adapters.folders import new_folder
 from vllm_merge.adapters.peft import write_adapter
@@ -56,20 +56,16 @@ class Bench:
         return names
 
     def identity(self, kind: str, seed: int) -> str:
-        """Of the base and the adapters of a set and seed: 12 hexadecimal digits."""
-        digest = hashlib.sha256((self.weights / "base" / "model.safetensors").read_bytes())
-        for path in sorted((self.weights / "adapters" / kind / str(seed)).glob("*/adapter_model.safetensors")):
-            digest.update(path.read_bytes())
-        return digest.hexdigest()[:12]
+        """Of the base and the adapters of a set and seed."""
+        return identity(self.weights, kind, seed)
 
 
 def opened(
     settings: Settings, data: Path, weights: Path, results: Path, device: torch.device, tasks: dict[str, Task]
 ) -> Bench:
     """The run in these folders; its base model is trained if it is not there."""
-    torch.set_float32_matmul_precision("high")
     if not (weights / "base").is_dir():
-        with new_folder(weights / "base") as folder:
+        with new_folder(weights / "base") as folder, repeatable(device):
             found = train_base(_corpus(data), folder, settings.base, device)
         _record(results, settings, device, {"base": found})
     model = LlamaForCausalLM.from_pretrained(weights / "base", dtype=torch.float32).to(device).eval()
@@ -91,6 +87,21 @@ def prepare_set(bench: Bench, kind: str) -> None:
     _measure(bench, kind, everyone)
     if kind == "plain":
         _gate(bench)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Train with kernels that give the same weights again, and leave the GPU's memory to others afterwards."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.cuda.empty_cache()
 
 
 def machine(device: torch.device) -> str:
@@ -115,9 +126,9 @@ def _train(bench: Bench, kind: str, everyone: Sequence[str], missing: Sequence[t
     for start in range(0, len(wanted), bench.settings.tuning.bank):
         part = wanted[start : start + bench.settings.tuning.bank]
         print(f"{kind}: training {', '.join(f'{one.task.name}/{one.seed}' for one in part)}", flush=True)
-        for one, factors in zip(
-            part, train_bank(bench.model, bench.tokenizer, part, bench.settings.tuning), strict=True
-        ):
+        with repeatable(bench.device):
+            trained = train_bank(bench.model, bench.tokenizer, part, bench.settings.tuning)
+        for one, factors in zip(part, trained, strict=True):
             write_adapter(bench.adapter(kind, one.seed, one.task.name), factors, base_model="quality-base")
     facts = {task: {"others": start.facts()["others"], "own": start.facts()["own"]} for task, start in starts.items()}
     found = {
@@ -158,10 +169,13 @@ def osrm(bench: Bench, names: Sequence[str], kind: str) -> dict[str, Start]:
 
 def questions(bench: Bench, task: Task, split: str, **options: Any) -> Questions:
     """The validation examples that settings allow, or the tests, of a task."""
-    examples = list(task.test)
-    if split == "valid":
-        examples = random.Random(0).sample(list(task.valid), min(bench.settings.validation, len(task.valid)))
+    examples = validation(bench, task) if split == "valid" else task.test
     return Questions(examples, task.labels, bench.tokenizer, bench.device, bench.settings.tokens_at_once, **options)
+
+
+def validation(bench: Bench, task: Task) -> list[Example]:
+    """The examples that λ is chosen on, and that merges learn from."""
+    return random.Random(0).sample(list(task.valid), min(bench.settings.validation, len(task.valid)))
 
 
 def _measure(bench: Bench, kind: str, names: Sequence[str]) -> None:

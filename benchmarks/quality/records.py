@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was found, as JSON lines: one for the base on a task, one for an adapter on its own, one for a merge."""
+"""What was found, as JSON lines: one for the base on a task, for an adapter on its own, for a merge, for a learned one."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ KEYS = {
     "base": ("task",),
     "single": ("weights", "set", "seed", "task"),
     "merge": ("set", "seed", "tasks", "method", "space", "rank"),
+    "learned": ("set", "seed", "tasks", "method", "rank"),
 }
 
 
@@ -83,3 +85,11 @@ def write_run(folder: Path, content: Mapping[str, Any]) -> None:
     beside = folder / f".{RUN}.part"
     beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(folder / RUN)
+
+
+def identity(weights: Path, kind: str, seed: int) -> str:
+    """Of the base and the adapters of a set and seed: 12 hexadecimal digits."""
+    digest = hashlib.sha256((weights / "base" / "model.safetensors").read_bytes())
+    for path in sorted((weights / "adapters" / kind / str(seed)).glob("*/adapter_model.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

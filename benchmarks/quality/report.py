@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.quality.claims import UNMEASURED, Claim, Predictor, claims, goals, predictors
 from benchmarks.quality.grid import FIRST, LOSSLESS
+from benchmarks.quality.learning import learned_goals, learned_table, with_learned
 from benchmarks.quality.plots import write_plots
 from benchmarks.quality.records import read_rows, read_run
 from benchmarks.quality.scores import Family, Scores, adapters
@@ -40,11 +41,12 @@ def write_report(results: Path, page: Path) -> dict[str, Any]:
     tasks: Sequence[str] = run.get("gate", {}).get("counted", [])
     scores = Scores(rows, tasks)
     rank = run["settings"]["ranks"][0] if run else 16
-    found, own = claims(scores, rank), goals(scores, rank)
+    every = with_learned(rows, tasks)
+    found, own = claims(scores, rank), [*goals(scores, rank), *learned_goals(every, rank)]
     predicting = predictors(scores)
     summary = {
         "run": {name: part for name, part in run.items() if name != "settings"},
-        "families": [_entry(scores, family) for family in sorted(scores.families)],
+        "families": [_entry(every, family) for family in sorted(every.families)],
         "claims": [asdict(claim) for claim in (*found, *own)],
         "predictors": [asdict(predictor) for predictor in predicting],
         "lambdas_at_an_end": sum(row["at_edge"] for row in scores.merges if "at_edge" in row),
@@ -61,6 +63,7 @@ def write_report(results: Path, page: Path) -> dict[str, Any]:
         parts += [
             *_gate(run, scores),
             *_tables(scores, rank),
+            *learned_table(every, rows),
             *_joint(scores),
             *_predictors(predicting),
             *_served(results),
@@ -181,10 +184,13 @@ def _served(results: Path) -> Iterator[str]:
     yield "## Served through vLLM\n\nAccuracy, mean over the tasks, %: as recorded offline, and of the same recipe in a vLLM server; and on"
     yield "how many of the examples both are right or both are wrong.\n"
     yield "| recipe | offline | served | within noise | agreement | examples |\n|---|---|---|---|---|---|"
-    for row in json.loads(path.read_text(encoding="utf-8")):
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    for row in rows:
         numbers = [f"{100 * row[name]:.1f}" for name in ("offline", "served", "agreement")]
         within = "yes" if row["within_noise"] else "**no**"
         yield f"| {row['recipe']} | {numbers[0]} | {numbers[1]} | {within} | {numbers[2]} | {row['examples']} |"
+    if not all(row["same_weights"] for row in rows):
+        yield "\nServed from a copy of the weights in bfloat16."
     yield ""
 
 

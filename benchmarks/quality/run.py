@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole benchmark, on a GPU: train what is missing, measure what is not measured, write tables, plots and the page.
+"""The whole benchmark, on a GPU: train what is missing, measure what is not measured, and at the end write the page.
 
     python -m benchmarks.quality.run --data DIR [--seconds 540] [--jobs 3]
 
@@ -41,6 +41,11 @@ class Places:
     weights: Path
     results: Path
     device: str
+
+    @property
+    def threads(self) -> int:
+        """Of a process beside others."""
+        return max(1, (os.cpu_count() or 1) // 4)
 
     def open(self) -> Bench:
         tasks = {task.name: task for task in read_tasks(self.data, self.settings.test)}
@@ -93,12 +98,35 @@ def _sweep(places: Places, bench: Bench, configs: Sequence[Config], until: float
 
 def _share(places: Places, configs: Sequence[Config], seconds: float, index: int) -> int:
     until = time.monotonic() + seconds
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))
+    torch.set_num_threads(places.threads)
     return Sweep(places.open()).run(configs, Writer(places.results, f"rows-{index}"), until)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    with_options(parser)
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--stages", nargs="+", help="only these, such as 'all tasks' osrm mixed '4 tasks' pairs ranks")
+    args = parser.parse_args()
+    until = time.monotonic() + args.seconds
+    places = places_of(args)
+    results = places.results
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `repeatable` needs before the first product
+    began = time.monotonic()
+    left = run(places, until=until, jobs=args.jobs, methods=args.methods, stages=args.stages)
+    content = read_run(results)
+    call = {"device": content["device"], "minutes": round((time.monotonic() - began) / 60, 2), "jobs": args.jobs}
+    write_run(results, {**content, "calls": [*content.get("calls", []), call]})
+    if left:
+        print(f"{left} merges left; the same command goes on, and benchmarks.quality.report shows what is there")
+        return
+    from benchmarks.quality.report import write_report
+
+    write_report(results, ROOT / "docs" / "evidence.md" if args.preset == "full" else places.weights / "evidence.md")
+
+
+def with_options(parser: argparse.ArgumentParser) -> None:
+    """What all that measures is asked for."""
     parser.add_argument(
         "--data", type=Path, default=Path(os.environ.get("QUALITY_DATA", DATA)), help="tasks and corpus"
     )
@@ -110,26 +138,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="what was found (benchmarks/results/quality for `full`)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop measuring after this long")
     parser.add_argument("--jobs", type=int, default=1, help="processes that measure at once")
-    parser.add_argument("--methods", nargs="+", help="only these")
-    parser.add_argument("--stages", nargs="+", help="only these, such as 'all tasks' osrm mixed '4 tasks' pairs ranks")
-    args = parser.parse_args()
-    until = time.monotonic() + args.seconds
-    settings = PRESETS[args.preset]
+
+
+def places_of(args: argparse.Namespace) -> Places:
+    """Of the options."""
     weights = args.weights or ROOT / "build" / "quality" / args.preset
     results = args.results or (RESULTS if args.preset == "full" else weights / "results")
-    places = Places(settings, args.data, weights, results, args.device)
-    if args.device != "cpu":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # the same weights when they are made again
-    began = time.monotonic()
-    left = run(places, until=until, jobs=args.jobs, methods=args.methods, stages=args.stages)
-    content = read_run(results)
-    call = {"device": content["device"], "minutes": round((time.monotonic() - began) / 60, 2), "jobs": args.jobs}
-    write_run(results, {**content, "calls": [*content.get("calls", []), call]})
-    print(f"{left} merges left; the same command goes on" if left else "all merges are measured", flush=True)
-    from benchmarks.quality.report import write_report
-
-    write_report(results, ROOT / "docs" / "evidence.md" if args.preset == "full" else weights / "evidence.md")
+    return Places(PRESETS[args.preset], args.data, weights, results, args.device)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.quality.grid import PAIRS, groups
+from benchmarks.quality.grid import groups
 from benchmarks.quality.records import Row, unpacked
 
 DRAWS = 1000
@@ -81,7 +81,7 @@ class Scores:
         found: dict[Family, dict[int, list[Row]]] = {}
         for row in self.merges:
             size = len(row["tasks"])
-            if row["stage"] != PAIRS and tuple(row["tasks"]) in groups(self.tasks, size):
+            if tuple(row["tasks"]) in groups(self.tasks, size):
                 family = Family(row["set"], size, row["method"], row["space"], str(row["rank"]))
                 found.setdefault(family, {}).setdefault(row["seed"], []).append(row)
         return {

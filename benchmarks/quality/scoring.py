@@ -7,7 +7,8 @@ One pass scores all labels; log p(label, end | prompt) is summed over the label'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,9 +88,11 @@ class Questions:
     @torch.inference_mode()
     def scores(self, model: LlamaForCausalLM) -> NDArray[np.float32]:
         """log p of every label, (examples, labels)."""
+        with quick():
+            parts = [self._score(model, ids, padding) for _, ids, padding in self._batches]
         found = np.zeros((len(self.right), self._labels.count), dtype=np.float32)
-        for rows, ids, padding in self._batches:
-            found[rows] = self._score(model, ids, padding).cpu().numpy()
+        for (rows, _, _), part in zip(self._batches, parts, strict=True):
+            found[rows] = part.cpu().numpy()
         return found
 
     def correct(self, model: LlamaForCausalLM) -> Bits:
@@ -119,6 +122,17 @@ class Questions:
         logits = model.lm_head(hidden[:, width - 1 :]).float()
         each = logits[:, labels.sources, labels.targets] - logits.logsumexp(-1)[:, labels.sources]
         return each.new_zeros(size, labels.count).index_add(1, labels.owner, each)
+
+
+@contextmanager
+def quick() -> Iterator[None]:
+    """Matrix products in TF32 where a GPU has it, for forward passes; merges are made in full float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Weights:

@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 
 from benchmarks.quality.grid import LOSSLESS, takes_rank
-from benchmarks.quality.records import Row, read_rows, read_run, unpacked
+from benchmarks.quality.records import Row, identity, read_rows, read_run, unpacked
 from benchmarks.quality.scores import Bits, Family, Scores
 from benchmarks.quality.tasks import Task, answer, prompt, read_tasks
 
@@ -105,6 +105,11 @@ def right_answers(client: Any, tokenizer: Any, name: str, task: Task, limit: int
     return np.asarray(likeliest == np.array([example.label for example in task.test[:limit]]))
 
 
+def same_weights(weights: Path, row: Row) -> bool:
+    """Whether the weights in the folder are those that the row was measured with."""
+    return identity(weights, row["set"], row["seed"]) == row["weights"]
+
+
 def compare(one: Best, served: Mapping[str, Bits]) -> dict[str, Any]:
     """Both accuracies, how often the two agree, and whether they differ by more than chance would have it."""
     offline = {task: unpacked(one.row["bits"][task])[: len(bits)] for task, bits in served.items()}
@@ -133,10 +138,15 @@ def main() -> None:
     args = parser.parse_args()
     run = read_run(args.results)
     scores = Scores(read_rows(args.results), run["gate"]["counted"])
-    tasks = [task for task in read_tasks(args.data) if task.name in scores.tasks]
+    tasks = [task for task in read_tasks(args.data, run["settings"]["test"]) if task.name in scores.tasks]
     stacked = len(tasks) * run["settings"]["tuning"]["rank"]
     max_rank = next(rank for rank in (8, 16, 32, 64, 128, 256) if rank >= min(stacked, 256))
     best = best_recipes(scores, run["settings"]["seeds"][0], args.recipes, max_rank, stacked)
+    same = same_weights(args.weights, best[0].row)
+    if not same:
+        print(
+            f"{args.weights}: not the very weights that were measured, such as a copy in bfloat16; compared all the same"
+        )
     sys.path.insert(0, str(ROOT / "examples" / "demo"))
     from openai import OpenAI
     from server import merge_serve, running
@@ -155,6 +165,7 @@ def main() -> None:
                 )
                 for one in best
             ]
+    rows = [{**row, "same_weights": same} for row in rows]
     (args.results / SERVED).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         print(row)

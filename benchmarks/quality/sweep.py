@@ -81,12 +81,25 @@ class Sweep:
         row["validation"] = round(best.score, 4)
         row["merge_seconds"] = round(best.seconds, 4)
         row["bits"] = {task: packed(self._of(task, "test").correct(self.bench.model)) for task in config.tasks}
-        if (config.method, config.space) in FIRST and len(config.tasks) == len(self.bench.counted()):
+        whole = len(config.tasks) == len(self.bench.counted()) and config.rank == LOSSLESS
+        if whole and (config.method, config.space) in FIRST:
             row["hits"] = self._joint(config.tasks)
         row["report"] = _report(best.merged)
         self._weights.set({})
         row["wall"] = round(time.monotonic() - began, 3)
         return row
+
+    def judged(self, tasks: Sequence[str], deltas: Mapping[str, Tensor], lams: Sequence[float]) -> Row:
+        """Of ΔW by module: the λ that is best on validation, and what it gets right on the tests."""
+        found = {}
+        for lam in lams:
+            self._weights.set(deltas, lam)
+            found[lam] = self._validated(tasks)
+        best = max(found, key=found.__getitem__)
+        self._weights.set(deltas, best)
+        bits = {task: packed(self._of(task, "test").correct(self.bench.model)) for task in tasks}
+        self._weights.set({})
+        return {"lambda": round(best, 4), "validation": round(found[best], 4), "bits": bits}
 
     def _trials(self, config: Config) -> Iterator[_Trial]:
         spec = default_registry().get(config.method)
@@ -100,7 +113,7 @@ class Sweep:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
             deltas = {module: merged.delta(module) for module in merged.factors}
-            norm = _norm(deltas.values())
+            norm = joint_norm(deltas.values())
             if norm == 0:
                 raise MergeError("the result is zero")
             for factor in lambdas(TRIALS // len(densities)):
@@ -122,7 +135,7 @@ class Sweep:
             rank=config.rank,
             device=self.bench.device,
             seed=config.seed,
-            report="full" if config.rank == LOSSLESS else "brief",
+            report="full" if len(config.tasks) == 2 and config.rank == LOSSLESS else "brief",  # what `predictors` reads
         )
 
     def _identity(self, kind: str, seed: int) -> str:
@@ -151,7 +164,7 @@ class Sweep:
             for task in config.tasks:
                 for module, pair in self._loaded(config.set, config.seed)[task].factors.items():
                     sums[module] = sums[module] + pair.delta() if module in sums else pair.delta()
-            self._norms[key] = _norm(sums.values())
+            self._norms[key] = joint_norm(sums.values())
         return self._norms[key]
 
     def _of(self, task: str, split: str) -> Questions:
@@ -189,7 +202,8 @@ class Sweep:
         return found
 
 
-def _norm(deltas: Any) -> float:
+def joint_norm(deltas: Any) -> float:
+    """‖ΔW‖_F over all of them."""
     return float(sum(float(delta.double().square().sum()) for delta in deltas) ** 0.5)
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks' own arithmetic, and that merge_speed.py writes what calibrate.py reads."""
 
+import argparse
+import asyncio
 import importlib
 import json
 import os
@@ -136,15 +138,104 @@ def test_the_floor_of_a_weighted_sum_is_its_bytes(script: Any) -> None:
     assert cases.Work.of(knots, shape, 8, 16, 128).single > 0
 
 
-def test_a_stall_is_told_against_idle(script: Any) -> None:
+def test_a_stall_is_told_against_idle_and_against_requests_without_a_merge(script: Any) -> None:
+    against = script("stall").against
     rows = [
         {"phase": phase, "p99": p99, "p999": p999, "max": most}
         for phase, p99, p999, most in [
             ("idle", 10, 12, 14),
+            ("served_requests", 11, 15, 20),
             ("merge_linear", 11, 15, 24),
             ("vllm_load_r128", 12, 400, 614),
         ]
     ]
-    found = script("stall").against_idle(rows)
+    found = against(rows, "idle")
     assert found["merge_linear"] == {"p99": 1.1, "p999": 1.25, "added": 10, "added_over_load": round(10 / 600, 3)}
+    assert found["served_requests"] == {"p99": 1.1, "p999": 1.25, "added": 6}
     assert "added_over_load" not in found["vllm_load_r128"]
+    beside = against(rows, "served_requests")
+    assert beside.keys() == {"merge_linear", "vllm_load_r128"}
+    assert beside["merge_linear"] == {"p99": 1, "p999": 1, "added": 4, "added_over_load": round(4 / 594, 3)}
+    assert against(rows[:1], "served_requests") == {}
+
+
+def test_first_tokens_are_told_as_medians_and_ratios_of_what_was_measured(script: Any) -> None:
+    found = {
+        "in_slot": [0.02, 0.01, 0.03],
+        "in_cache": [0.03, 0.02, 0.9],
+        "cold_linear": [0.3],
+        **script("serving").own_loads([0.6]),
+    }
+    told = script("serving").first_tokens(found)
+    assert told["in_slot"] == {"median": 0.02, "least": 0.01, "most": 0.03, "n": 3}
+    assert {name: value for name, value in told.items() if "_over_" in name} == {
+        "in_cache_over_in_slot": 1.5,
+        "cold_linear_over_vllm_cold_load": 0.5,
+    }
+
+
+def test_throughput_is_told_against_what_ran_beside_it(script: Any) -> None:
+    ratios = script("serving").throughput_ratios
+    mean = {"plugin idle, plain rank 16": 100.0, "plugin idle, plain rank 128": 80.0, "plugin, merged rank 128": 76.0}
+    assert ratios(mean) == {
+        "plugin, merged rank 128 / plugin idle, plain rank 128": 0.95,
+        "plugin idle, plain rank 128 / plugin idle, plain rank 16": 0.8,
+    }
+    beside = ratios(mean | {"vLLM alone, plain rank 128": 160.0})
+    assert beside["plugin idle, plain rank 128 / vLLM alone, plain rank 128"] == 0.5
+    assert beside["plugin, merged rank 128 / vLLM alone, plain rank 128"] == 0.475
+
+
+def test_memory_that_grows_with_merges_is_told_by_its_slope(script: Any) -> None:
+    growth = script("serving").growth
+    done = list(range(0, 510, 10))
+    samples = [{"resident": 9e9 * (merges < 100) + 2e6 * merges, "pinned": 4e9} for merges in done]
+    told = growth(done, samples)
+    assert told["from_merge"] == 100, "what happens before is the cache filling"
+    assert told["mb_per_merge"] == {"resident": 2.0, "pinned": 0.0}
+    assert growth([0, 10], [{"resident": 1.0}, {"resident": 5e6}])["from_merge"] == 2
+    assert growth([0, 10], [{"resident": 1.0}, {"resident": 5e6}])["mb_per_merge"] == {"resident": None}
+
+
+def test_quick_gives_way_to_what_is_said(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = script("live")
+    monkeypatch.setattr(live.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["stall.py", "--quick", "--window", "9", "--", "--dtype", "float32"])
+    parser = argparse.ArgumentParser()
+    script("stall").window_arguments(parser)
+    live.server_arguments(parser, port=1)
+    options = live.parsed(parser)
+    assert (options.shape, options.eager, options.window, options.acts) == ("small", True, 9.0, live.QUICK["acts"])
+    assert options.server_options == ["--dtype", "float32"]
+
+
+def test_no_two_prompts_share_a_block_that_vllm_would_have_cached(script: Any) -> None:
+    """A request for a served artifact would otherwise compute less than one for an artifact that is new."""
+    live = script("live")
+    asked: list[str] = []
+
+    class Session:
+        def post(self, url: str, json: dict[str, Any]) -> Any:
+            asked.append(json["prompt"])
+            return Answer()
+
+    class Answer:
+        status = 200
+
+        async def __aenter__(self) -> "Answer":
+            return self
+
+        async def __aexit__(self, *error: object) -> None: ...
+
+        async def text(self) -> str:
+            return ""
+
+    client = live.Client(Session(), live.Server("http://x", None, Path("x"), "x"))
+
+    async def ask() -> None:
+        for _ in range(300):
+            await client.first_token("m")
+
+    asyncio.run(ask())
+    assert {len(prompt) for prompt in asked} == {live.PROMPT}
+    assert len({prompt[:16] for prompt in asked}) == 300

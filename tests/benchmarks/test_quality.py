@@ -18,12 +18,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks.quality import grid, records, report, run, served
+from benchmarks.quality import grid, learned, parcel, records, report, run, served
 from benchmarks.quality.bank import Wanted, train_bank
 from benchmarks.quality.prepare import Bench, questions
 from benchmarks.quality.scores import Scores
 from benchmarks.quality.scoring import Weights
-from benchmarks.quality.settings import Base, Settings, Tuning
+from benchmarks.quality.settings import Base, Learning, Settings, Tuning
 from benchmarks.quality.sweep import Sweep
 from benchmarks.quality.tasks import answer, prompt
 from vllm_merge.cli.files import planned
@@ -71,6 +71,7 @@ SETTINGS = Settings(
         checks=2,
     ),
     tuning=Tuning(rank=4, alpha=16, steps=100, batch=16, learning_rate=1e-2, bank=4, samples=8),
+    learning=Learning(gradients=4, generations=1, prompts=4, rate=0.05, answer_tokens=6),
     seeds=(0,),
     tasks=3,
     sizes=(2, 3),
@@ -155,9 +156,9 @@ def test_every_configuration_is_measured_once(done: Done) -> None:
         assert set(row["bits"]) == set(row["tasks"])
         assert all(len(records.unpacked(bits)) == 60 for bits in row["bits"].values())
         assert (row["density"] is None) == (row["method"] == "task_arithmetic")
-        assert bool(row["report"]) == (row["rank"] == "lossless")
+        assert bool(row["report"]) == (row["stage"] == "pairs")
     assert len(done.merges(stage="pairs", set="plain")) == 3 * len([e for e in grid.PREDICTED if e[0] in METHODS])
-    for row in done.merges(stage="all tasks"):
+    for row in done.merges(stage="all tasks", rank="lossless"):
         assert set(row["hits"]) == {"kinds", "moves", "places"}
         assert all(0 <= task["1"] <= task["3"] <= task["5"] <= 1 for task in row["hits"].values())
 
@@ -314,3 +315,73 @@ def test_what_is_served_is_compared_with_what_was_recorded(done: Done) -> None:
     assert served.compare(one, {task: ~bits for task, bits in found.items()})["agreement"] == 0
     wrong = {task: np.zeros_like(bits) for task, bits in found.items()}
     assert served.compare(one, wrong)["within_noise"] is (row["offline"] == 0)
+
+
+def test_learned_merges_stand_beside_the_others(done: Done, tmp_path: Path) -> None:
+    """From the prompt to the page; what the recipe gives is what is scored, and nothing is learned twice."""
+    shutil.copytree(done.places.results, tmp_path / "results")
+    places = replace(done.places, results=tmp_path / "results")
+    tasks = done.bench.counted()
+    ways = ("ssr", "adamerging", "adamerging++", "lorahub")
+    everything = learned.wanted(done.rows, tasks, (0,), ways)
+    assert learned.learn(places, everything, 600, "rows-learned") == 4
+    rows = [row for row in records.read_rows(places.results) if row["kind"] == "learned"]
+    assert {(row["method"], row["rank"]) for row in rows} == {(way, rank) for way in ways for rank in ("lossless", 4)}
+    for row in rows:
+        assert row["labels"] == (row["method"] == "lorahub")
+        assert row["seconds"] > 0
+        assert row["run"]["best"] <= row["run"]["start"]
+        assert row["weights"] == done.merges(stage="all tasks")[0]["weights"]
+        assert all(len(records.unpacked(bits)) == 60 for bits in row["bits"].values())
+        assert 0.5 <= row["lambda"] <= 2
+    lossless = {row["method"]: row["validation"] for row in rows if row["rank"] == "lossless"}
+    [start] = done.merges(method="task_arithmetic", rank="lossless", stage="all tasks")
+    assert lossless["ssr"] >= start["validation"] - 0.1
+    prompts = (done.places.weights / "learned" / "0" / "ssr" / "prompts.jsonl").read_text().splitlines()
+    assert len(prompts) == 3 * SETTINGS.validation
+    assert all("answer" not in json.loads(line) for line in prompts)
+    page = tmp_path / "evidence.md"
+    summary = report.write_report(places.results, page)
+    assert "| adamerging | lossless | for λ | " in page.read_text()
+    verdicts = {claim["text"]: claim["verdict"] for claim in summary["claims"]}
+    assert verdicts["3 tasks: the best learned merge reaches 85 % lossless"] in ("held", "failed")
+    assert {family["method"] for family in summary["families"] if family["space"] == "learned"} == set(ways)
+    other = replace(everything[0], start={**everything[0].start, "weights": "of another run"})
+    assert learned.learn(places, [other], 600, "rows-learned") == 0
+    with pytest.raises(SystemExit, match="not measured"):
+        learned.wanted(done.rows, tasks, (1,), ("ssr",))
+
+
+def test_the_start_of_adamerging_with_ties_is_as_large_as_what_was_measured(done: Done) -> None:
+    [one] = learned.wanted(done.rows, done.bench.counted(), (0,), ("adamerging++",))
+    folder = done.places.weights / "start"
+    folder.mkdir()
+    (folder / "start.yaml").write_text(learned.start_file(done.bench, one))
+    merged = run_plan(learned.plan_of(folder / "start.yaml", "start"), report="brief")
+    sweep = Sweep(done.bench)
+    config = grid.Config(
+        **{n: one.start[n] for n in ("set", "seed", "method", "space", "rank")}, tasks=tuple(one.start["tasks"])
+    )
+    measured = sweep._merge(config, one.start["density"])
+    sizes = [sum(float(m.delta(name).square().sum()) for name in m.factors) ** 0.5 for m in (merged, measured)]
+    assert sizes[0] == pytest.approx(one.start["lambda"] * sizes[1], rel=1e-3)
+
+
+def test_weights_in_a_parcel(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parcel, "PART_BYTES", 50_000)
+    for what in parcel.WHAT:
+        parts = parcel.pack(done.places.weights, what, tmp_path / "parcel")
+        assert len(parts) > 1
+        assert all(part.stat().st_size <= 50_000 for part in parts)
+    assert parcel.unpack(tmp_path / "parcel", tmp_path / "weights") == ["base", "adapters"]
+    there = replace(done.places, weights=tmp_path / "weights").open()
+    for name, value in done.bench.model.state_dict().items():
+        assert torch.equal(there.model.state_dict()[name], value.bfloat16().float())
+    row = done.merges(stage="all tasks", set="plain")[0]
+    assert served.same_weights(done.places.weights, row)
+    assert not served.same_weights(tmp_path / "weights", row)
+    assert there.adapter("plain", 0, "kinds").is_dir()
+    with pytest.raises(SystemExit, match="there already"):
+        parcel.unpack(tmp_path / "parcel", tmp_path / "weights")
+    with pytest.raises(SystemExit, match="has no parts"):
+        parcel.unpack(tmp_path, tmp_path / "other")
