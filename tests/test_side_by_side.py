@@ -168,3 +168,29 @@ def test_it_can_be_cancelled_and_leaves_its_inputs_alone() -> None:
         factors.B.zero_()
     for adapter, original in zip(adapters, before, strict=True):
         assert distance(adapter, original) == 0
+
+
+def test_a_module_whose_only_owner_has_no_weight_is_dropped() -> None:
+    x, y = random_adapter("x", 3, 1), random_adapter("y", 5, 2)
+    y = Adapter("y", {module: factors for module, factors in y.factors.items() if "up_proj" in module})
+    merged = summed([x, y], [0.0, 2.0], report="brief")
+    assert is_side_by_side(merged, [y])
+    assert sorted(merged.factors) == ["layers.0.up_proj", "layers.1.up_proj"]
+    assert sorted(merged.report.dropped_modules) == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert distance(merged, weighted_sum([x, y], [0.0, 2.0])) < 1e-6
+
+
+def test_merged_again_with_other_weights() -> None:
+    """What is kept between merges of the same adapters has nothing of their weights."""
+    adapters = three()
+    for weights in (WEIGHTS, [1.0, 0.5, 2.0], WEIGHTS):
+        merged = summed(adapters, weights, report="brief")
+        assert list(merged.factors) == list(SHAPES)
+        assert distance(merged, weighted_sum(adapters, weights)) < 1e-6
+        assert merged.report.ranks == dict.fromkeys(SHAPES, 10)
+
+
+def test_the_module_that_does_not_fit_is_named() -> None:
+    weights: list[dict[str, Any]] = [{"weight": 1.0}, {"weight": {"layers.1.q_proj": 1e9}}, {}]
+    with pytest.raises(MergeError, match=r"module 'layers.1.q_proj': the merged factors do not fit torch.float16"):
+        summed(three(), adapter_parameters=weights, dtype=torch.float16, report="brief")

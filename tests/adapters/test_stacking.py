@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import weakref
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from tests.adapters_in_memory import SHAPES, map_factors, random_adapter, three
 from vllm_merge import Adapter, LoraFactors
-from vllm_merge.adapters.places import ABSENT
+from vllm_merge.adapters.arrangement import FactorViews, arranged
+from vllm_merge.adapters.pieces import _known, pieces_of
+from vllm_merge.adapters.places import ABSENT, ADDRESS, ON_HOST, STRIDE
 from vllm_merge.adapters.stacking import (
     ModuleGroup,
     Sources,
-    _run_of_bytes,
-    fill_on_gpu,
+    gather_stacks,
     group_modules,
     side_by_side,
     stack_group,
@@ -96,21 +98,106 @@ def test_a_group_of_some_of_its_adapters(chosen: list[int]) -> None:
 
 def test_factors_side_by_side_are_the_weighted_sum() -> None:
     adapters = three()
-    group = next(group_modules(adapters)[1].by_ranks())
-    shares = torch.tensor([[1.0, -0.5, 2.0], [0.25, 3.0, 1.0]], dtype=torch.float64)
-    a, b, finite = side_by_side(group, adapters, shares, CPU, torch.float32, None)
-    assert finite
-    assert (a.shape, b.shape) == ((2, 10, 24), (2, 40, 10))
-    for module, share, product in zip(group.modules, shares.tolist(), b @ a, strict=True):
+    arrangement = arranged(tuple(group_modules(adapters)))
+    shares = torch.tensor([[1.0, -0.5, 2.0], [0.25, 3.0, 1.0], [1.0, 1.0, -1.0], [7.0, 0.5, 0.1]], dtype=torch.float64)
+    memory = torch.empty(arrangement.size)
+    assert not side_by_side(arrangement, memory, adapters, shares, None)
+    merged = FactorViews(memory, arrangement)
+    modules = [module for group in arrangement.groups for module in group.modules]
+    for module, share in zip(modules, shares.tolist(), strict=True):
         expected = sum(c * adapter.factors[module].delta() for c, adapter in zip(share, adapters, strict=True))
-        assert torch.allclose(product, expected, atol=1e-5)
-    assert torch.equal(a[0, :3], adapters[0].factors[group.modules[0]].A), "A is copied as it is"
-    assert not side_by_side(group, adapters, shares * 1e6, CPU, torch.float16, None)[2]
+        assert torch.allclose(merged[module].delta(), expected, atol=1e-5)
+        assert torch.equal(merged[module].A[:3], adapters[0].factors[module].A), "A is copied as it is"
+    assert side_by_side(arrangement, memory.half(), adapters, shares * 1e6, None)
+
+
+def test_views_of_factors_are_a_mapping_in_natural_order() -> None:
+    arrangement = arranged(tuple(group_modules(three())))
+    assert [group.modules[0] for group in arrangement.groups] == ["layers.0.q_proj", "layers.0.up_proj"]
+    memory = torch.randn(arrangement.size)
+    views = FactorViews(memory, arrangement)
+    assert list(views) == list(SHAPES)
+    assert len(views) == 4
+    for module, shape in SHAPES.items():
+        assert views[module].shape == shape
+        assert views[module].rank == 10
+        assert views[module] is views[module]
+        assert views[module].A.untyped_storage().data_ptr() == memory.data_ptr(), "nothing is copied"
+    assert "layers.2.q_proj" not in views
+    with pytest.raises(KeyError, match=r"layers\.2\.q_proj"):
+        views["layers.2.q_proj"]
+
+
+def there(adapter: Adapter) -> Adapter:
+    """The adapter as if its factors were not in host memory."""
+    adapter.places.numbers[..., ON_HOST] = 0
+    return adapter
+
+
+def test_pieces_are_found_again_for_the_same_adapters_alone() -> None:
+    """Until an adapter is gone, whoever has its address then; nothing keeps one alive."""
+    _known.cache_clear()
+    x, y = there(random_adapter("x", 3, 1)), there(random_adapter("y", 5, 2))
+    arrangement, sources = arranged(tuple(group_modules([x, y]))), Sources(CPU, 0)
+
+    def pieces(*adapters: Adapter) -> object:
+        return pieces_of(arrangement, [adapter.places for adapter in adapters], sources)
+
+    first = pieces(x, y)
+    assert pieces(x, y) is first
+    assert pieces(x, y.named("z")) is first, "another name of the same factors"
+    assert pieces(there(random_adapter("x", 3, 1)), y) is not first
+    gone = weakref.ref(x.places)
+    del x
+    gc.collect()
+    assert gone() is None
+    for _ in range(20):  # one of these may stand where x stood
+        again = there(random_adapter("x", 3, 1))
+        assert pieces(again, y) is not first
+        del again
+
+
+def test_a_launch_has_one_dtype_and_a_bounded_number_of_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = random_adapter("x", 3, 1), map_factors(random_adapter("y", 5, 2), lambda f: LoraFactors(f.A.half(), f.B))
+    (group, _), places = group_modules([x, y]), [x.places, y.places]
+    everything = pieces_of(arranged((group,)), places, Sources(CPU, 0))
+    assert everything.launches == ((torch.float16, 0, 2), (torch.float32, 2, 8))
+    assert everything.order is not None
+    assert everything.order.tolist() == [1, 5, 0, 2, 3, 4, 6, 7]
+    monkeypatch.setattr("vllm_merge.adapters.pieces._AT_ONCE", 300)
+    bounded = pieces_of(arranged((group,)), places, Sources(CPU, 0))
+    assert [first for _, first, _ in bounded.launches] == [0, *(last for _, _, last in bounded.launches[:-1])]
+    assert bounded.launches[-1][2] == bounded.count == 8
+    elements = bounded.numbers[4] * bounded.numbers[5]
+    for dtype, first, last in bounded.launches:
+        assert elements[first + 1 : last].sum() < 300
+        assert {dtype} == {(torch.float16, torch.float32)[int(piece > 1)] for piece in range(first, last)}
+    assert len(bounded.launches) > 2
+
+
+def test_adapters_on_the_host_are_told_anew() -> None:
+    """They are copied for every merge, to other places."""
+    x, y = random_adapter("x", 3, 1), there(random_adapter("y", 5, 2))
+    arrangement, sources = arranged(tuple(group_modules([x, y]))), Sources(CPU, 0)
+    places = [x.places, y.places]
+    assert pieces_of(arrangement, places, sources) is not pieces_of(arrangement, places, sources)
+
+
+def test_stacks_in_one_run_of_memory_do_not_overlap() -> None:
+    arrangement = arranged(tuple(group_modules(uneven())))
+    memory = torch.zeros(arrangement.size)
+    for index, group in enumerate(arrangement.groups):
+        for part in arrangement.stack(memory, index):
+            assert part.is_contiguous()
+            assert part.storage_offset() % 64 == 0
+            part += 1
+        assert (len(group.modules), group.stacked_rank) == arrangement.stack(memory, index)[0].shape[:2]
+    assert memory.max() == 1
 
 
 def test_a_file_that_was_read_whole_is_one_run() -> None:
     adapter = in_one_run(random_adapter("x", 4, 1))
-    run = _run_of_bytes(adapter)
+    run = adapter.places.run
     assert run is not None
     assert run.numel() == adapter.nbytes
     first = next(iter(adapter.factors.values()))
@@ -121,7 +208,7 @@ def test_a_file_that_was_read_whole_is_one_run() -> None:
 def test_a_run_may_begin_inside_a_storage_and_have_gaps() -> None:
     adapter = in_one_run(random_adapter("x", 4, 1), torch.bfloat16, gap=64)
     later = Adapter("later", {module: adapter.factors[module] for module in list(adapter.factors)[1:]})
-    run = _run_of_bytes(later)
+    run = later.places.run
     assert run is not None
     assert run.data_ptr() == later.factors["layers.0.up_proj"].A.data_ptr()
     assert later.nbytes < run.numel() < 2 * later.nbytes
@@ -136,7 +223,7 @@ def test_what_is_no_run_is_copied_factor_by_factor(kind: str) -> None:
         "columns apart": map_factors(in_one_run(whole), lambda f: LoraFactors(f.A[:, ::2], f.B)),
         "no module": Adapter("x", {}),
     }[kind]
-    assert _run_of_bytes(adapter) is None
+    assert adapter.places.run is None
 
 
 def at_address(address: int, stride: int, shape: torch.Size) -> Tensor:
@@ -170,14 +257,14 @@ def test_an_address_is_where_a_factor_lies(keep_bytes: int) -> None:
         places = adapter.places
         at = places.positions([*adapter.factors, "no such module"])
         assert at.tolist() == [*range(len(adapter.factors)), ABSENT]
-        for side in (0, 1):
-            addresses, strides = sources.addresses(places, at[:-1], side)
-            gc.collect()
-            for pair, address, stride in zip(adapter.factors.values(), addresses, strides, strict=True):
-                factor = (pair.A, pair.B)[side]
-                assert torch.equal(at_address(int(address), int(stride), factor.shape), factor.float())
+        numbers = sources.numbers(places, at)
+        gc.collect()
+        assert (numbers[-1, :, : STRIDE + 1] == 0).all()
+        for pair, both in zip(adapter.factors.values(), numbers[:-1].tolist(), strict=True):
+            for factor, mine in zip((pair.A, pair.B), both, strict=True):
+                assert torch.equal(at_address(mine[ADDRESS], mine[STRIDE], factor.shape), factor.float())
                 if adapter is run:
-                    assert (address == factor.data_ptr()) == (keep_bytes == 0)
+                    assert (mine[ADDRESS] == factor.data_ptr()) == (keep_bytes == 0)
 
 
 @pytest.mark.usefixtures("copied_apart")
@@ -216,15 +303,16 @@ def test_a_gpu_gets_the_stack_that_a_cpu_makes(keep_bytes: int, seed: int) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_puts_factors_side_by_side_and_tells_what_does_not_fit() -> None:
     adapters, device = [in_one_run(adapter) for adapter in three()], torch.device("cuda")
-    group = next(group_modules(adapters)[0].by_ranks())
-    shares = torch.tensor([[1.0, -0.5, 2.0], [0.25, 3.0, 1.0]], dtype=torch.float64)
+    arrangement = arranged(tuple(group_modules(adapters)))
+    shares = torch.tensor([[1.0, -0.5, 2.0], [0.25, 3.0, 1.0], [1.0, 1.0, -1.0], [7.0, 0.5, 0.1]], dtype=torch.float64)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        a, b, finite = side_by_side(group, adapters, shares, device, dtype, Sources(device, 1 << 20, adapters))
-        wanted_a, wanted_b, _ = side_by_side(group, adapters, shares, CPU, dtype, None)
-        assert finite
-        assert torch.equal(a.cpu(), wanted_a)
-        assert torch.allclose(b.cpu().float(), wanted_b.float(), rtol=2 * torch.finfo(dtype).eps)
-    assert not side_by_side(group, adapters, shares * 1e6, device, torch.float16, None)[2]
-    a = torch.empty(2, 10, SHAPES["layers.0.q_proj"][1], device=device)
-    b = torch.empty(2, SHAPES["layers.0.q_proj"][0], 10, device=device)
-    assert int(fill_on_gpu(group, adapters, Sources(device, 0), a, b)) == 0
+        memory = torch.empty(arrangement.size, dtype=dtype, device=device)
+        wanted = torch.empty(arrangement.size, dtype=dtype)
+        assert not side_by_side(arrangement, memory, adapters, shares, Sources(device, 1 << 20, adapters))
+        assert not side_by_side(arrangement, wanted, adapters, shares, None)
+        for index in range(len(arrangement.groups)):
+            (a, b), (wanted_a, wanted_b) = arrangement.stack(memory, index), arrangement.stack(wanted, index)
+            assert torch.equal(a.cpu(), wanted_a)
+            assert torch.allclose(b.cpu().float(), wanted_b.float(), rtol=2 * torch.finfo(dtype).eps)
+    assert side_by_side(arrangement, memory, adapters, shares * 1e6, None)
+    assert not gather_stacks(arrangement, memory, adapters, Sources(device, 0))

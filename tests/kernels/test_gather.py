@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,27 +14,50 @@ from torch import Tensor
 from tests.adapters_in_memory import map_factors
 from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
 from vllm_merge import Adapter, LoraFactors
-from vllm_merge.adapters.stacking import Sources, fill_on_gpu, group_modules, stack_group
+from vllm_merge.adapters.arrangement import arranged
+from vllm_merge.adapters.pieces import Pieces, all_aligned
+from vllm_merge.adapters.stacking import Sources, gather_stacks, group_modules, stack_group
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def gathered(pieces: list[tuple[Tensor | None, int, int, float]], out: Tensor, dtype: torch.dtype) -> int:
-    """Write each (source, rows, columns, scale) to out[i], from row 1, column 2 on. Returns the flag."""
+def gathered(
+    pieces: list[tuple[Tensor | None, int, int, float]],
+    out: Tensor,
+    dtype: torch.dtype,
+    *,
+    widest: int = 64,
+    left: int = 2,
+    aligned: bool = False,
+) -> int:
+    """Write each (source, rows, columns, scale) to out[i], from row 1, column `left` on. Returns the flag.
+
+    widest: columns up to which a piece is narrow. aligned: whether all places must turn out to be.
+    """
     from vllm_merge.kernels.gather import gather
 
     count, height, width = out.shape
-    numbers: list[int] = []
+    lines: list[tuple[int, ...]] = []
     for index, (source, rows, columns, _) in enumerate(pieces):
-        place = index * height * width + width + 2
         given = (0, 0, 0, 0) if source is None else (source.data_ptr(), *source.shape, source.stride(0))
-        numbers += [*given, rows, columns, place]
-    table = torch.tensor([*numbers, width], device=out.device)
-    scales = torch.tensor([scale for *_, scale in pieces], device=out.device)
-    overflow = torch.zeros(1, dtype=torch.int32, device=out.device)
+        lines.append((*given, rows, columns, index * height * width + width + left, width))
     assert len(pieces) == count
-    gather(table, scales, out, overflow, max(rows * columns for _, rows, columns, _ in pieces), dtype)
-    return int(overflow)
+    numbers = np.array(lines, dtype=np.int64).T.copy()
+    scales = np.array([scale for *_, scale in pieces])
+    told = Pieces(
+        numbers,
+        np.empty((0, 0)),
+        None,
+        ((dtype, 0, count),),
+        all_aligned(numbers, np.full(count, dtype.itemsize)),
+        widest,
+        max(rows * columns for _, rows, columns, _ in pieces),
+    )
+    assert told.aligned == aligned
+    flat = np.concatenate((numbers.ravel(), scales.view(np.int64), [0]))
+    table = torch.from_numpy(flat).to(out.device)
+    gather(table, out.view(-1), told, lambda: None)
+    return int(table[-1])
 
 
 def check_pieces_of_every_dtype(device: str) -> None:
@@ -56,12 +81,54 @@ def check_pieces_of_every_dtype(device: str) -> None:
                     inside = expected[index, 1 : 1 + source.shape[0], 2 : 2 + source.shape[1]]
                     inside.copy_(source.float() * scale)
             assert gathered(pieces, out, dtype) == 0
-            rounding = 2**-7 if (device, target) == ("cpu", torch.bfloat16) else 0.0  # the interpreter cuts off
-            torch.testing.assert_close(out, expected, rtol=rounding, atol=0.0)
+            torch.testing.assert_close(out, expected, rtol=_rounding(device, target), atol=0.0)
+
+
+def _rounding(device: str, target: torch.dtype) -> float:
+    return 2**-7 if (device, target) == ("cpu", torch.bfloat16) else 0.0  # the interpreter cuts off
+
+
+def check_pieces_that_lie_well(device: str) -> None:
+    """Several elements are read and written at once where every place is a multiple of them; narrow and wide pieces."""
+    generator = torch.Generator().manual_seed(3)
+    for unit in (4, 8):
+        for dtype, target in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+            wide = torch.randn(4, 300, 1200, generator=generator).to(device, dtype)
+            pieces: list[tuple[Tensor | None, int, int, float]] = [
+                (wide[0, :290, : 2 * unit], 300, 2 * unit, -0.5),  # the columns of a B
+                (wide[1, :3, : 1040 + unit], 4, 1040 + unit, 1.0),  # the rows of an A, of more than a tile
+                (wide[2, :33, unit : 3 * unit], 40, 4 * unit, 2.0),
+                (None, 3, 8, 1.0),
+            ]
+            out = torch.full((4, 302, 1104), 7.0, dtype=target, device=device)
+            expected = out.clone()
+            for block, (source, rows, columns, scale) in zip(expected, pieces, strict=True):
+                block[1 : 1 + rows, 16 : 16 + columns] = 0
+                if source is not None:
+                    block[1 : 1 + source.shape[0], 16 : 16 + source.shape[1]].copy_(source.float() * scale)
+            assert gathered(pieces, out, dtype, widest=2 * unit, left=16, aligned=unit == 8) == 0
+            torch.testing.assert_close(out, expected, rtol=_rounding(device, target), atol=0.0)
+
+
+def check_several_launches(device: str) -> None:
+    """As of factors that are too many for one, with a pause before each; what is wrong in the first is not forgotten."""
+    source = torch.full((5, 8), 3.0, device=device)
+    source[4, 4] = float("nan")
+    out = torch.zeros(3, 5, 8, device=device)
+    lines = [(source.data_ptr(), rows, 8, 8, rows, 8, 40 * i, 8) for i, rows in enumerate((5, 4, 3))]
+    numbers = np.array(lines, dtype=np.int64).T.copy()
+    told = Pieces(numbers, np.empty((0, 0)), None, ((torch.float32, 0, 1), (torch.float32, 1, 3)), True, 8, 40)
+    table = torch.from_numpy(np.concatenate((numbers.ravel(), np.ones(3).view(np.int64), [0]))).to(device)
+    paused: list[bool] = []
+    gather_now = import_module("vllm_merge.kernels.gather").gather
+    gather_now(table, out.view(-1), told, lambda: paused.append(bool(out[0].any())))
+    assert paused == [False, True]
+    assert int(table[-1]) == 1
+    assert out.nan_to_num(9.0).sum((1, 2)).tolist() == [39 * 3.0 + 9.0, 96.0, 72.0]
 
 
 def check_random_shapes(device: str) -> None:
-    """Every stack of random adapters, as `fill_on_gpu` would place it."""
+    """Pieces of any size, narrow or wide, with nothing written beside them."""
     generator = torch.Generator().manual_seed(1)
 
     def integer(low: int, high: int) -> int:
@@ -74,7 +141,7 @@ def check_random_shapes(device: str) -> None:
             source = torch.randn(integer(1, rows + 1), integer(1, columns + 1), generator=generator).to(device)
             pieces.append((source, rows, columns, float(torch.randn((), generator=generator))))
         out = torch.full((len(pieces), rows + 2, columns + 4), 7.0, device=device)
-        assert gathered(pieces, out, torch.float32) == 0
+        assert gathered(pieces, out, torch.float32, widest=integer(1, 200)) == 0
         for mine, (source, _, _, scale) in zip(out, pieces, strict=True):
             assert source is not None
             block = torch.zeros(rows, columns, device=device)
@@ -115,7 +182,8 @@ def check_whole_adapters(device: str) -> None:
             b = torch.randn(12, 2 * (rank + index), generator=generator)[:, : rank + index]
             return LoraFactors(a, b, 0.5 + index)
 
-        return Adapter(name, {f"layers.{index}.up": factors(index) for index in modules})
+        other = LoraFactors(torch.randn(rank, 7, generator=generator), torch.randn(31, rank, generator=generator), 3.0)
+        return Adapter(name, {**{f"layers.{index}.up": factors(index) for index in modules}, "layers.0.down": other})
 
     cpu = torch.device("cpu")
     adapters = [
@@ -123,18 +191,21 @@ def check_whole_adapters(device: str) -> None:
         adapter("b", 2, torch.float32, 1),
         adapter("c", 5, torch.bfloat16, 0, 2),
     ]
-    (group,) = group_modules(adapters)
-    weights = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    groups = group_modules(adapters)
+    arrangement = arranged(tuple(groups))
+    assert [len(group.modules) for group in groups] == [1, 3]
+    weights = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     moved = [map_factors(a, lambda f: LoraFactors(f.A.to(device), f.B.to(device), f.scaling)) for a in adapters]
-    for given, factor in ((None, torch.ones(3, 3)), (weights, weights)):
-        expected = stack_group(group, adapters, cpu)
-        a = torch.full_like(expected.A, 7.0, device=device)
-        b = torch.full_like(expected.B, 7.0, device=device)
+    for given, factors_of_b in ((None, torch.ones(4, 3)), (weights, weights)):
+        memory = torch.full((arrangement.size,), 7.0, device=device)
         sources = Sources(torch.device(device), 0)
-        assert int(fill_on_gpu(group, moved, sources, a, b, None if given is None else given.numpy())) == 0
-        columns = [factor[:, i, None].expand(-1, slot.stop - slot.start) for i, slot in enumerate(group.slots)]
-        assert torch.equal(a.cpu(), expected.A)
-        torch.testing.assert_close(b.cpu(), expected.B * torch.cat(columns, 1)[:, None, :].float())
+        assert not gather_stacks(arrangement, memory, moved, sources, None if given is None else given.numpy())
+        for index, (group, factor) in enumerate(zip(groups, factors_of_b.split([1, 3]), strict=True)):
+            expected = stack_group(group, adapters, cpu)
+            a, b = arrangement.stack(memory, index)
+            columns = [factor[:, i, None].expand(-1, slot.stop - slot.start) for i, slot in enumerate(group.slots)]
+            assert torch.equal(a.cpu(), expected.A)
+            torch.testing.assert_close(b.cpu(), expected.B * torch.cat(columns, 1)[:, None, :].float())
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 from weakref import ReferenceType, ref
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from vllm_merge.adapters.arrangement import Arrangement
     from vllm_merge.adapters.stacking import ModuleGroup, Sources
 
-_WIDEST_ACCESS = 8  # elements
+_AT_ONCE = 3 << 27  # elements of one launch: about half a millisecond of a large GPU, which others may wait for
+ALIGNED = 8  # elements, that a thread of the kernel can read or write at once
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -28,22 +30,22 @@ class Pieces:
 
     numbers: (8, pieces) int64: the source's address, rows, columns and row stride (0 where there is none); rows and columns
     to write; the first element in the stacks' memory, and the stride there. scaling: (modules, n) float64.
-    order: of the pieces in `numbers`, where they are sorted by the sources' dtype. launches: dtype, first and last piece
-    of it. unit: what divides all addresses, columns and strides, in elements, up to 8. widest: columns of the widest slot;
-    largest: elements of the largest piece.
+    order: of the pieces in `numbers`, where they are sorted by the sources' dtype. launches: dtype, first piece and the one
+    after the last, of each. aligned: see `all_aligned`. widest: columns of the widest slot; largest: elements of the
+    largest piece.
     """
 
     numbers: NDArray[np.int64]
     scaling: NDArray[np.float64]
     order: NDArray[np.int64] | None
     launches: tuple[tuple[torch.dtype, int, int], ...]
-    unit: int
+    aligned: bool
     widest: int
     largest: int
 
     @property
     def count(self) -> int:
-        return self.numbers.shape[1]
+        return len(self.numbers[0])
 
     def with_scales(self, weights: NDArray[np.float64] | None) -> NDArray[np.int64]:
         """The numbers, then the pieces' scales (the bits of float64), then a 0; flat.
@@ -78,23 +80,28 @@ def _pieces(arrangement: Arrangement, places: Sequence[Places], sources: Sources
     numbers, dtypes = (np.concatenate([block[part] for block in blocks], axis=-3) for part in (0, 1))
     scaling = np.concatenate([block[2] for block in blocks])
     numbers, dtypes = numbers.reshape(8, -1), dtypes.ravel()
-    kinds, counts = np.unique(dtypes, return_counts=True)
     order = None
-    if len(kinds) > 1:
+    if (dtypes != dtypes[0]).any():
         order = dtypes.argsort(kind="stable")
         numbers, dtypes = numbers[:, order], dtypes[order]
-    ends = counts.cumsum()
-    bits = int(np.bitwise_or.reduce(numbers[[2, 3, 5, 6, 7]], axis=None))
-    bits |= int(np.bitwise_or.reduce(numbers[0] // ITEM_SIZES[dtypes]))
+    elements = numbers[4] * numbers[5]
+    parts = elements.cumsum() // _AT_ONCE
+    cuts = np.flatnonzero((np.diff(dtypes) != 0) | (np.diff(parts) != 0)) + 1
     return Pieces(
         numbers,
         scaling,
         order,
-        tuple((DTYPES[k], int(end - count), int(end)) for k, count, end in zip(kinds, counts, ends, strict=True)),
-        min(bits & -bits, _WIDEST_ACCESS) or _WIDEST_ACCESS,
+        tuple((DTYPES[dtypes[first]], first, last) for first, last in pairwise([0, *cuts.tolist(), len(dtypes)])),
+        all_aligned(numbers, ITEM_SIZES[dtypes]),
         max(slot.stop - slot.start for group in groups for slot in group.slots),
-        int((numbers[4] * numbers[5]).max()),
+        int(elements.max()),
     )
+
+
+def all_aligned(numbers: NDArray[np.int64], item_sizes: NDArray[np.int64]) -> bool:
+    """Whether all addresses (in elements), columns, first elements and strides are multiples of ALIGNED."""
+    bits = np.bitwise_or.reduce(numbers[[2, 3, 5, 6, 7]], axis=None) | np.bitwise_or.reduce(numbers[0] // item_sizes)
+    return bool(bits % ALIGNED == 0)
 
 
 def _block(
@@ -111,10 +118,11 @@ def _block(
         numbers[: STRIDE + 1, :, :, index] = np.moveaxis(found[:, :, ADDRESS : STRIDE + 1], -1, 0)
         dtypes[:, :, index] = found[:, :, DTYPE]
         scaling[:, index] = mine.scaling[at]
-    start, width = np.array([(slot.start, slot.stop - slot.start) for slot in group.slots]).T
+    start, width = np.array([(slot.start, slot.stop - slot.start) for slot in group.slots]).T  # (n,) each
     each = np.arange(count)[:, None] * k
-    numbers[4:, :, 0] = np.array([width, np.full_like(width, d_in), width, np.full_like(width, d_in)])[:, None]
-    numbers[4:, :, 1] = np.array([np.full_like(width, d_out), width, width, np.full_like(width, k)])[:, None]
-    numbers[6, :, 0] = first_a + (each + start) * d_in
-    numbers[6, :, 1] = first_b + each * d_out + start
+    into_a = (width, d_in, first_a + (each + start) * d_in, d_in)
+    into_b = (d_out, width, first_b + each * d_out + start, k)
+    for side, written in enumerate((into_a, into_b)):
+        for number, value in zip(numbers[STRIDE + 1 :], written, strict=True):
+            number[:, side] = value
     return numbers, dtypes, scaling

@@ -266,8 +266,7 @@ def gather_stacks(
     from vllm_merge.kernels.gather import gather
 
     sources.begin_batch()
-    sources.pause()
     pieces = pieces_of(arrangement, [adapter.places for adapter in adapters], sources)
     table = torch.from_numpy(pieces.with_scales(weights)).to(memory.device, non_blocking=True)
-    gather(table, memory, pieces)
+    gather(table, memory, pieces, sources.pause)
     return table[-1]

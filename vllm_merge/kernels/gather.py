@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,12 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_merge.adapters.pieces import ALIGNED
+
 if TYPE_CHECKING:
     from vllm_merge.adapters.pieces import Pieces
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _TILE = 2048
-_WIDE = 1024  # columns of a tile, of matrices that are wider than all slots
+_NARROW = (16, 64, 256)  # columns of a tile, of matrices that are no wider than the widest slot
+_WIDE = 1024  # of the others
 _TILES_EACH = 8  # that a program copies of the largest matrix, one after the other
 
 
@@ -77,15 +81,16 @@ def _gather(  # type: ignore[no-untyped-def]
         tl.store(table + 9 * pieces, 1)
 
 
-def gather(table: Tensor, out: Tensor, pieces: Pieces) -> None:
+def gather(table: Tensor, out: Tensor, pieces: Pieces, pause: Callable[[], object]) -> None:
     """out[piece] = scale · source, zero where the source ends, computed in float32.
 
     table: int64 on the GPU, `pieces.with_scales(…)`; its last number becomes 1 where a value is not finite in out's dtype.
-    out: one run of elements.
+    out: one run of elements. pause(): called before every launch.
     """
-    narrow = min(triton.next_power_of_2(max(pieces.widest, 1)), _WIDE)
+    narrow = next((columns for columns in _NARROW if pieces.widest <= columns), _WIDE)
     split = max(1, pieces.largest // (_TILE * _TILES_EACH))
     for dtype, first, last in pieces.launches:
+        pause()
         _gather[(last - first, split)](
             table,
             out,
@@ -94,7 +99,7 @@ def gather(table: Tensor, out: Tensor, pieces: Pieces) -> None:
             torch.finfo(out.dtype).max,
             SOURCE=_TYPES[dtype],
             BYTES=dtype.itemsize,
-            UNIT=pieces.unit,
+            UNIT=ALIGNED if pieces.aligned else 1,
             NARROW=narrow,
             WIDE=_WIDE,
             TILE=_TILE,

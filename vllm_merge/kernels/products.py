@@ -210,9 +210,8 @@ def _kth_largest_by_guess(passes: Callable[[], Iterable[Products]], counts: Tens
         columns = products.right.shape[2]
         row = torch.randint(rows, (_SAMPLES,), generator=generator).to(counts.device)
         column = torch.randint(columns, (_SAMPLES,), generator=generator).to(counts.device)
-        left, right = products.left[:, row], products.right[:, :, column]
-        tasks = [torch.einsum("msk,mks->ms", left[:, :, slot], right[:, slot]) for slot in products.slots]
-        values.append(torch.stack(tasks).abs().view(n, -1))
+        terms = products.left[:, row] * products.right[:, :, column].mT
+        values.append(torch.stack([terms[:, :, slot].sum(-1) for slot in products.slots]).abs().view(n, -1))
         weights += [rows * columns / _SAMPLES] * modules
     weight = torch.tensor(weights, dtype=torch.float64, device=counts.device)
     total = float(weight.sum()) * _SAMPLES

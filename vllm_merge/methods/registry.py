@@ -53,7 +53,8 @@ class MethodSpec:
     apply(tasks: FactorTasks, statistics, **parameters) → the merged A (modules, r, d_in) and Bᵀ (modules, r, d_out).
     statistics(passes, **parameters) → anything, from all tiles of all modules; None when the method needs none.
     coefficients(**per-adapter parameters, each (modules, n) float64, **per-recipe ones) → (modules, n): the method is
-    ΔW = Σ c_i ΔW_i in space `core`, so the factors can be put side by side; None for another method.
+    ΔW = Σ c_i ΔW_i in space `core`, so the factors can be put side by side, and it refuses by itself what `statistics`
+    would, which then are not asked for; None for another method.
     prepare(adapters, context, space, parameters: ResolvedParameters) → adapters, what the method does to the factors
     before they are seen in its space; None when nothing.
     entrywise: the method touches single entries, so its result depends on the basis; `core` then uses the SVD bases.
