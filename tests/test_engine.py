@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.adapters_in_memory import SHAPES, distance, map_factors, random_adapter, three, weighted_sum, zero_adapter
 from vllm_merge import Adapter, LoraFactors, MergeCancelled, MergeError, UserInputError, merge
+from vllm_merge.algebra.workspace import Workspace
+from vllm_merge.engine import Job
 
 
 def test_the_example_of_the_documentation() -> None:
@@ -243,3 +247,51 @@ def test_a_delta_merge_keeps_to_its_workspace() -> None:
         merged = merge(adapters, merge_method="ties", space="delta", rank=16, workspace_bytes=workspace)
     assert memory.peak - merged.nbytes <= workspace < dense
     assert merged.report.peak_workspace_bytes <= workspace
+
+
+def test_a_merge_leaves_nothing_for_the_cycle_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it held on a GPU would stay there until Python looks for cycles, which in a server is seldom."""
+    made: list[weakref.ref[Job]] = []
+
+    class Watched(Job):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("vllm_merge.engine.Job", Watched)
+    adapters = three()[:2]
+    gc.collect()
+    gc.disable()
+    try:
+        for method, space in (
+            ("linear", "core"),
+            ("ties", "knots"),
+            ("ties", "delta"),
+            ("tsv_m", "core"),
+            ("ctm", "core"),
+        ):
+            merged = merge(adapters, merge_method=method, space=space, rank=4)
+            assert made.pop()() is None, method
+            assert merged.factors
+    finally:
+        gc.enable()
+
+
+def test_the_sources_of_a_merge_do_not_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made on a GPU alone, and ask whether the merge is to go on."""
+    given: list[Callable[[], None]] = []
+    monkeypatch.setattr("vllm_merge.engine.job.Sources", lambda *arguments: given.append(arguments[-1]))
+
+    class OnAGpu:
+        device = torch.device("cuda")
+        workspace = Workspace(1, 1)
+        adapters: tuple[Adapter, ...] = ()
+        cancelled = staticmethod(lambda: True)
+
+    job = OnAGpu()
+    gone = weakref.ref(job)
+    Job.sources.func(job)  # type: ignore[arg-type]
+    del job
+    assert gone() is None
+    with pytest.raises(MergeCancelled):
+        given[0]()

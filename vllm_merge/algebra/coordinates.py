@@ -10,7 +10,7 @@ The bases come from Gram matrices; no matrix with both d_out and d_in is made he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,23 @@ class Coordinates:
     def shape(self) -> tuple[int, int, int, int]:
         """(modules, n, rows, cols) of all entries."""
         return self.left.shape[0], len(self.group.slots), self.left.shape[1], self.right.shape[2]
+
+    def bare(self, stack: Stack) -> Coordinates:
+        """The same without what is the stack's own, of which the shape is kept."""
+        left = self.left.to("meta") if self.left is stack.B else self.left
+        right = self.right.to("meta") if self.right is stack.A else self.right
+        return replace(self, left=left, right=right)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether something of the stack's is missing."""
+        return self.left.is_meta or self.right.is_meta
+
+    def on(self, stack: Stack) -> Coordinates:
+        """Whole again, on the same stack, made anew."""
+        left = stack.B if self.left.is_meta else self.left
+        right = stack.A if self.right.is_meta else self.right
+        return replace(self, left=left, right=right)
 
     def values(self, modules: slice, rows: slice, cols: slice, *, made: bool = True) -> Tensor:
         """Entries (modules, n, rows, cols) of a part of the batch, the same bytes at every call; on the meta device unless
@@ -105,11 +122,9 @@ def knots_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates
     """
     group = stack.group
     basis = orthonormal_basis(grams.B, min(group.shape[0], group.stacked_rank))
-    blocks = _block_diagonal(grams.A, group)
-    weight = torch.zeros_like(grams.B[:, 0])
-    for index, slot in enumerate(group.slots):
-        norm = grams.norms[:, index, None]
-        weight[:, slot] = torch.where(norm > 0, 1 / norm**2, 0.0)
+    owner = owners(group.slots).to(grams.A.device)
+    blocks = grams.A * (owner[:, None] == owner)
+    weight = torch.where(grams.norms > 0, 1 / grams.norms**2, 0.0)[:, owner]
     equal = basis.R @ (blocks * weight[:, None, :]) @ basis.R.mT
     if equal.is_cuda and inverse_cholesky(equal) is not None:  # the support is everything, in any basis
         support = torch.ones_like(equal[:, 0], dtype=torch.bool)
@@ -141,11 +156,10 @@ def core_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates:
     return Coordinates(group, left.R, right.R.mT, left.T, right.T, entries)
 
 
-def _block_diagonal(gram_a: Tensor, group: ModuleGroup) -> Tensor:
-    blocks = torch.zeros_like(gram_a)
-    for slot in group.slots:
-        blocks[:, slot, slot] = gram_a[:, slot, slot]
-    return blocks
+def owners(slots: Sequence[slice]) -> Tensor:
+    """The task that each of the K stacked rank-one terms is of, (K,) int64, on the CPU."""
+    widths = torch.tensor([slot.stop - slot.start for slot in slots])
+    return torch.arange(len(slots)).repeat_interleave(widths)
 
 
 _BUILDERS: dict[str, Build] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.coordinates import Coordinates, task_norms
+from vllm_merge.algebra.coordinates import Coordinates, owners, task_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class Cores:
 
     def same_task(self) -> Tensor:
         """(K, K) float64: 1 where both columns of left are of one task, else 0."""
-        owner = torch.cat([torch.full((slot.stop - slot.start,), index) for index, slot in enumerate(self.slots)])
-        return (owner[:, None] == owner[None, :]).to(self.left)
+        owner = owners(self.slots)
+        return (owner[:, None] == owner).to(self.left)
 
     def norms(self) -> Tensor:
         """‖M_i‖_F = ‖ΔW_i‖_F, (modules, n) float64; exactly 0 where it is within rounding of 0."""
@@ -74,19 +74,11 @@ class Cores:
     def gram(self) -> Tensor:
         """⟨M_i, M_j⟩ = ⟨ΔW_i, ΔW_j⟩, (modules, n, n) float64; exactly 0 where a task is within rounding of 0."""
         products = (self.left.mT @ self.left) * (self.right @ self.right.mT)
-        owners = self._owners()
+        one = (owners(self.slots)[:, None] == torch.arange(len(self.slots))).to(self.left)
         present = (self.norms() > 0).to(self.left)
-        return (owners.mT @ products @ owners) * present[:, :, None] * present[:, None, :]
-
-    def _owners(self) -> Tensor:
-        """(K, n) float64: 1 where a column of left is of the task."""
-        owners = self.left.new_zeros(self.left.shape[2], len(self.slots))
-        for index, slot in enumerate(self.slots):
-            owners[slot, index] = 1
-        return owners
+        return (one.mT @ products @ one) * present[:, :, None] * present[:, None, :]
 
     def scaled(self, factors: Tensor) -> Cores:
         """The tasks multiplied by factors, (modules, n) or (modules, n, 1, 1)."""
-        widths = torch.tensor([slot.stop - slot.start for slot in self.slots], device=self.left.device)
-        columns = factors.flatten(1).to(self.left.dtype).repeat_interleave(widths, dim=1)
+        columns = factors.flatten(1).to(self.left.dtype)[:, owners(self.slots).to(factors.device)]
         return replace(self, left=self.left * columns[:, None, :])

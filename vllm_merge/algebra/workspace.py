@@ -11,7 +11,7 @@ from vllm_merge.algebra.tiles import BYTES_PER_ENTRY
 from vllm_merge.algebra.truncation import EXACT_LIMIT, GRAM_LIMIT, OVERSAMPLING
 
 FACTOR_COPIES = 8  # of all factors, that a method of space `factors` holds
-_HELD_MATRICES = 4  # of them that stay: transforms and coordinates
+_HELD_MATRICES = 6  # of them that stay: Gram matrices, transforms and coordinates
 _SMALL_MATRICES = 16  # K × K float64 arrays alive at once when bases are made, and in methods of whole modules
 
 
@@ -19,11 +19,13 @@ _SMALL_MATRICES = 16  # K × K float64 arrays alive at once when bases are made,
 class ModuleCost:
     """Bytes that one module of a group needs: its stack and bases, its merged entries, and its truncation.
 
-    held: what of the first stays between passes, the stack and what the space adds to it. merged: where a method takes whole modules, with its small matrices.
+    held: what of the first may stay between passes, the stack and what the space adds to it; bare: the latter alone.
+    merged: where a method takes whole modules, with its small matrices.
     """
 
     stack: int
     held: int
+    bare: int
     merged: int
     truncation: int
 
@@ -49,8 +51,8 @@ class ModuleCost:
             merged += FACTOR_COPIES * 4 * k * (d_out + d_in)
         if whole_modules:
             merged += 8 * _SMALL_MATRICES * k * k
-        held = (8 if space == "core" else 4) * k * (d_out + d_in) + 8 * _HELD_MATRICES * k * k
-        return cls(stack, min(held, stack), merged, truncation)
+        bare = 8 * _HELD_MATRICES * k * k
+        return cls(stack, min(bare + 4 * k * (d_out + d_in), stack), bare, merged, truncation)
 
     @property
     def total(self) -> int:
@@ -65,12 +67,15 @@ class Workspace:
     limit: int
     tile_entries: int
     held: int = 0
+    holds_stacks: bool = False
     peak: int = 0
 
-    def hold_if_fits(self, nbytes: int) -> None:
-        """Set bytes aside that stay from the first pass to the last, if they leave a quarter for all else."""
-        if nbytes <= self.limit * 3 // 4:
-            self.held = nbytes
+    def hold_if_fits(self, stacks: int, bare: int) -> None:
+        """Set bytes aside that stay from the first pass to the last, if they leave three quarters for all else: what was
+        worked out of the stacks, with them or without."""
+        self.holds_stacks = stacks <= self.limit // 4
+        if self.holds_stacks or bare <= self.limit // 4:
+            self.held = stacks if self.holds_stacks else bare
 
     def modules_at_once(self, cost: ModuleCost) -> int:
         """How many modules a batch may have; tiles have the other half of what is not held."""

@@ -152,7 +152,8 @@ class Job:
             groups = [piece for group in groups for piece in group.by_ranks()]
         costs = [ModuleCost.of(g, self.space, self.policy, whole_modules=self.spec.whole_modules) for g in groups]
         if self.spec.statistics is not None and self.spec.coefficients is None:
-            self.workspace.hold_if_fits(sum(c.held * len(g.modules) for g, c in zip(groups, costs, strict=True)))
+            counted = [(len(group.modules), cost) for group, cost in zip(groups, costs, strict=True)]
+            self.workspace.hold_if_fits(*(sum(n * getattr(c, part) for n, c in counted) for part in ("held", "bare")))
         batches: list[Batch] = []
         start = 0
         for group, cost in zip(groups, costs, strict=True):
@@ -169,24 +170,25 @@ class Job:
 
     @cached_property
     def _held(self) -> dict[int, Prepared] | None:
-        """Prepared batches, kept from the first pass where a method needs several and they fit."""
+        """Prepared batches, kept from the first pass where a method needs several; without their stacks unless those fit."""
         return {} if self.batches and self.workspace.held else None
 
     @cached_property
     def sources(self) -> Sources | None:
         if self.device.type != "cuda":
             return None
-        return Sources(self.device, self.workspace.limit, self.adapters, self.go_on)
+        cancelled = self.cancelled  # not self: a cycle would keep what is held here until Python looks for cycles
+
+        def go_on() -> None:
+            if cancelled():
+                raise MergeCancelled("the merge was cancelled")
+
+        return Sources(self.device, self.workspace.limit, self.adapters, go_on)
 
     @cached_property
     def on_the_fly(self) -> bool:
         """Whether the method makes the entries itself, in the GPU's kernels."""
         return self.spec.on_the_fly and self.device.type == "cuda" and self.space in ("delta", "knots")
-
-    def go_on(self) -> None:
-        """Stop if that is wanted."""
-        if self.cancelled():
-            raise MergeCancelled("the merge was cancelled")
 
     def step(self, stage: str, done: int) -> None:
         """Report progress; stop if that is wanted."""
@@ -195,8 +197,13 @@ class Job:
         self.notify(stage, done, len(self.modules))
 
     def prepared(self, batch: Batch) -> Prepared:
+        """A batch made ready. Without its stack where it was before, and its coordinates need no part of that."""
         if self._held is not None and batch.start in self._held:
-            return self._held[batch.start]
+            found = self._held[batch.start]
+            if not found.coordinates.is_bare:
+                return found
+            stack = self.stack(found)
+            return replace(found, stack=stack, coordinates=found.coordinates.on(stack))
         self.step("prepare", batch.start)
         with self.timed("prepare"):
             stack = stack_group(batch.group, self.adapters, self.device, self.sources)
@@ -214,7 +221,12 @@ class Job:
             )
         self.workspace.count(batch.cost.stack * len(modules))
         if self._held is not None:
-            self._held[batch.start] = prepared
+            bare = (
+                prepared
+                if self.workspace.holds_stacks
+                else replace(prepared, stack=None, coordinates=space.bare(stack))
+            )
+            self._held[batch.start] = bare
         return prepared
 
     def check_inputs(self, batch: Batch, norms: Tensor) -> None:
@@ -299,8 +311,8 @@ class Job:
         parts = []
         for batch in batches:
             prepared = self.prepared(batch)
-            alone = len(batches) == 1 or self._held is not None
-            parts.append(prepared if alone else replace(prepared, stack=None))
+            kept = len(batches) == 1 or self.workspace.holds_stacks
+            parts.append(prepared if kept else replace(prepared, stack=None))
         if self.space == "factors":
             parts = [self._product(one, statistics) for one in parts]
         cut, described, tall = self._cut(parts[0] if len(parts) == 1 else Prepared.joined(parts), statistics)
