@@ -69,6 +69,13 @@ class ModuleGroup:
         k, (d_out, d_in) = self.stacked_rank, self.shape
         return ModuleGroup((min(k, d_out), min(k, d_in)), self.modules, self.ranks, self.slots)
 
+    @classmethod
+    def joined(cls, groups: Sequence[ModuleGroup]) -> ModuleGroup:
+        """The modules of groups that have one shape and the same slots."""
+        modules = tuple(module for group in groups for module in group.modules)
+        ranks = tuple(row for group in groups for row in group.ranks)
+        return ModuleGroup(groups[0].shape, modules, ranks, groups[0].slots)
+
     def batches(self, modules: int) -> Iterator[ModuleGroup]:
         """The group in pieces of at most this many modules, all with the group's slots."""
         if modules >= len(self.modules):

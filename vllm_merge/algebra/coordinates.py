@@ -10,7 +10,7 @@ The bases come from Gram matrices; no matrix with both d_out and d_in is made he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,23 +42,6 @@ class Coordinates:
         """(modules, n, rows, cols) of all entries."""
         return self.left.shape[0], len(self.group.slots), self.left.shape[1], self.right.shape[2]
 
-    def bare(self, stack: Stack) -> Coordinates:
-        """The same without what is the stack's own, of which the shape is kept."""
-        left = self.left.to("meta") if self.left is stack.B else self.left
-        right = self.right.to("meta") if self.right is stack.A else self.right
-        return replace(self, left=left, right=right)
-
-    @property
-    def is_bare(self) -> bool:
-        """Whether something of the stack's is missing."""
-        return self.left.is_meta or self.right.is_meta
-
-    def on(self, stack: Stack) -> Coordinates:
-        """Whole again, on the same stack, made anew."""
-        left = stack.B if self.left.is_meta else self.left
-        right = stack.A if self.right.is_meta else self.right
-        return replace(self, left=left, right=right)
-
     def values(self, modules: slice, rows: slice, cols: slice, *, made: bool = True) -> Tensor:
         """Entries (modules, n, rows, cols) of a part of the batch, the same bytes at every call; on the meta device unless
         they are to be made."""
@@ -86,6 +69,13 @@ class Grams:
         gram_a, gram_b = gram(stack.A.mT), gram(stack.B)
         return cls(gram_a, gram_b, task_norms(gram_a, gram_b, stack.group.slots))
 
+    @classmethod
+    def joined(cls, several: Sequence[Grams]) -> Grams:
+        """Those of all modules of several."""
+        if len(several) == 1:
+            return several[0]
+        return cls(*(torch.cat([getattr(one, part) for one in several]) for part in ("A", "B", "norms")))
+
 
 def task_norm(gram_a: Tensor, gram_b: Tensor) -> Tensor:
     """‖ΔW‖_F = √tr(BᵀB AAᵀ) from A Aᵀ and BᵀB (…, r, r); exactly 0 where it is within rounding of 0."""
@@ -104,25 +94,62 @@ def task_norms(gram_a: Tensor, gram_b: Tensor, slots: Sequence[slice]) -> Tensor
     return task_norm(*(block.permute(0, 3, 1, 2) for block in blocks))
 
 
-Build = Callable[[Stack, Grams, bool], Coordinates]
+@dataclass(frozen=True, slots=True)
+class Bases:
+    """What Gram matrices alone tell of modules, whatever their shapes: coordinates, but for what is the stack's own.
+
+    left, right, left_transform, right_transform: as those of Coordinates; left or right None where it is B or A itself.
+    rows, cols: (modules,) int64, of a task's entries; None where they are d_out or d_in.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    left_transform: Tensor | None
+    right_transform: Tensor | None
+    rows: Tensor | None
+    cols: Tensor | None
+
+    @property
+    def needs_stack(self) -> bool:
+        """Whether coordinates need B or A itself."""
+        return self.left is None or self.right is None
+
+    def of(self, modules: slice) -> Bases:
+        """Of some of the modules."""
+        parts = (self.left, self.right, self.left_transform, self.right_transform, self.rows, self.cols)
+        return Bases(*(None if part is None else part[modules] for part in parts))
+
+    def on(self, group: ModuleGroup, stack: Stack | None, device: torch.device) -> Coordinates:
+        """The coordinates of a group. stack: its factors; None if they are not needed."""
+        left, right = self.left, self.right
+        if stack is not None:
+            left = stack.B if left is None else left
+            right = stack.A if right is None else right
+        assert left is not None
+        assert right is not None
+        rows, cols = (
+            torch.full((len(group.modules),), size, device=device) if counted is None else counted
+            for counted, size in zip((self.rows, self.cols), group.shape, strict=True)
+        )
+        return Coordinates(group, left, right, self.left_transform, self.right_transform, rows * cols)
 
 
-def delta_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates:
+Build = Callable[[ModuleGroup, Grams, bool], Bases]
+
+
+def delta_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
     """The dense entries; nothing to compute."""
-    d_out, d_in = stack.group.shape
-    entries = torch.full((len(stack.group.modules),), d_out * d_in, device=stack.A.device)
-    return Coordinates(stack.group, stack.B, stack.A, None, None, entries)
+    return Bases(None, None, None, None, None, None)
 
 
-def knots_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates:
+def knots_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
     """U = left singular vectors of [ΔW_1 … ΔW_n] on its support, largest first.
 
     With B = Q R, the left singular vectors are Q P for Σ_i R_i (A_i A_iᵀ) R_iᵀ = P s² Pᵀ. The support is that of
     [ΔW_1/‖ΔW_1‖ … ΔW_n/‖ΔW_n‖], so that a small adapter keeps all its directions beside a large one.
     """
-    group = stack.group
-    basis = orthonormal_basis(grams.B, min(group.shape[0], group.stacked_rank))
-    owner = owners(group.slots).to(grams.A.device)
+    basis = orthonormal_basis(grams.B, core.shape[0])
+    owner = owners(core.slots).to(grams.A.device)
     blocks = grams.A * (owner[:, None] == owner)
     weight = torch.where(grams.norms > 0, 1 / grams.norms**2, 0.0)[:, owner]
     equal = basis.R @ (blocks * weight[:, None, :]) @ basis.R.mT
@@ -141,19 +168,16 @@ def knots_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates
     rows = int(support.sum(-1).max())
     transform = (support_basis @ rotation)[:, :, :rows] * support[:, None, :rows]
     left = (transform.mT @ basis.R).float()
-    entries = support.sum(-1) * group.shape[1]
-    return Coordinates(group, left, stack.A, basis.T @ transform, None, entries)
+    return Bases(left, None, basis.T @ transform, None, support.sum(-1), None)
 
 
-def core_coordinates(stack: Stack, grams: Grams, singular: bool) -> Coordinates:
-    """M_i = R_B,i R_A,iᵀ from B = Q_B R_B and Aᵀ = Q_A R_A: K × K work only."""
-    group = stack.group
-    d_out, d_in = group.shape
-    left = orthonormal_basis(grams.B, min(d_out, group.stacked_rank), singular=singular)
-    right = orthonormal_basis(grams.A, min(d_in, group.stacked_rank), singular=singular)
-    sums = [sum(ranks) for ranks in group.ranks]
-    entries = torch.tensor([min(k, d_out) * min(k, d_in) for k in sums], device=stack.A.device)
-    return Coordinates(group, left.R, right.R.mT, left.T, right.T, entries)
+def core_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
+    """M_i = R_B,i R_A,iᵀ from B = Q_B R_B and Aᵀ = Q_A R_A."""
+    left = orthonormal_basis(grams.B, core.shape[0], singular=singular)
+    right = orthonormal_basis(grams.A, core.shape[1], singular=singular)
+    sums = torch.tensor([sum(ranks) for ranks in core.ranks], device=grams.A.device)
+    rows, cols = (sums.clamp_max(size) for size in core.shape)
+    return Bases(left.R, right.R.mT, left.T, right.T, rows, cols)
 
 
 def owners(slots: Sequence[slice]) -> Tensor:
@@ -163,13 +187,20 @@ def owners(slots: Sequence[slice]) -> Tensor:
 
 
 _BUILDERS: dict[str, Build] = {
-    "delta": delta_coordinates,
-    "knots": knots_coordinates,
-    "core": core_coordinates,
-    "factors": delta_coordinates,  # until its method has made one task of all
+    "delta": delta_bases,
+    "knots": knots_bases,
+    "core": core_bases,
+    "factors": delta_bases,  # until its method has made one task of all
 }
 
 
+def bases(space: str, core: ModuleGroup, grams: Grams, *, singular: bool) -> Bases:
+    """What Gram matrices tell of modules of one `cored` group. singular: the bases must be singular vectors, where the
+    space has a choice."""
+    return _BUILDERS[space](core, grams, singular)
+
+
 def coordinates(space: str, stack: Stack, grams: Grams, *, singular: bool) -> Coordinates:
-    """The batch's tasks in a space. singular: the bases must be singular vectors, where the space has a choice."""
-    return _BUILDERS[space](stack, grams, singular)
+    """The tasks of a stack in a space. singular: as `bases`."""
+    found = bases(space, stack.group.cored(), grams, singular=singular)
+    return found.on(stack.group, stack, stack.A.device)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_merge.adapters.factors import Adapter
 from vllm_merge.algebra.coordinates import Coordinates
@@ -53,6 +54,16 @@ class Tile:
     left: Tensor
     right: Tensor
     slots: tuple[slice, ...]
+
+    def apart(self) -> tuple[Tensor, Tensor]:
+        """left_i of all rows and right_i of the tile's columns, task by task: (modules, n, all rows, r), (modules, n, r, cols);
+        r is the widest slot, and narrower ones end in zeros."""
+        widest = max(slot.stop - slot.start for slot in self.slots)
+        missing = [widest - (slot.stop - slot.start) for slot in self.slots]
+        each = list(zip(self.slots, missing, strict=True))
+        left = torch.stack([pad(self.left[:, :, slot], (0, more)) for slot, more in each], 1)
+        right = torch.stack([pad(self.right[:, slot, self.cols], (0, 0, 0, more)) for slot, more in each], 1)
+        return left, right
 
     def products(self) -> Products:
         """The tile's entries as what the GPU's kernels make them from."""

@@ -33,19 +33,19 @@ def factors(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, 
         sign = torch.where(left.gather(1, left.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
         left, right = left * sign, right * sign
     b, a = (torch.empty(part.shape, dtype=job.dtype, device=part.device).copy_(part) for part in (left, right.mT))
-    fits = (b.isfinite().all(-1).all(-1) & a.isfinite().all(-1).all(-1)).tolist()
+    fits = b.isfinite().all(-1).all(-1) & a.isfinite().all(-1).all(-1)
+    facts = torch.stack([cut.ranks, cut.norm, cut.energy, cut.exact, _noise(prepared), fits], 1).tolist()  # in one go
     found = {}
-    ranks, norms, energies = cut.ranks.tolist(), cut.norm.tolist(), cut.energy.tolist()
-    exact, noise = cut.exact.tolist(), _noise(prepared).tolist()
-    for index, (module, rank) in enumerate(zip(modules, ranks, strict=True)):
-        if not fits[index]:
+    for index, (module, (ranks, norm, energy, exact, noise, fit)) in enumerate(zip(modules, facts, strict=True)):
+        if not fit:
             raise MergeError(f"module '{module}': the merged factors do not fit {job.dtype}; choose a wider dtype")
-        if rank == 0 or norms[index] <= noise[index]:
+        rank = int(ranks)
+        if rank == 0 or norm <= noise:
             job.report.dropped_modules.append(module)
             continue
         job.report.ranks[module] = rank
-        job.report.norms[module] = norms[index]
-        job.report.energy_kept[module] = None if exact[index] else energies[index]
+        job.report.norms[module] = norm
+        job.report.energy_kept[module] = None if exact else energy
         mine, its = a[index, :rank], b[index, :, :rank]
         if rank < cut.long.shape[2]:  # a copy: a module must not keep the memory of what was cut off
             mine, its = _own(mine), _own(its)

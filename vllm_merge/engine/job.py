@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.stacking import ModuleGroup, Sources, Stack, group_modules, stack_group
-from vllm_merge.algebra.coordinates import Coordinates, Grams, coordinates, core_coordinates
+from vllm_merge.algebra.coordinates import Bases, Coordinates, Grams, bases, coordinates
 from vllm_merge.algebra.cores import Cores
 from vllm_merge.algebra.factorwise import NOT_EXACT, FactorTasks
 from vllm_merge.algebra.overview import Overview
@@ -32,6 +32,7 @@ from vllm_merge.methods.registry import MethodSpec
 from vllm_merge.methods.resolve import ResolvedParameters
 
 LOW_ENERGY = 0.9
+TOGETHER = ("core", "knots")  # the spaces with K × K work, which is done at once for modules of any shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,17 @@ class Batch:
     group: ModuleGroup
     start: int
     cost: ModuleCost
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the K × K work on a batch gives, and its parameters: all that is kept of it where its stack is not."""
+
+    batch: Batch
+    grams: Grams
+    bases: Bases
+    parameters: Mapping[str, Tensor]
+    lam: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +75,11 @@ class Prepared:
     def joined(cls, several: Sequence[Prepared]) -> Prepared:
         """Batches whose coordinates have the same rows, columns and slots, as one whose ΔW are these coordinates."""
         spaces = [one.coordinates for one in several]
-        modules = tuple(module for space in spaces for module in space.group.modules)
-        ranks = tuple(row for space in spaces for row in space.group.ranks)
-        group = replace(spaces[0].group.cored(), modules=modules, ranks=ranks)
+        group = ModuleGroup.joined([space.group.cored() for space in spaces])
         left, right, entries = (
             torch.cat([getattr(space, part) for space in spaces]) for part in ("left", "right", "entries")
         )
-        grams = Grams(*(torch.cat([getattr(one.grams, part) for one in several]) for part in ("A", "B", "norms")))
+        grams = Grams.joined([one.grams for one in several])
         first = several[0]
         return cls(
             Batch(group, first.batch.start, first.batch.cost),
@@ -102,6 +112,8 @@ class Job:
     cancelled: Callable[[], bool]
     report: MergeReport
     overview: Overview | None
+    _described: dict[int, Described] = field(default_factory=dict)
+    _stacks: dict[int, Stack] = field(default_factory=dict)
 
     def run(self) -> Mapping[str, LoraFactors]:
         """Statistics over all modules, then batch by batch: merged entries, rank, factors."""
@@ -113,7 +125,8 @@ class Job:
                 statistics = self.spec.statistics(passes, **self.parameters.per_recipe)
         factors: dict[str, LoraFactors] = {}
         beside: list[Batch] = []
-        for several in self._together():
+        whole = self.space == "core" and self.spec.whole_modules
+        for several in self._together if whole else [[batch] for batch in self.batches]:
             if not side_by_side.fits(self, several[0].group):
                 factors.update(self._merge_batches(several, statistics))
                 continue
@@ -151,7 +164,8 @@ class Job:
         if self.spec.coefficients is not None:
             groups = [piece for group in groups for piece in group.by_ranks()]
         costs = [ModuleCost.of(g, self.space, self.policy, whole_modules=self.spec.whole_modules) for g in groups]
-        if self.spec.statistics is not None and self.spec.coefficients is None:
+        passes = self.spec.statistics is not None and self.spec.coefficients is None
+        if passes or self.space in TOGETHER:
             counted = [(len(group.modules), cost) for group, cost in zip(groups, costs, strict=True)]
             self.workspace.hold_if_fits(*(sum(n * getattr(c, part) for n, c in counted) for part in ("held", "bare")))
         batches: list[Batch] = []
@@ -167,11 +181,6 @@ class Job:
     def modules(self) -> list[str]:
         """All modules, in the order of the batches."""
         return [module for batch in self.batches for module in batch.group.modules]
-
-    @cached_property
-    def _held(self) -> dict[int, Prepared] | None:
-        """Prepared batches, kept from the first pass where a method needs several; without their stacks unless those fit."""
-        return {} if self.batches and self.workspace.held else None
 
     @cached_property
     def sources(self) -> Sources | None:
@@ -197,37 +206,51 @@ class Job:
         self.notify(stage, done, len(self.modules))
 
     def prepared(self, batch: Batch) -> Prepared:
-        """A batch made ready. Without its stack where it was before, and its coordinates need no part of that."""
-        if self._held is not None and batch.start in self._held:
-            found = self._held[batch.start]
-            if not found.coordinates.is_bare:
-                return found
-            stack = self.stack(found)
-            return replace(found, stack=stack, coordinates=found.coordinates.on(stack))
-        self.step("prepare", batch.start)
+        """A batch made ready. Without its stack where that would have to be made anew and its coordinates need none of it."""
+        if batch.start not in self._described:
+            if not self.workspace.held:
+                self._described.clear()
+                self._stacks.clear()
+            self._describe(next(several for several in self._together if batch in several))
+        found = self._described[batch.start]
+        stack = self._stacks.get(batch.start)
+        if stack is None and found.bases.needs_stack:
+            stack = self._stacked(batch)
+        space = found.bases.on(batch.group, stack, self.device)
+        return Prepared(batch, stack, found.grams, space, found.parameters, found.lam)
+
+    def _describe(self, together: Sequence[Batch]) -> None:
+        """The K × K work on batches of any shapes, at once: on a GPU it takes as long for a few modules as for all."""
+        each = []
         with self.timed("prepare"):
-            stack = stack_group(batch.group, self.adapters, self.device, self.sources)
-            grams = Grams.of(stack)
-            self.check_inputs(batch, grams.norms)
-            space = coordinates(self.space, stack, grams, singular=self.spec.entrywise)
-            modules = batch.group.modules
-            prepared = Prepared(
-                batch,
-                stack,
-                grams,
-                space,
-                self.parameters.tensors(modules, self.device),
-                self.parameters.lambdas(modules, self.device),
+            for batch in together:
+                self.step("prepare", batch.start)
+                stack = self._stacked(batch)
+                each.append(Grams.of(stack))
+                self.check_inputs(batch, each[-1].norms)
+                if self.workspace.holds_stacks or not self.workspace.held:
+                    self._stacks[batch.start] = stack
+                self.workspace.count(batch.cost.stack * len(batch.group.modules))
+            found = bases(
+                self.space,
+                ModuleGroup.joined([batch.group.cored() for batch in together]),
+                Grams.joined(each),
+                singular=self.spec.entrywise,
             )
-        self.workspace.count(batch.cost.stack * len(modules))
-        if self._held is not None:
-            bare = (
-                prepared
-                if self.workspace.holds_stacks
-                else replace(prepared, stack=None, coordinates=space.bare(stack))
-            )
-            self._held[batch.start] = bare
-        return prepared
+            first = 0
+            for batch, grams in zip(together, each, strict=True):
+                modules = batch.group.modules
+                self._described[batch.start] = Described(
+                    batch,
+                    grams,
+                    found.of(slice(first, first + len(modules))),
+                    self.parameters.tensors(modules, self.device),
+                    self.parameters.lambdas(modules, self.device),
+                )
+                first += len(modules)
+
+    def _stacked(self, batch: Batch) -> Stack:
+        return stack_group(batch.group, self.adapters, self.device, self.sources)
 
     def check_inputs(self, batch: Batch, norms: Tensor) -> None:
         found = norms.tolist()
@@ -266,37 +289,30 @@ class Job:
         parameters = prepared.parameters_of(part.modules, torch.float64)
         return Cores.of(prepared.coordinates, part.modules, prepared.batch.start, parameters)
 
-    def _together(self) -> Iterator[list[Batch]]:
-        """The batches, those that can be merged as one together.
-
-        Where a method takes whole modules in `core`, its work is on matrices of K rows and columns whatever the modules'
-        shapes, and on a GPU takes as long for a few of them as for all.
-        """
-        alike = self.space == "core" and self.spec.whole_modules
-        several: list[Batch] = []
+    @cached_property
+    def _together(self) -> list[list[Batch]]:
+        """The batches, those together whose coordinates have one shape and fit into the workspace with what is made of them."""
+        found: list[list[Batch]] = []
         for batch in self.batches:
-            if several and not (alike and self._fit_together([*several, batch])):
-                yield several
-                several = []
-            several.append(batch)
-        if several:
-            yield several
+            if found and self.workspace.held and self.space in TOGETHER and self._fit_together([*found[-1], batch]):
+                found[-1].append(batch)
+            else:
+                found.append([batch])
+        return found
 
     def _fit_together(self, batches: Sequence[Batch]) -> bool:
-        """Whether the coordinates of the batches have one shape, and all that is made of them fits into the workspace."""
         groups = [batch.group for batch in batches]
         core, *others = (group.cored() for group in groups)
         if any((other.shape, other.slots) != (core.shape, core.slots) for other in others):
             return False
-        cost = ModuleCost.of(core, self.space, self.policy, whole_modules=True)
-        fits = sum(len(group.modules) for group in groups) <= self.workspace.modules_at_once(cost)
-        return fits and not any(side_by_side.fits(self, group) for group in groups)
+        if self.overview is None and any(side_by_side.fits(self, group) for group in groups):
+            return False
+        cost = ModuleCost.of(core, "core", self.policy, whole_modules=True)
+        return sum(len(group.modules) for group in groups) <= self.workspace.modules_at_once(cost)
 
     def stack(self, prepared: Prepared) -> Stack:
         """The factors of a batch."""
-        if prepared.stack is not None:
-            return prepared.stack
-        return stack_group(prepared.batch.group, self.adapters, self.device, self.sources)
+        return self._stacked(prepared.batch) if prepared.stack is None else prepared.stack
 
     def _product(self, prepared: Prepared, statistics: Any) -> Prepared:
         """The batch as one task in `core`, the product of the A and the B that a method of space `factors` makes."""
@@ -304,15 +320,11 @@ class Job:
         tasks = FactorTasks.of(self.stack(prepared), self.adapters, prepared.batch.start, parameters)
         with self.timed("merge"):
             stack = tasks.product(*self.spec.apply(tasks, statistics, **parameters, **self.parameters.per_recipe))
-        return replace(prepared, product=stack, coordinates=core_coordinates(stack, Grams.of(stack), False))
+        return replace(prepared, product=stack, coordinates=coordinates("core", stack, Grams.of(stack), singular=False))
 
     def _merge_batches(self, batches: Sequence[Batch], statistics: Any) -> dict[str, LoraFactors]:
         """The factors of batches that are merged as one."""
-        parts = []
-        for batch in batches:
-            prepared = self.prepared(batch)
-            kept = len(batches) == 1 or self.workspace.holds_stacks
-            parts.append(prepared if kept else replace(prepared, stack=None))
+        parts = [self.prepared(batch) for batch in batches]
         if self.space == "factors":
             parts = [self._product(one, statistics) for one in parts]
         cut, described, tall = self._cut(parts[0] if len(parts) == 1 else Prepared.joined(parts), statistics)

@@ -34,14 +34,11 @@ Rule = Literal["mean", "sum", "ties"]
 
 def magnitudes(tile: Tile) -> Tensor:
     """α, (modules, n, 1, cols) float32; 0 where a column is rounding beside the terms it is made of."""
-    found = []
-    for slot in tile.slots:
-        left, right = tile.left[:, :, slot].double(), tile.right[:, slot, tile.cols].double()
-        gram = left.mT @ left
-        squared = ((gram @ right) * right).sum(1)
-        terms = (gram.diagonal(dim1=-2, dim2=-1).sqrt()[:, :, None] * right.abs()).sum(1)
-        found.append(torch.where(squared > (TOLERANCE * terms) ** 2, squared, 0.0).sqrt())
-    return torch.stack(found, dim=1)[:, :, None].float()
+    left, right = (part.double() for part in tile.apart())
+    gram = left.mT @ left
+    squared = ((gram @ right) * right).sum(2)
+    terms = (gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None] * right.abs()).sum(2)
+    return torch.where(squared > (TOLERANCE * terms) ** 2, squared, 0.0).sqrt()[:, :, None].float()
 
 
 def directions(tile: Tile) -> Tile:

@@ -121,15 +121,15 @@ class _Pairs:
     def norms(self, gram: Tensor) -> Tensor:
         """‖Â_i Â_jᵀ‖_F of i ≠ j, (modules, n, n), from Â Âᵀ (modules, K, K)."""
         squared = self.owner @ gram.square() @ self.owner.mT
-        return squared.sqrt() * (1 - torch.eye(len(self.owner), dtype=gram.dtype, device=gram.device))
+        squared.diagonal(dim1=-2, dim2=-1).zero_()
+        return squared.sqrt_()
 
-    def overlap(self, gram: Tensor) -> Tensor:
-        """Σ_{i≠j} ‖Â_i Â_jᵀ‖ᵖ, (modules,)."""
-        return self.norms(gram).pow(self.power).sum((-1, -2))
+    def overlap(self, norms: Tensor) -> Tensor:
+        """Σ_{i≠j} ‖Â_i Â_jᵀ‖ᵖ, (modules,), from the norms."""
+        return norms.pow(self.power).sum((-1, -2))
 
-    def pull(self, gram: Tensor) -> Tensor:
+    def pull(self, gram: Tensor, norms: Tensor) -> Tensor:
         """N with ∂/∂Â Σ_{i≠j} ‖Â_i Â_jᵀ‖ᵖ = N Â, (modules, K, K): the blocks times 2p‖·‖ᵖ⁻²; 0 where a block is 0."""
-        norms = self.norms(gram)
         weights = torch.where(norms > 0, 2 * self.power * norms.pow(self.power - 2), 0.0)
         return (self.owner.mT @ weights @ self.owner) * gram
 
@@ -145,17 +145,18 @@ class _Pairs:
         slope = torch.where(mean > 0, stretch / mean, 0.0)
         curvature = 3 * slope * descending_eigh(gram)[0][:, 0] + 2 * self.gamma
         size = torch.where(curvature > 0, 1 / curvature, 0.0)
-        now, loss = gram, self.overlap(gram)
+        now, loss = gram, self.overlap(norms)
         for _ in range(steps):
-            change = c - one
-            step = self.pull(now) @ c + 2 * self.gamma * change
+            step = torch.baddbmm(c - one, self.pull(now, norms), c, beta=2 * self.gamma)
             tried = c - size[:, None, None] * step
             gram_tried = tried @ gram @ tried.mT
+            norms_tried = self.norms(gram_tried)
             moved = tried - one
-            loss_tried = self.overlap(gram_tried) + self.gamma * ((moved @ gram) * moved).sum((-1, -2))
+            loss_tried = self.overlap(norms_tried) + self.gamma * ((moved @ gram) * moved).sum((-1, -2))
             better = loss_tried <= loss
-            c = torch.where(better[:, None, None], tried, c)
-            now = torch.where(better[:, None, None], gram_tried, now)
+            there = better[:, None, None]
+            c, now = torch.where(there, tried, c), torch.where(there, gram_tried, now)
+            norms = torch.where(there, norms_tried, norms)
             loss, size = torch.where(better, loss_tried, loss), torch.where(better, size, size / 2)
         return c
 
@@ -166,7 +167,8 @@ def _adam(start: Tensor, pairs: _Pairs, terms: Tensor, steps: int, lr_scale: flo
     rate = lr_scale * (start.square().sum((-1, -2)) / entries).sqrt()[:, None, None]
     moved, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for step in range(1, steps + 1):
-        slope = pairs.pull(moved @ moved.mT) @ moved + 2 * pairs.gamma * (moved - start)
+        gram = moved @ moved.mT
+        slope = pairs.pull(gram, pairs.norms(gram)) @ moved + 2 * pairs.gamma * (moved - start)
         mean.lerp_(slope, 1 - _BETAS[0])
         square.mul_(_BETAS[1]).addcmul_(slope, slope, value=1 - _BETAS[1])
         unbiased = (square / (1 - _BETAS[1] ** step)).sqrt_().add_(_EPSILON)

@@ -154,7 +154,7 @@ def stacks(group: ModuleGroup, adapters: Sequence[Adapter], context: Context, ar
 
 def unstack(group: ModuleGroup, a: Tensor, b: Tensor, result: Sequence[dict[str, LoraFactors]]) -> None:
     """Add each adapter's part of stacks, as float32, to its factors. They share the memory of the stacks."""
-    a, b = a.float(), b.float()
+    a, b = a.float().contiguous(), b.float().contiguous()
     for index, (module, ranks) in enumerate(zip(group.modules, group.ranks, strict=True)):
         for factors, slot, rank in zip(result, group.slots, ranks, strict=True):
             if rank:
