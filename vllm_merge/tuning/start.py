@@ -51,7 +51,7 @@ class Start:
             raise UserInputError(
                 f"recipe {plan.name!r} lists {', '.join(twice)} more than once; list each adapter once to tune"
             )
-        order = [one.name for one in plan.stages]
+        order, identities = [one.name for one in plan.stages], plan.stage_identities()
         adapters = []
         for item in stage.inputs:
             if isinstance(item.source, AdapterSource):
@@ -61,7 +61,9 @@ class Start:
                 merged = run_plan(
                     plan.model_copy(update={"stages": earlier, "max_rank": None, "dtype": "float32"}), report="brief"
                 )
-                adapters.append(merged.as_adapter().named(item.source.stage))
+                # As in the plan itself: masks that a rule draws go by what an adapter is known as.
+                known, origin = identities[item.source.stage], merged.base_model
+                adapters.append(Adapter(item.source.stage, merged.factors, content_hash=known, base_model=origin))
         return cls(plan, stage, tuple(adapters), device)
 
     @property
