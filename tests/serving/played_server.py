@@ -40,7 +40,7 @@ from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.memory import sources
 from vllm_merge.serving.memory.residency import ResidentArtifact
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, MergeEndpoints
-from vllm_merge.serving.worker import worker
+from vllm_merge.serving.worker import placing, worker
 from vllm_merge.serving.worker.worker import WorkerService
 
 BASE = "the-base"
@@ -256,10 +256,12 @@ class PlayedServer:
 
     async def idle(self) -> None:
         """Until nothing is merged, leased or written any more."""
-        await self.until(lambda: not self.service._jobs and not self._artifacts(lambda a: bool(a.users or a.leased)))
+        await self.until(
+            lambda: not self.service._making.jobs and not self._artifacts(lambda a: bool(a.users or a.leased))
+        )
         await self.until(lambda: not any(self.service.store._leases.values()))
         # A queue's thread has told that it is done before the last thing it held is gone.
-        await asyncio.wait_for(asyncio.to_thread(self.service._after.submit(lambda: None).result), WAIT_SECONDS)
+        await asyncio.wait_for(asyncio.to_thread(self.service._merging.after.submit(lambda: None).result), WAIT_SECONDS)
         await asyncio.wait_for(asyncio.to_thread(self.service._tiers.wait), WAIT_SECONDS)
 
     def _artifacts(self, wanted: Callable[[Artifact], bool]) -> list[Artifact]:
@@ -293,7 +295,7 @@ def leftovers(server: PlayedServer) -> dict[str, int]:
         "bytes that no artifact has": cache["bytes"] - sum(row["bytes"] for row in cache["artifacts"]),
         "tasks": len(asyncio.all_tasks()),
         "files and sockets": len(list(Path("/proc/self/fd").iterdir())),
-        "merges": len(server.service._jobs),
+        "merges": len(server.service._making.jobs),
         "sessions": len(server.service._sessions),
         "leases": sum(server.service.store._leases.values()),
         "writes that wait": len(server.service._tiers._waiting),
@@ -303,7 +305,7 @@ def leftovers(server: PlayedServer) -> dict[str, int]:
 
 
 def _vllm() -> dict[str, Callable[..., Any]]:
-    """What the plugin asks of vLLM, by the names of compat.py."""
+    """What the plugin asks of vLLM, by the names of compat."""
     return {
         "slot_dtype": lambda manager: torch.float32,
         "max_rank": lambda manager: 64,
@@ -398,7 +400,7 @@ async def played_server(config: Path, *, apis: int = 1, **settings: Any) -> Asyn
         service.start()
         stack.callback(service.stop)
         server = PlayedServer(config, manager, service)
-        stack.enter_context(patched(worker, ResidentArtifact=_counted(server.made)))
+        stack.enter_context(patched(placing, ResidentArtifact=_counted(server.made)))
         _freeze()
         for _ in range(apis):
             await server.add_api()

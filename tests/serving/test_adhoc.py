@@ -59,7 +59,9 @@ def test_a_recipe_in_the_body_or_as_a_name_answers_as_the_file_s_recipe_does(con
         other = await server.ask(NAME.replace("0.3", "0.4"))
         assert other.json()["tokens"] != of_file["tokens"]
         assert len(merges.table.entries()) == 2
-        assert server.service._merges == 2, "one for the file's recipe and those that equal it, one for the other"
+        assert server.service._merging.merges == 2, (
+            "one for the file's recipe and those that equal it, one for the other"
+        )
 
     played(scenario, config)
 
@@ -103,7 +105,8 @@ def test_where_vllm_asks_for_no_api_key_nobody_brings_a_recipe(config, path):
     async def scenario(server):
         merges = allow(server.apis[0])
         for body in ({"model": BASE, "merge": RECIPE}, {"model": NAME}):
-            response = await server.apis[0].client.post(path, json=body)
+            headers = {"x-amzn-sagemaker-adapter-identifier": body["model"]}  # which /invocations goes by
+            response = await server.apis[0].client.post(path, json=body, headers=headers)
             assert response.status_code == 400
             assert "routes under /v1/" in response.json()["error"]["message"]
         assert merges.table.entries() == []
@@ -208,7 +211,7 @@ def test_the_file_s_artifact_stays_when_the_request_s_name_for_it_goes(config):
         merges.table.sweep()
         assert server.front.adhoc == {}
         assert (await server.ask("m0")).status_code == 200
-        assert server.service._merges == 1
+        assert server.service._merging.merges == 1
 
     played(scenario, config)
 
@@ -344,7 +347,7 @@ def test_many_requests_for_one_recipe_are_one_merge(config):
         answers = await asyncio.gather(*(server.ask(BASE, merge=recipe(0.7)) for _ in range(32)))
         assert {answer.status_code for answer in answers} == {200}
         assert len({answer.json()["model"] for answer in answers}) == 1
-        assert server.service._merges == 1
+        assert server.service._merging.merges == 1
         assert len(merges.table.entries()) == 1
 
     played(scenario, config)

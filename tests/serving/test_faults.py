@@ -35,8 +35,11 @@ from tests.serving.played_server import (
     recipe_file,
     write_adapter,
 )
+from vllm_merge.serving import compat
 from vllm_merge.serving.control import front
-from vllm_merge.serving.worker import worker
+from vllm_merge.serving.memory import reservations, tiers
+from vllm_merge.serving.worker import merging as merging_thread
+from vllm_merge.serving.worker import placing
 
 NAMES = ("m0", "m1", "m2", "m3", "m4", "m5", "a1", "assistant")
 ROUNDS = 3
@@ -67,14 +70,14 @@ def alone(tmp_path_factory) -> dict[str, list[str]]:
 @contextlib.contextmanager
 def held_merges() -> Iterator[threading.Event]:
     """Merges that stop before they begin, until the event is set; each still hears that it is to stop."""
-    go, run_plan = threading.Event(), worker.run_plan
+    go, run_plan = threading.Event(), merging_thread.run_plan
 
     def held(plan: Any, *, cancelled: Callable[[], bool], **more: Any) -> Any:
         while not go.wait(0.005) and not cancelled():
             pass
         return run_plan(plan, cancelled=cancelled, **more)
 
-    with patched(worker, run_plan=held):
+    with patched(merging_thread, run_plan=held):
         try:
             yield go
         finally:
@@ -84,7 +87,7 @@ def held_merges() -> Iterator[threading.Event]:
 async def merging(server: PlayedServer, name: str) -> None:
     """Until the merge of a name has begun."""
     digest = server.front.known(name).digest
-    await server.until(lambda: (job := server.service._jobs.get(digest)) is not None and job.status == "merging")
+    await server.until(lambda: (job := server.service._making.jobs.get(digest)) is not None and job.status == "merging")
 
 
 async def forget(server: PlayedServer, *names: str) -> None:
@@ -198,7 +201,7 @@ async def no_memory_for_the_result(server: PlayedServer) -> list[httpx.Response]
     def fails(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
-    with patched(worker, flat_copy=fails):
+    with patched(placing, flat_copy=fails):
         return [await server.ask("m0")]
 
 
@@ -206,7 +209,7 @@ async def no_memory_in_a_step(server: PlayedServer) -> list[httpx.Response]:
     """vLLM's thread finds no memory while it fills a slot: there an exception would end the engine."""
     await forget(server, "m0")
     server.empty_slots()
-    original = worker.compat.packed_lora_model
+    original = compat.packed_lora_model
     left = [1]
 
     def fails(*arguments: Any) -> Any:
@@ -215,7 +218,7 @@ async def no_memory_in_a_step(server: PlayedServer) -> list[httpx.Response]:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return original(*arguments)
 
-    with patched(worker.compat, packed_lora_model=fails):
+    with patched(compat, packed_lora_model=fails):
         return [await server.ask("m0"), await server.ask("m0")]
 
 
@@ -278,8 +281,8 @@ async def everything_leased(server: PlayedServer) -> list[httpx.Response]:
     server.engine.steps.clear()
     long = [asyncio.ensure_future(server.ask(name)) for name in ("m0", "m1", "m2", "m3")]
     await server.until(lambda: sum(server.service.store._leases.values()) == 4)
-    await server.until(lambda: not server.service._jobs)
-    with patched(worker, ROOM_SECONDS=0.1):
+    await server.until(lambda: not server.service._making.jobs)
+    with patched(placing, ROOM_SECONDS=0.1):
         refused = await server.ask("m4")
     waiting = asyncio.ensure_future(server.ask("m5"))
     await merging(server, "m5")
@@ -316,15 +319,18 @@ async def api_process_dies(server: PlayedServer) -> list[httpx.Response]:
 
 
 class Brittle(MemoryFileSystem):
-    """A place that takes no more bytes, or fails altogether."""
+    """A place that takes no more bytes, or fails altogether, or hangs."""
 
     protocol = "brittle"
     store: dict[str, Any] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
     fails: int | None = None
+    answers = threading.Event()
+    answers.set()
     reads_too = False
 
     def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        type(self).answers.wait()
         if type(self).fails is not None and ("r" not in mode or type(self).reads_too):
             raise OSError(type(self).fails, "injected", path)
         return super()._open(path, mode=mode, **more)
@@ -348,6 +354,23 @@ def place_fails(number: int, *, reads_too: bool = False) -> Fault:
         return replies
 
     return fault
+
+
+async def place_hangs(server: PlayedServer) -> list[httpx.Response]:
+    """The disk tier answers neither writers nor readers, until it does."""
+    await server.ask("m0")
+    await server.idle()
+    failed = server.service._tiers.disk_errors
+    for name in ("m1", "m2", "m3"):  # m0 leaves the cache
+        await server.ask(name)
+    await forget(server, "m0")
+    with patched(Brittle, answers=threading.Event()), patched(tiers, DISK_SECONDS=0.05):
+        with patched(reservations, ANSWER_SECONDS=0.05):
+            replies = [await server.ask(name) for name in ("m0", "m4", "m5", "a1")]
+        Brittle.answers.set()
+        await server.idle()
+    assert server.service._tiers.disk_errors > failed
+    return replies
 
 
 async def disk_damaged(server: PlayedServer) -> list[httpx.Response]:
@@ -390,6 +413,7 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any]]] = {
     "the disk tier is full": (place_fails(errno.ENOSPC), DISK),
     "the disk tier is read-only": (place_fails(errno.EROFS), DISK),
     "the disk tier fails altogether": (place_fails(errno.EIO, reads_too=True), DISK),
+    "the disk tier hangs": (place_hangs, DISK),
     "an artifact on disk is damaged": (disk_damaged, DISK),
 }
 

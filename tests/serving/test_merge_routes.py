@@ -46,7 +46,7 @@ def test_a_plan_says_what_a_merge_will_make_and_merges_nothing(config):
             assert found["state"] == "cold"
             assert found["modules"] == 2
             assert str(server.files) not in response.text
-        assert server.service._merges == 0
+        assert server.service._merging.merges == 0
         found = (await api.client.post("/v1/merge/recipes/plan", json={"merge": "m0"})).json()
         assert found["rank"] == 8, "two adapters of rank 4"
         assert found["bytes"] == 2 * 8 * (48 + 32) * 4
@@ -436,6 +436,6 @@ def test_a_wrong_token_changes_nothing(config, token):
             assert response.status_code == 403, path
             assert response.json()["error"]["type"] == "Forbidden"
         assert server.published.state.generation == 1
-        assert server.service._merges == 0
+        assert server.service._merging.merges == 0
 
     played(scenario, config)

@@ -21,6 +21,7 @@ from vllm_merge.serving.requests import outcome
 from vllm_merge.serving.requests.middleware import MergeMiddleware
 
 BASE = "the-base"
+SAGEMAKERS, SAGEMAKERS_HEADER = "/invocations", "x-amzn-sagemaker-adapter-identifier"
 
 
 class Door:
@@ -74,6 +75,8 @@ def ask(door):
 
     async def generate(request):
         model = (await request.json())["model"]
+        if request.url.path == SAGEMAKERS:  # as vLLM does there
+            model = request.headers.get(SAGEMAKERS_HEADER, BASE)
         known = door.known(model)
         if known is not None and known.digest is not None:
             outcome.note_label(known.label)
@@ -86,7 +89,7 @@ def ask(door):
             return StreamingResponse(iter([answer.body]))
         return answer
 
-    routes = [Route(path, generate, methods=["POST"]) for path in ("/v1/completions", "/pooling")]
+    routes = [Route(path, generate, methods=["POST"]) for path in ("/v1/completions", "/pooling", SAGEMAKERS)]
     app = Starlette(routes=routes)
     app.add_middleware(MergeMiddleware)
     listed = [name for name, known in door.names.items() if known.digest]
@@ -100,7 +103,8 @@ def ask(door):
         async def talk():
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-                return await client.post(path, json={"model": model, "user": user}, params=query)
+                body = {"model": "nobody" if path == SAGEMAKERS else model, "user": user}
+                return await client.post(path, json=body, params=query, headers={SAGEMAKERS_HEADER: model})
 
         return asyncio.run(talk())
 
@@ -160,7 +164,7 @@ def test_a_stand_in_that_is_cold_too_does_not_keep_anybody_waiting(ask, door):
     assert (response.status_code, response.headers["retry-after"]) == (503, "9")
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/pooling"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/pooling", SAGEMAKERS])
 def test_what_fails_in_the_engine_is_a_503_that_says_when(ask, door, path):
     door.lost = {"plain@1"}
     response = ask(path, "plain")
@@ -169,9 +173,10 @@ def test_what_fails_in_the_engine_is_a_503_that_says_when(ask, door, path):
     assert response.headers["x-vllm-merge-name"] == "plain"
 
 
-def test_routes_outside_of_the_key_check_start_nothing_and_get_their_headers(ask, door):
+@pytest.mark.parametrize("path", ["/pooling", SAGEMAKERS])
+def test_routes_outside_of_the_key_check_start_nothing_and_get_their_headers(ask, door, path):
     door.cold = {"strict@2"}
-    response = ask("/pooling", "strict")
+    response = ask(path, "strict")
     assert response.json() == {"model": "strict", "held": []}, "vLLM decides first"
     assert headers(response) == ("strict@2", "strict", None)
 
@@ -183,7 +188,7 @@ def test_a_name_without_an_artifact_says_why(ask, door):
     assert "adapter x cannot be read" in response.text
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/pooling"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/pooling", SAGEMAKERS])
 def test_other_models_pass_through(ask, path):
     for model in (BASE, "vllms-own", "nobody"):
         response = ask(path, model)
@@ -202,7 +207,7 @@ def ask_ab(ask, door):
     return ask
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/pooling"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/pooling", SAGEMAKERS])
 def test_every_route_gives_a_unit_its_arm(ask_ab, path):
     seen = {}
     for user in [f"user-{i}" for i in range(24)]:

@@ -163,8 +163,9 @@ def test_many_chats_in_one_request(demo_server, artifact):
 def test_sagemakers_route(demo_server, artifact):
     """There the adapter is named by a header, which takes the place of the body's `model`."""
     header = {"X-Amzn-SageMaker-Adapter-Identifier": MERGE}
-    merged, _ = post(demo_server, "/invocations", {**CHAT, "stop": ["\n"]}, header)
-    assert merged["model"] == artifact
+    merged, headers = post(demo_server, "/invocations", {**CHAT, "stop": ["\n"], "model": "knots-mean"}, header)
+    assert merged["model"] == artifact == headers["x-vllm-merge-artifact"]
+    assert headers["x-vllm-merge-name"] == MERGE
     assert merged["choices"][0]["message"]["content"].strip() == ANSWER
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.serving.played_server import PlayedApi, PlayedServer, leftovers, patched, played, recipe_file
 from tests.serving.test_faults import NAMES, SIZE, Brittle, alone, held_merges  # noqa: F401  (a fixture)
 from vllm_merge.serving.control import front
-from vllm_merge.serving.worker import worker
+from vllm_merge.serving.worker import placing
 
 APIS = 2
 TARGETS = ("m0", "m1", "m2", "a1")
@@ -172,7 +172,7 @@ def tell(happens: list[tuple[str, int, str]], config: Any, right: dict[str, list
         assert set(left.values()) == {0}, left
 
     Brittle.store.clear()
-    with patched(front, FAILURE_SECONDS=0.01), patched(worker, ROOM_SECONDS=30.0):
+    with patched(front, FAILURE_SECONDS=0.01), patched(placing, ROOM_SECONDS=30.0):
         cache = {"CACHE_BYTES": 3 * SIZE, "HOST_BYTES": SIZE, "DISK": "brittle://merges"}
         played(scenario, config, apis=APIS, **cache)
 
@@ -192,6 +192,7 @@ def test_every_answer_is_the_artifacts_own(happens, tmp_path_factory, alone):  #
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 @the_property(300)
 def test_every_answer_is_the_artifacts_own_at_length(happens, tmp_path_factory, alone):  # noqa: F811
     note(str(happens))

@@ -12,7 +12,7 @@ import pytest
 from tests.serving.scraping import scraped, total
 from tests.serving.test_worker import digest, merges, prepare, serve, talk, until, written  # noqa: F401
 from vllm_merge.serving.control.control import ControlError, WorkerLink
-from vllm_merge.serving.memory import reservations
+from vllm_merge.serving.memory import reservations, tiers
 from vllm_merge.serving.memory.disk_tier import DiskTier
 from vllm_merge.serving.memory.reservations import Reservations
 
@@ -45,12 +45,17 @@ def test_two_replicas_asked_for_one_artifact_merge_it_once(serve, merges, tmp_pa
 
     async def scenario(first, second):
         asked = [asyncio.create_task(prepare(link, "a")) for link in (first, second)]
-        await until(lambda: merges.started and {job.status for s in (one, two) for job in s._jobs.values()} == MERGING)
+        await until(
+            lambda: merges.started and {job.status for s in (one, two) for job in s._making.jobs.values()} == MERGING
+        )
         merges.go.set()
         tiers = sorted([(await reply)["tier"] for reply in asked])
         assert tiers == ["disk", "merge"]
         assert merges.started == ["a"]
-        assert (one._merges + two._merges, one._tiers.merged_elsewhere + two._tiers.merged_elsewhere) == (1, 1)
+        assert (
+            one._merging.merges + two._merging.merges,
+            one._tiers.merged_elsewhere + two._tiers.merged_elsewhere,
+        ) == (1, 1)
 
     both(one, two, scenario)
     assert one.store.peek(digest("a")).tensors_sha256 == two.store.peek(digest("a")).tensors_sha256
@@ -66,7 +71,7 @@ def test_a_merge_that_fails_frees_the_other_replica_to_try(serve, merges, tmp_pa
 
     async def scenario(first, second):
         asked = [asyncio.create_task(prepare(link, "wrong")) for link in (first, second)]
-        await until(lambda: {job.status for s in (one, two) for job in s._jobs.values()} == MERGING)
+        await until(lambda: {job.status for s in (one, two) for job in s._making.jobs.values()} == MERGING)
         merges.go.set()
         for reply in asked:
             with pytest.raises(ControlError, match="it cannot be merged"):
@@ -84,7 +89,7 @@ def test_a_cancelled_merge_frees_the_other_replica(serve, merges, tmp_path):  # 
         mine = asyncio.create_task(prepare(first, "a"))
         await until(lambda: merges.started == ["a"])
         other = asyncio.create_task(prepare(second, "a"))
-        await until(lambda: [job.status for job in two._jobs.values()] == ["elsewhere"])
+        await until(lambda: [job.status for job in two._making.jobs.values()] == ["elsewhere"])
         assert (await first.call("cancel", digest=digest("a")))["cancelled"]
         with pytest.raises(ControlError, match="cancelled"):
             await mine
@@ -103,7 +108,7 @@ def test_who_waits_for_another_replica_can_be_cancelled_and_holds_nobody_up(serv
         mine = asyncio.create_task(prepare(first, "a"))
         await until(lambda: merges.started == ["a"])
         other = asyncio.create_task(prepare(second, "a"))
-        await until(lambda: [job.status for job in two._jobs.values()] == ["elsewhere"])
+        await until(lambda: [job.status for job in two._making.jobs.values()] == ["elsewhere"])
         another = asyncio.create_task(prepare(second, "b"))
         await until(lambda: merges.started == ["a", "b"])  # its line goes on meanwhile
         assert (await second.call("cancel", digest=digest("a")))["cancelled"]
@@ -113,6 +118,38 @@ def test_who_waits_for_another_replica_can_be_cancelled_and_holds_nobody_up(serv
         assert {(await mine)["tier"], (await another)["tier"]} == {"merge"}
 
     both(one, two, scenario)
+
+
+def test_a_place_that_hangs_is_not_waited_for(serve, merges, tmp_path, monkeypatch, caplog):  # noqa: F811
+    one, two = serve(disk=tmp_path), serve()
+    merges.go.clear()
+    answers = threading.Event()
+
+    async def scenario(first, second):
+        mine = asyncio.create_task(prepare(first, "a"))
+        await until(lambda: merges.started == ["a"])
+        other = asyncio.create_task(prepare(second, "a"))
+        await until(lambda: [job.status for job in two._making.jobs.values()] == ["elsewhere"])
+        monkeypatch.setattr(reservations, "STALE_SECONDS", 0.05)
+        monkeypatch.setattr(tiers, "DISK_SECONDS", 0.05)
+        disk, reserved = two._tiers._disk, two._tiers._reservations
+        for name in ("holds", "read"):
+            monkeypatch.setattr(disk, name, lambda digest: answers.wait() and None)
+        begun, read = iter([True]), reserved._read  # a look that has begun may still be waited for as long as before
+        monkeypatch.setattr(
+            reserved, "_read", lambda digest: read(digest) if next(begun, None) else answers.wait() and b""
+        )
+        await until(lambda: merges.started == ["a", "a"])
+        merges.go.set()
+        assert {(await mine)["tier"], (await other)["tier"]} == {"merge"}
+        assert (await prepare(second, "b"))["tier"] == "merge"
+
+    try:
+        both(one, two, scenario)
+    finally:
+        answers.set()
+    assert f"could not be read from {tmp_path}: " in caplog.text
+    assert two._tiers.disk_errors >= 2
 
 
 def test_workers_of_one_server_do_not_wait_for_each_other(tmp_path):
@@ -223,7 +260,7 @@ def test_a_replica_that_joins_merges_nothing(serve, merges, tmp_path):  # noqa: 
 
     talk(joined, ask)
     assert merges.started == names
-    assert joined._merges == 0
+    assert joined._merging.merges == 0
 
 
 def wait_for(condition) -> None:

@@ -10,8 +10,9 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,8 +29,12 @@ from safetensors.torch import save_file
 from tests.serving.played_server import TOKEN, PlayedServer, environment, leftovers, played, recipe_file, write_adapter
 from vllm_merge.adapters.peft import read_adapter
 from vllm_merge.serving.control.control import ControlError, runtime_dir
+from vllm_merge.serving.control.front import ArtifactUnavailable
+from vllm_merge.serving.folders import without_folders
 from vllm_merge.serving.memory.disk_tier import DiskTier
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, MergeEndpoints
+from vllm_merge.serving.requests.replies import told
+from vllm_merge.serving.routes import event_routes
 from vllm_merge.serving.routes.admin import ADMIN_HEADER
 from vllm_merge.serving.settings import ADMIN_TOKEN_VARIABLE
 
@@ -516,6 +521,100 @@ def test_the_token_is_in_no_log_and_no_answer(tmp_path, caplog):
     with caplog.at_level(logging.DEBUG):
         played(scenario, recipe_file(tmp_path))
     assert TOKEN not in caplog.text
+
+
+def test_messages_to_holders_of_the_key_name_no_folder(tmp_path, caplog):
+    """Adapters that are cut, swapped and gone; a lost worker; a recipe file that is wrong."""
+    files = tmp_path / "a hidden place" / "of adapters"
+    files.mkdir(parents=True)
+    arms = {"base": 50, "m4": 50}
+    config = recipe_file(files, adapters=6, experiments={"trial": {"arms": arms, "unit": "user"}})
+    write_adapter(files / "a5", 5)
+    (files / "a5" / "adapter_model.safetensors").write_bytes(b"cut")  # before the start: m4 and m5 have no artifact
+
+    async def scenario(server: PlayedServer) -> list[str]:
+        client, said = server.apis[0].client, []
+
+        async def ask(**more: Any) -> None:
+            said.append((await client.post("/v1/completions", json={"prompt": "x", **more})).text)
+
+        with server.apis[0].app.state.vllm_merge_events.listen() as events:
+            write_adapter(files / "a0", 99)  # swapped after it was planned
+            (files / "a3" / "adapter_model.safetensors").unlink()
+            merges = [{"merge_method": "linear", "adapters": [{"adapter": a}, {"adapter": "a1"}]} for a in ("a0", "a3")]
+            for name in ("m0", "m2", "m3", "m4", "m5", "a0", "a3", "a5", "assistant", "trial"):
+                await ask(model=name, user="somebody")
+                said.append((await client.post("/v1/merge/recipes/plan", json={"merge": name})).text)
+            for merge in merges:
+                await ask(model="m1", merge=merge)
+                said.append((await client.post("/v1/merge/recipes/plan", json={"merge": merge})).text)
+            document = yaml.safe_load(config.read_text())
+            config.write_text(yaml.safe_dump({**document, "aliases": {"assistant": "nobody"}}))
+            await server.published._look()
+            for method, path in routes_of(server.apis[0].app):
+                if method == "GET" and not path.endswith(("/events", "/download")):
+                    for name in ("m0", "m3", "m5", "a0", "a5", "trial"):
+                        said.append((await client.get(filled(path, name))).text)
+            server.service.stop()
+            await server.until(lambda: not server.front.connected)
+            await ask(model="m1")
+            said.append((await client.get("/v1/merge/artifacts")).text)
+            while (event := await events.next(0.0)) is not None:
+                said.append(event_routes.text(event))
+        return said
+
+    with caplog.at_level(logging.INFO):
+        said = played(scenario, config, ADHOC="on", SOURCE_BYTES=0, DISK=str(files / "merges"))
+    everything = "\n".join(said)
+    messages = ("(…/a0): the content changed", "…/a3 has no", "…/adapter_model.safetensors: 3 bytes", "…/recipes.yaml:")
+    for part in (*messages, "the worker at worker-1.sock is gone"):
+        assert part in everything, part
+    places = ("hidden", "place", "of adapters", str(tmp_path), tempfile.gettempdir())
+    assert [line for line in said if any(place in line for place in places)] == []
+    for name in ("a0", "a3", "a5"):
+        assert str(files / name) in caplog.text, "whoever runs the server reads in its log which folder it is"
+
+
+def test_a_message_in_a_stream_names_no_folder():
+    """vLLM writes what is raised after a stream has begun into the stream."""
+
+    async def scenario() -> None:
+        @asynccontextmanager
+        async def held() -> AsyncIterator[Any]:
+            yield "the holder"
+            raise ArtifactUnavailable("m0: the worker at /run/hidden/worker-1.sock is gone", retry=True, retry_after=7)
+
+        assert told(None) is None
+        lease = told(held())
+        assert lease is not None
+        with pytest.raises(ArtifactUnavailable) as caught:
+            async with lease as holder:
+                assert holder == "the holder"
+        assert str(caught.value) == "m0: the worker at …/worker-1.sock is gone"
+        assert (caught.value.retry, caught.value.retry_after) == (True, 7)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("message", "left"),
+    [
+        ("adapter 'a' (/srv/my models/a): changed", "adapter 'a' (…/a): changed"),
+        (
+            "[Errno 2] No such file: '/srv/x/adapter_model.safetensors'",
+            "[Errno 2] No such file: '…/adapter_model.safetensors'",
+        ),
+        ("/srv/x because path:/srv/y/z", "…/x because path:…/z"),
+        ("~/adapters/sql: no", "…/sql: no"),
+        ("/secret: no", "…/secret: no"),
+        ("send DELETE /v1/merge/recipes/m0", "send DELETE /v1/merge/recipes/m0"),
+        ("yes/no, 1 / 2 at https://example.org/a/b", "yes/no, 1 / 2 at https://example.org/a/b"),
+        ("/" + "a/" * 50_000, "…/"),
+        ("/a b" * 50_000, "…/a b"),
+    ],
+)
+def test_of_a_path_its_last_name_is_left(message, left):
+    assert without_folders(message) == left
 
 
 def test_pickle_and_code_are_never_read(tmp_path):

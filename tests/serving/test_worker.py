@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import ANY
@@ -19,6 +20,7 @@ from vllm_merge.errors import MergeCancelled, MergeError
 from vllm_merge.serving.control.control import ControlError, WorkerLink
 from vllm_merge.serving.identity import lora_id, lora_path
 from vllm_merge.serving.memory.arena import quick_switches
+from vllm_merge.serving.worker import handing, merging, placing
 from vllm_merge.serving.worker import worker as worker_module
 from vllm_merge.serving.worker.claims import Claims
 from vllm_merge.serving.worker.jobs import Job, Line, TooManyMerges
@@ -84,8 +86,10 @@ class PlayedVllm:
 @pytest.fixture
 def merges(monkeypatch):
     played = Merges()
-    monkeypatch.setattr(worker_module, "run_plan", played)
-    monkeypatch.setattr(worker_module, "compat", PlayedVllm())
+    monkeypatch.setattr(merging, "run_plan", played)
+    vllm = PlayedVllm()
+    for module in (worker_module, placing, handing):
+        monkeypatch.setattr(module, "compat", vllm)
     monkeypatch.setattr(worker_module, "base_model_hash", lambda model: "base")
 
     def plan(text):
@@ -214,7 +218,7 @@ def test_many_that_come_back_at_once_come_back_once(serve, merges, tmp_path):
 
 
 def test_a_full_cache_of_leases_is_said_and_nothing_is_lost(serve, merges, monkeypatch):
-    monkeypatch.setattr(worker_module, "ROOM_SECONDS", 0.1)
+    monkeypatch.setattr(placing, "ROOM_SECONDS", 0.1)
     service = serve(cache_bytes=SIZE, host_bytes=4 * SIZE)
 
     async def scenario(link):
@@ -277,7 +281,7 @@ def test_a_cancelled_merge_frees_the_worker_and_tells_who_waits(serve, merges):
 
     async def scenario(link):
         running, waiting = (asyncio.create_task(prepare(link, name)) for name in "ab")
-        await until(lambda: merges.started == ["a"] and len(service._jobs) == 2)
+        await until(lambda: merges.started == ["a"] and len(service._making.jobs) == 2)
         for name, task in (("b", waiting), ("a", running)):
             assert (await link.call("cancel", digest=digest(name)))["cancelled"]
             with pytest.raises(ControlError, match="was cancelled") as error:
@@ -323,6 +327,36 @@ def test_a_finished_job_keeps_no_artifact_alive(serve, merges):
             assert service.store.describe()["bytes"] == SIZE
 
     talk(service, scenario)
+
+
+@pytest.mark.parametrize("short_of_memory", [1, 2])
+def test_a_merge_that_finds_no_memory_begins_anew_once(serve, merges, monkeypatch, short_of_memory):
+    """What the first attempt held is free by then, and so is what the allocator kept."""
+    service = serve()
+    held: list[weakref.ref] = []
+    given_back: list[bool] = []
+
+    def starved(plan, **options):
+        if len(held) < short_of_memory:
+            stack = torch.ones(1)
+            held.append(weakref.ref(stack))
+            raise torch.OutOfMemoryError("CUDA out of memory (played)")
+        return merges(plan, **options)
+
+    monkeypatch.setattr(merging, "run_plan", starved)
+    monkeypatch.setattr(service._arena, "give_back", lambda: given_back.append(held[-1]() is None))
+
+    async def scenario(link):
+        if short_of_memory == 1:
+            await prepare(link, "a")
+            assert service.store.describe()["bytes"] == SIZE
+        else:
+            with pytest.raises(ControlError, match="out of memory"):
+                await prepare(link, "a")
+            await prepare(link, "b")  # and the next one is not harmed
+
+    talk(service, scenario)
+    assert given_back == [True]
 
 
 def test_the_line_tells_how_long_it_is():

@@ -2,6 +2,9 @@
 """Which workers an API process needs, and finding exactly those."""
 
 import asyncio
+import os
+import socket
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from vllm_merge.errors import UserInputError
 from vllm_merge.serving.control import workers
 from vllm_merge.serving.control.control import ControlError, ControlServer
-from vllm_merge.serving.control.workers import Place, any_worker, connect_workers, wanted_places
+from vllm_merge.serving.control.workers import Place, any_worker, connect_workers, remove_dead, wanted_places
 
 
 def parallel(**changed):
@@ -92,6 +95,27 @@ def folder(tmp_path):
     yield tmp_path
     for server in servers:
         server.stop()
+
+
+def test_what_killed_workers_left_is_removed_and_what_lives_is_not(tmp_path):
+    """A socket whose process is gone, and nobody listens at it; one of this process; one of another container's."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, here = (tmp_path / f"worker-{pid}-abc.sock" for pid in (ended.pid, os.getpid()))
+    elsewhere = ControlServer(tmp_path / f"worker-{ended.pid}-def.sock", Worker(0, 0))
+    elsewhere.start()
+    for path in (dead, here, elsewhere.path):
+        path.with_suffix(".alarm").touch()
+    (tmp_path / f"worker-{ended.pid}-fff.alarm").touch()
+    for path in (dead, here):
+        with socket.socket(socket.AF_UNIX) as closed:
+            closed.bind(str(path))
+    try:
+        remove_dead(tmp_path)
+        kept = {path.with_suffix(end) for path in (here, elsewhere.path) for end in (".sock", ".alarm")}
+        assert set(tmp_path.iterdir()) == kept
+    finally:
+        elsewhere.stop()
 
 
 def connect(folder, wanted, timeout):

@@ -73,11 +73,13 @@ def register() -> None:
     services: dict[int, Any] = {}
 
     def on_manager(worker_manager: Any, vllm_config: Any) -> None:
+        from vllm_merge.serving.control.workers import remove_dead
         from vllm_merge.serving.worker.sleep import outside_memory_pools
         from vllm_merge.serving.worker.worker import WorkerService
 
         folder = runtime_dir(create=True)
         assert folder is not None
+        remove_dead(folder)
         path = folder / f"worker-{os.getpid()}-{secrets.token_hex(3)}.sock"
         ground.check_ground("worker")
         service = outside_memory_pools(
@@ -164,6 +166,7 @@ class MergeEndpoints:
         from vllm_merge.serving.experiments.experiment_watch import begin as begin_experiments
         from vllm_merge.serving.experiments.experiment_watch import watch as watch_experiments
         from vllm_merge.serving.requests import outcome
+        from vllm_merge.serving.requests.replies import told
         from vllm_merge.serving.telemetry.metrics_scrape import observe
 
         ground.check_ground("api")
@@ -185,7 +188,7 @@ class MergeEndpoints:
             links = await connect_workers(folder, wanted_places(compat.parallel_config(engine_client)), on_event)
             front = FrontDoor(links)
             published = Published(front, state.openai_serving_models, config, links[0])
-            compat.wrap_engine(engine_client, front.lease, outcome.counter)
+            compat.wrap_engine(engine_client, lambda request: told(front.lease(request)), outcome.counter)
             state.vllm_merge, state.vllm_merge_published = front, published
             begin_experiments(state, published)
             await published.start()

@@ -91,12 +91,13 @@ def resolve_names(
             if reasons:
                 raise MergeError("; ".join(reasons))
             if unsafe := refusal(recipes.recipes, name):
-                logger.error("%s", unsafe)
                 raise MergeError(unsafe)
             if kind == "recipe":
                 check_states(recipes, recipes.stage_order(name), lambda adapter: catalogue.get(adapter).continues)
             plan = make(recipes, name, adapter_hashes=hashes, **server, **more)
         except MergeError as error:
+            if not reasons:  # which the log has
+                logger.error("%s %s cannot be served: %s", kind, name, error)
             names[name] = Name(name, kind, None, reason=str(error))
             return
         plans[plan.digest] = plan

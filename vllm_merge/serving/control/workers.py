@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,22 @@ def wanted_places(parallel: Any) -> list[Place]:
             "Choose tensor and pipeline parallel sizes that fit into one machine."
         )
     return [Place(engine, rank) for engine in range(first, first + engines) for rank in range(int(parallel.world_size))]
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove what workers that were killed left in a folder of sockets; vLLM kills those that do not end at once."""
+    for path in folder.glob("worker-*-*.*"):
+        if not _lives(path.with_suffix(".sock")):
+            path.unlink(missing_ok=True)
+
+
+def _lives(path: Path) -> bool:
+    """Whether the process of a socket's name runs here, or anybody listens at it (in a container, say, with other numbers)."""
+    with contextlib.suppress(ProcessLookupError, ValueError, OverflowError):
+        os.kill(int(path.name.split("-")[1]), 0)
+        return True
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 async def connect_workers(

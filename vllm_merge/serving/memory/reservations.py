@@ -15,14 +15,14 @@ import functools
 import itertools
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vllm_merge.serving.memory.place import Place
 
 logger = logging.getLogger("vllm_merge.tiers")
 
@@ -30,7 +30,7 @@ FOLDER = ".merging"
 ANSWER_SECONDS = 2.0  # how long a merge waits for the place to say whether it is reserved
 LOOK_SECONDS = 0.5  # between two looks at what others merge
 BEAT_SECONDS = 5.0  # between two signs of life
-STALE_SECONDS = 30.0  # without one, after which a reservation counts no more
+STALE_SECONDS = 30.0  # without one, or without an answer of the place, after which a reservation counts no more
 PATIENCE_SECONDS = 60.0  # how long another's merge is waited for
 
 
@@ -54,10 +54,7 @@ class Reservations:
         self._others: dict[str, _Other] = {}
         self._impatient: set[str] = set()  # what was waited for long enough
         self._changed = threading.Condition()
-        self._place: queue.SimpleQueue[tuple[Callable[[], bool | None], Future[bool | None]]] = queue.SimpleQueue()
-        self._asked: Future[bool | None] | None = None
-        # A daemon: a place that hangs must not keep the process from ending.
-        threading.Thread(target=self._talk_forever, name="vllm-merge-reserve", daemon=True).start()
+        self._place = Place("vllm-merge-reserve")
         self.errors = 0
 
     def start(self) -> None:
@@ -69,14 +66,15 @@ class Reservations:
             if digest in self._impatient:
                 self._impatient.discard(digest)
                 return True
-        if self._asked is not None and not self._asked.done():
-            return True  # the place hangs
-        self._asked = asked = self._submit(lambda: self._create(digest))
+
+        def undo(mine: bool) -> None:  # one that comes late would never be given back
+            if mine:
+                self._remove(digest)
+
         try:
-            mine = bool(asked.result(ANSWER_SECONDS))
+            mine = self._place.ask(lambda: self._create(digest), ANSWER_SECONDS, undo)
         except Exception as error:  # whatever a file system raises, or no answer in time
             self._failed(error)
-            self._submit(lambda: self._undo(asked, digest))  # one that comes late would never be given back
             return True
         if mine:
             with self._changed:
@@ -90,7 +88,7 @@ class Reservations:
             if digest not in self._held:
                 return
             self._held.discard(digest)
-        self._submit(lambda: self._remove(digest))
+        self._place.submit(lambda: self._remove(digest))
 
     def await_other(self, digest: str, then: Callable[[], None]) -> None:
         """Call `then` when the replica that merges the artifact has ended, or was waited for long enough."""
@@ -100,22 +98,9 @@ class Reservations:
 
     def settle(self) -> None:
         """Until everything that was released is; for tests."""
-        self._submit(lambda: None).result()
+        self._place.submit(lambda: None).result()
 
     # -- the thread that talks to the place -------------------------------------------------------------------------------
-
-    def _submit(self, task: Callable[[], bool | None]) -> Future[bool | None]:
-        future: Future[bool | None] = Future()
-        self._place.put((task, future))
-        return future
-
-    def _talk_forever(self) -> None:
-        while True:
-            task, future = self._place.get()
-            try:
-                future.set_result(task())
-            except Exception as error:  # whatever a file system raises
-                future.set_exception(error)
 
     def _path(self, digest: str) -> str:
         return f"{self._folder}/{digest}"
@@ -136,10 +121,6 @@ class Reservations:
         except FileExistsError:
             return self._read(digest).split(b" ")[0] in (self._owner.encode(), b"")
         return True
-
-    def _undo(self, asked: Future[bool | None], digest: str) -> None:
-        if asked.exception() is None and asked.result():
-            self._remove(digest)
 
     def _read(self, digest: str) -> bytes:
         """Empty where nobody has a reservation."""
@@ -179,14 +160,14 @@ class Reservations:
             if time.monotonic() - beaten > BEAT_SECONDS:
                 beaten = time.monotonic()
                 for digest in held:
-                    self._submit(functools.partial(self._beat, digest))
+                    self._place.submit(functools.partial(self._beat, digest))
             time.sleep(LOOK_SECONDS)
 
     def _is_over(self, digest: str, other: _Other) -> bool:
         now = time.monotonic()
         try:
-            sign = self._read(digest)
-        except Exception as error:  # whatever a file system raises
+            sign = self._place.ask(lambda: self._read(digest), STALE_SECONDS)
+        except Exception as error:  # whatever a file system raises, or no answer in time
             self._failed(error)
             return True
         if not sign:
@@ -195,7 +176,7 @@ class Reservations:
             other.sign, other.seen = sign, now
         if now - other.seen > STALE_SECONDS:
             logger.warning("whoever merged %s is gone; it is merged here", digest[:12])
-            self._remove(digest)
+            self._place.submit(lambda: self._remove(digest))
             return True
         if now - other.since > PATIENCE_SECONDS:
             with self._changed:

@@ -18,11 +18,13 @@ from vllm_merge.errors import UserInputError
 from vllm_merge.serving.memory.disk_tier import DiskTier, Stored
 from vllm_merge.serving.memory.host_tier import HostTier
 from vllm_merge.serving.memory.packed import Packed, SideStream
+from vllm_merge.serving.memory.place import Place
 from vllm_merge.serving.memory.residency import ResidentArtifact
 from vllm_merge.serving.settings import DISK_VARIABLE, WorkerSettings
 
 logger = logging.getLogger("vllm_merge.tiers")
 
+DISK_SECONDS = 30.0  # how long the disk's place may take to give an artifact; then it is merged
 WAITING_BYTES = 2 << 30  # of copies that wait for a slow disk; beyond it an artifact is not stored
 
 
@@ -41,6 +43,7 @@ class Tiers:
                 self._disk = DiskTier(settings.disk, settings.disk_bytes)
             except (OSError, ValueError, ImportError) as error:
                 raise UserInputError(f"{DISK_VARIABLE}={settings.disk} cannot be used: {error}") from None
+        self._place = Place("vllm-merge-place")
         self._reservations = self._disk.reservations(server or secrets.token_hex(8)) if self._disk is not None else None
         self._failures = 0  # of the disk's place
         self.merged_elsewhere = 0
@@ -79,7 +82,7 @@ class Tiers:
 
         def over() -> None:
             with contextlib.suppress(Exception):  # whatever a file system raises; who looks next is told
-                self.merged_elsewhere += disk.holds(digest)
+                self.merged_elsewhere += self._place.ask(lambda: disk.holds(digest), DISK_SECONDS)
             then()
 
         self._reservations.await_other(digest, over)
@@ -140,13 +143,18 @@ class Tiers:
     def forget(self, digest: str) -> bool:
         """Remove an artifact for good; says whether it was anywhere."""
         found = self._host is not None and self._host.remove(digest)
-        if self._disk is not None:
+        if (disk := self._disk) is not None:
+
+            def remove() -> bool:
+                held = disk.holds(digest)
+                if held:
+                    disk.remove(digest)
+                return held
+
             try:
-                if self._disk.holds(digest):
-                    self._disk.remove(digest)
-                    found = True
+                found |= self._place.ask(remove, DISK_SECONDS)
             except Exception as error:  # whatever a file system raises; it stays until others need its place
-                logger.error("artifact %s could not be removed from %s: %s", digest[:12], self._disk.place, error)
+                logger.error("artifact %s could not be removed from %s: %s", digest[:12], disk.place, error)
             self._stored.discard(digest)
         return found
 
@@ -175,13 +183,13 @@ class Tiers:
         }
 
     def _read(self, digest: str) -> Stored | None:
-        if self._disk is None:
+        if (disk := self._disk) is None:
             return None
         try:
-            stored = self._disk.read(digest)
+            stored = self._place.ask(lambda: disk.read(digest), DISK_SECONDS)
         except Exception as error:  # whatever a file system raises; the artifact can be merged
             self._failures += 1
-            logger.error("artifact %s could not be read from %s: %s", digest[:12], self._disk.place, error)
+            logger.error("artifact %s could not be read from %s: %s", digest[:12], disk.place, error)
             return None
         if stored is not None:
             self._stored.add(digest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ from vllm_merge.serving.requests.adhoc_table import ADHOC, EVENT, AdHocTable, Qu
 from vllm_merge.serving.requests.bodies import Asked
 from vllm_merge.serving.requests.refusals import Refused
 from vllm_merge.serving.settings import ADHOC_VARIABLE, AdHocSettings
+
+logger = logging.getLogger("vllm_merge")
 
 MERGE = "merge"  # the key in a request's body
 PLANS_KEPT = 256
@@ -96,6 +99,7 @@ class AdHocMerges:
         except QuotaExceeded as error:
             raise Refused(429, "rate_limit_error", MERGE, f"{error}; try again later", error.retry_after) from None
         except MergeError as error:
+            logger.error("a request's recipe cannot be merged: %s", error)
             raise Refused(503, "merge_unavailable", MERGE, str(error), RETRY_SECONDS) from None
         self.table.use(plan.digest, recipe.on_miss, recipe.fallback)
         return plan.artifact_name

@@ -6,9 +6,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
 _REQUEST_ID = b"x-request-id"
+# On SageMaker's route a header names the adapter, and vLLM puts it in the place of the body's `model`, which counts for nothing.
+_SAGEMAKERS_ROUTE = "/invocations"
+_SAGEMAKERS_HEADER = "x-amzn-sagemaker-adapter-identifier"
 
 
 class Asked:
@@ -20,6 +24,7 @@ class Asked:
     def __init__(self, scope: Scope, receive: Receive, body: bytes) -> None:
         self.scope = scope
         self.document = _parse(body)
+        self._by_header = scope["path"].removeprefix(scope.get("root_path", "")) == _SAGEMAKERS_ROUTE
         self._body = body
         self._receive = receive
         self._sent = False
@@ -27,6 +32,8 @@ class Asked:
     @property
     def model(self) -> str | None:
         """The model that is asked for."""
+        if self._by_header:
+            return Headers(scope=self.scope).get(_SAGEMAKERS_HEADER)
         name = self.document.get("model") if self.document is not None else None
         return name if isinstance(name, str) else None
 
@@ -37,9 +44,15 @@ class Asked:
 
     def rename(self, model: str) -> None:
         """Ask for another model instead."""
-        if model != self.model:
-            assert self.document is not None
-            self.replace({**self.document, "model": model})
+        if model == self.model:
+            return
+        if self._by_header:
+            header = _SAGEMAKERS_HEADER.encode()
+            kept = [(key, value) for key, value in self.scope["headers"] if key.lower() != header]
+            self.scope = {**self.scope, "headers": [*kept, (header, model.encode())]}
+            return
+        assert self.document is not None
+        self.replace({**self.document, "model": model})
 
     def replace(self, document: dict[str, Any]) -> None:
         """Let the application read this document."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from starlette.responses import JSONResponse
 
 from vllm_merge.errors import MergeError
+from vllm_merge.serving.folders import without_folders
 
 
 class Refused(MergeError):
@@ -17,6 +18,6 @@ class Refused(MergeError):
 
     @property
     def response(self) -> JSONResponse:
-        detail = {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}
+        detail = {"message": without_folders(str(self)), "type": self.kind, "param": self.param, "code": self.status}
         headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
         return JSONResponse({"error": detail}, self.status, headers)

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import Message, Send
 
 from vllm_merge.recipe.schema import BASE
-from vllm_merge.serving.control.front import ArtifactUnavailable
+from vllm_merge.serving.control.front import ArtifactUnavailable, Holder
 from vllm_merge.serving.experiments.experiments import Chosen
 from vllm_merge.serving.experiments.exposures import ARTIFACT_HEADER, headers_of, trace
+from vllm_merge.serving.folders import without_folders
 from vllm_merge.serving.requests.answers import AnswerFacts
 from vllm_merge.serving.requests.bodies import Asked
 from vllm_merge.serving.requests.misses import Served
@@ -19,6 +23,21 @@ from vllm_merge.serving.requests.outcome import Outcome
 NAME_HEADER = "x-vllm-merge-name"
 FALLBACK_HEADER = "x-vllm-merge-fallback"  # the artifact that a stand-in answers for
 RETRY_AFTER_SECONDS = 5  # where the reason does not tell
+
+
+def told(held: AbstractAsyncContextManager[Holder] | None) -> AbstractAsyncContextManager[Holder] | None:
+    """A lease whose errors clients may read: vLLM writes them into a stream that has begun."""
+    return None if held is None else _told(held)
+
+
+@asynccontextmanager
+async def _told(held: AbstractAsyncContextManager[Holder]) -> AsyncIterator[Holder]:
+    try:
+        async with held as holder:
+            yield holder
+    except ArtifactUnavailable as error:
+        message = without_folders(str(error))
+        raise ArtifactUnavailable(message, retry=error.retry, retry_after=error.retry_after) from None
 
 
 class Reply:
@@ -73,7 +92,7 @@ class Reply:
         self._replaced = True
         status = 503 if error.retry else 500
         detail = {
-            "message": f"The model `{self.facts.name}` cannot be served: {error}",
+            "message": f"The model `{self.facts.name}` cannot be served: {without_folders(str(error))}",
             "type": "merge_unavailable" if error.retry else "merge_failed",
             "param": "model",
             "code": status,

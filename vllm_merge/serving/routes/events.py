@@ -16,11 +16,13 @@ from typing import Any
 
 from vllm_merge.serving.control.control import Message
 from vllm_merge.serving.control.state import State
+from vllm_merge.serving.folders import without_folders
 from vllm_merge.serving.requests.adhoc_table import EVENT as ADHOC_EVENT
 from vllm_merge.serving.worker import news
 
 MAX_LISTENERS = 32
 MAX_WAITING = 256  # events of one listener
+MESSAGES = ("reason", "error")  # fields whose text may come from an error
 KINDS = ("hello", "merge", "eviction", "alias", "config", "adapter", "adhoc", "experiment", "lost")
 
 
@@ -89,8 +91,9 @@ class EventHub:
             self._listeners.discard(listener)
 
     def publish(self, kind: str, data: dict[str, Any]) -> None:
+        told = {key: without_folders(value) if key in MESSAGES else value for key, value in data.items()}
         self._number += 1
-        event = Event(self._number, kind, data)
+        event = Event(self._number, kind, told)
         for listener in self._listeners:
             listener.put(event)
 

@@ -20,6 +20,7 @@ from vllm_merge.recipe.safety import refusal
 from vllm_merge.serving.control.control import ControlError
 from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.control.state import State
+from vllm_merge.serving.folders import without_folders
 from vllm_merge.serving.routes.admin import require_admin
 from vllm_merge.serving.routes.overview import current
 from vllm_merge.serving.routes.route_errors import RouteError, errors
@@ -130,7 +131,7 @@ def _known(state: State, name: str) -> Any:
 
 def _row(state: State, name: str) -> dict[str, Any]:
     trials, running = state.trials, state.trials.running[name]
-    experiment, withdrawn = running.experiment, state.trials.withdrawn(name)
+    experiment, withdrawn, failed = running.experiment, trials.withdrawn(name), trials.failed.get(name, {})
     return {
         "experiment": name,
         "version": running.version,
@@ -147,7 +148,7 @@ def _row(state: State, name: str) -> dict[str, Any]:
                 "artifact": running.artifacts[arm],
                 "weight": experiment.weights[arm],
                 "withdrawn": withdrawn.breached.get(arm),
-                "failed": trials.failed.get(name, {}).get(arm),
+                "failed": without_folders(failed[arm]) if arm in failed else None,
             }
             for arm, entry in experiment.arms.items()
         ],

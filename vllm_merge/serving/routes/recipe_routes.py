@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -22,6 +23,8 @@ from vllm_merge.serving.requests.adhoc import plan_written, shapes_of
 from vllm_merge.serving.routes.foresight import foresee
 from vllm_merge.serving.routes.route_errors import RouteError, errors
 from vllm_merge.serving.routes.route_models import PlanAnswer, ProblemRow, ToPlan, Validation
+
+logger = logging.getLogger("vllm_merge")
 
 router = APIRouter()
 
@@ -54,6 +57,7 @@ async def plan(wanted: ToPlan, request: Request) -> PlanAnswer:
     except ControlError as error:
         raise RouteError(503, str(error), retry_after=error.retry_after) from None
     except MergeError as error:
+        logger.error("a recipe cannot be planned: %s", error)
         raise RouteError(409, str(error), param="merge") from None
 
 

@@ -10,11 +10,13 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
+from vllm_merge.serving.folders import Told
+
 
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
-    message: str = Field(description="What was found, what is allowed, and what to do.")
+    message: Told = Field(description="What was found, what is allowed, and what to do.")
     type: str = Field(description="The name of the status.")
     param: str | None = Field(None, description="The field of the request that is wrong.")
     code: int = Field(description="The status.")

@@ -9,6 +9,7 @@ from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_merge.recipe.values import NAME
+from vllm_merge.serving.folders import Told
 
 AnyName = Annotated[
     str, Path(max_length=200, description="A recipe, alias, adapter, artifact (`name@digits`), or a digest.")
@@ -72,7 +73,7 @@ class NameRow(BaseModel):
     artifact: str | None
     digest: str | None
     state: str = Field(description="ready (in memory of every worker), preparing, failed, or cold.")
-    reason: str | None = Field(description="Why it has no artifact, or why its merge failed.")
+    reason: Told | None = Field(description="Why it has no artifact, or why its merge failed.")
     rank: int | None = None
     bytes: int | None = None
     seconds: float | None = Field(None, description="Of its merge.")
@@ -85,7 +86,7 @@ class FileRow(BaseModel):
     """The recipe file as it is served."""
 
     generation: int = Field(description="Counts what was served, from 1; the same at every API process.")
-    error: str | None = Field(description="What is wrong with a newer file, which is not served.")
+    error: Told | None = Field(description="What is wrong with a newer file, which is not served.")
 
 
 class NameList(BaseModel):
@@ -160,7 +161,8 @@ class WorkerRow(BaseModel):
     artifacts: list[dict[str, Any]] = []
     bytes: int | None = None
     budget_bytes: int | None = None
-    error: str | None = None
+    failures: dict[str, Told] = Field({}, description="Why merges failed, by digest.")
+    error: Told | None = None
 
 
 class WorkerList(BaseModel):
@@ -225,7 +227,7 @@ class AdapterRow(BaseModel):
     artifact: str | None
     digest: str | None
     content_hash: str | None
-    reason: str | None = Field(description="Why it cannot be served.")
+    reason: Told | None = Field(description="Why it cannot be served.")
 
 
 class AdapterList(BaseModel):

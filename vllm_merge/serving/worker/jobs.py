@@ -50,6 +50,13 @@ class Job:
         return self.cancelled.is_set() or self.late
 
 
+def too_long(job: Job, seconds: float) -> MergeError:
+    """What is said of a merge that took longer than it may."""
+    return MergeError(
+        f"the merge of {job.plan.artifact_name} took longer than {seconds} s and was stopped (VLLM_MERGE_TIME_LIMIT)"
+    )
+
+
 class Line:
     """First in, first out. `get` blocks in the merging thread; the rest is called from the control thread."""
 
