@@ -262,6 +262,7 @@ def test_the_page_has_what_was_measured() -> None:
     results = json.loads(tuning.RESULTS.read_text(encoding="utf-8"))
     page = tuning.PAGE.read_text(encoding="utf-8")
     assert tuning.renewed(page, tuning.table(results)) == page
+    assert tuning.renewed(page, tuning.beside_random(results), tuning.BEGIN_RANDOM) == page
     assert {row["config"] for row in results["rows"]} == {config.stem for config in CONFIGS}
     by_name = {row["config"]: row for row in results["rows"]}
     for name in ("ssr", "adamerging"):  # the goal: under 3 minutes on 2 cores

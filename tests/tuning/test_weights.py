@@ -26,7 +26,7 @@ def read_again(value: object) -> list[float]:
     return [found[module] if isinstance(found, dict) else found for module in MODULES]
 
 
-@pytest.mark.parametrize("per", ["adapter", "layer", "module"])
+@pytest.mark.parametrize("per", ["adapter", "layer", "part", "module"])
 def test_what_is_written_is_read_again(per: str) -> None:
     groups = Groups.of(MODULES, per)
     rng = random.Random(per)
@@ -34,6 +34,13 @@ def test_what_is_written_is_read_again(per: str) -> None:
     table = rounded(groups.spread(grouped))
     assert read_again(written(MODULES, table[:, 0].tolist())) == table[:, 0].tolist()
     assert torch.allclose(groups.mean(groups.spread(grouped)), grouped)
+
+
+def test_a_part_is_the_attention_or_the_mlp_of_a_layer() -> None:
+    layer = [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")]
+    groups = Groups.of([*layer, "lm_head"], "part")
+    assert groups.names == ("model.layers.0.self_attn", "model.layers.0.mlp", "lm_head")
+    assert groups.index.tolist() == [0, 0, 1, 2]
 
 
 def test_the_simplest_form_is_written() -> None:

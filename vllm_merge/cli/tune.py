@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -27,12 +28,15 @@ from vllm_merge.errors import MergeError, UserInputError
 if TYPE_CHECKING:
     from vllm_merge.cli.output import ProgressBar
     from vllm_merge.recipe.plan import Plan
+    from vllm_merge.tuning.methods import ObjectiveName
     from vllm_merge.tuning.record import Request
     from vllm_merge.tuning.tune import Result
 
-Objective = Literal["entropy", "loss", "accuracy", "null_space"]
-Per = Literal["adapter", "layer", "module"]
-METHODS = "adamerging, adamerging++, nsc, ssr, regmean, enmp or lorahub"
+Objective = StrEnum("Objective", ["entropy", "loss", "accuracy", "null_space", "tasks", "safety"])
+Sampler = Literal["tpe", "random"]
+Per = Literal["adapter", "layer", "part", "module"]
+Agent = Literal["ppo", "random"]
+METHODS = "adamerging, adamerging++, nsc, ssr, regmean, enmp, lorahub, lfs or rmm"
 
 
 def tune(
@@ -61,7 +65,12 @@ def tune(
         ),
     ],
     objective: Annotated[
-        Objective | None, typer.Option(help="What is made small; each method has a default.", show_default=False)
+        list[Objective] | None,
+        typer.Option(
+            help="What is made small; each method has a default. lfs takes several, among them tasks (the loss of each) "
+            "and safety.",
+            show_default=False,
+        ),
     ] = None,
     safety: Annotated[
         Path | None,
@@ -75,7 +84,11 @@ def tune(
         typer.Option(min=0, max=1, help="With --safety: the least share of safe answers with which it may be served."),
     ] = None,
     per: Annotated[
-        Per | None, typer.Option(help="What has a weight of its own; each method has a default.", show_default=False)
+        Per | None,
+        typer.Option(
+            help="What has a weight of its own; part: attention and MLP of a layer apart. Each method has a default.",
+            show_default=False,
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -86,6 +99,27 @@ def tune(
     answer_tokens: Annotated[
         int, typer.Option(min=1, help="The longest answer that the model or an adapter gives itself meanwhile.")
     ] = 64,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            help="Of rmm: the merge methods that a block may come from, beside the recipe's own (ties,dare_ties). Of lfs: "
+            "those of task_arithmetic, ties, slerp, linear, tsv_m, wudi, none that it chooses from (the first four).",
+            show_default=False,
+        ),
+    ] = None,
+    agent: Annotated[
+        Agent | None,
+        typer.Option(help="Of rmm: who chooses; random is what ppo is to be compared with.", show_default="ppo"),
+    ] = None,
+    groups: Annotated[
+        int | None, typer.Option(min=1, help="Of lfs: into how many groups the layers are divided.", show_default="4")
+    ] = None,
+    sampler: Annotated[
+        Sampler | None,
+        typer.Option(
+            help="Of lfs: who makes candidates; random is what tpe is to be compared with.", show_default="tpe"
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first LIMIT prompts of each task.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     model: Annotated[str | None, typer.Option(help="The base model; otherwise the file's base_model.")] = None,
@@ -106,6 +140,8 @@ def tune(
     ssr, regmean  adapters corrected for one another by forward passes alone; no labels
     enmp          which adapters to leave out of which layers, by search; any merge method
     lorahub       weights from −1.5 to 1.5, by search; any merge method
+    lfs           for each group of layers, attention and MLP apart, a rule and its parameters, by search
+    rmm           for each layer the recipe's merge, another rule's or one adapter, chosen by an agent that learns
 
     Ctrl-C ends it after the step that runs, and keeps the best so far; --resume goes on.
 
@@ -119,7 +155,7 @@ def tune(
     with progress_bar("Reading") as bar:
         request, warnings = _request(
             recipe_file, name, method, data, output, objective, safety, alpha, floor, per, steps, batch, rate, answer_tokens,
-            limit, seed, model, device, max_rank, chat, resume, bar,
+            rules, agent, groups, sampler, limit, seed, model, device, max_rank, chat, resume, bar,
         )  # fmt: skip
 
         def replan(path: Path, chosen: str) -> Plan:
@@ -142,7 +178,7 @@ def _request(
     method: str,
     data: Path,
     output: Path,
-    objective: Objective | None,
+    objectives: list[Objective] | None,
     safety: Path | None,
     alpha: float,
     floor: float | None,
@@ -151,6 +187,10 @@ def _request(
     batch: int | None,
     rate: float,
     answer_tokens: int,
+    rules: str | None,
+    agent: Agent | None,
+    groups: int | None,
+    sampler: Sampler | None,
     limit: int | None,
     seed: int,
     model: str | None,
@@ -173,7 +213,11 @@ def _request(
     if output.exists() and not output.is_dir():
         raise UserInputError(f"{output}: is not a folder; choose another --output")
     chosen = tune_method(method)
-    settings = Settings(chosen, objective, per, steps, batch, rate, seed, alpha, answer_tokens).checked()
+    named = None if rules is None else tuple(dict.fromkeys(rule.strip() for rule in rules.split(",")))
+    objective, several = _aims(objectives or [], safety)
+    settings = Settings(
+        chosen, objective, per, steps, batch, rate, seed, alpha, answer_tokens, named, agent, groups, sampler, several
+    ).checked()
     target = checked_device(device)
     prompts = read_prompts(data, limit)
     safe = None if safety is None else read_prompts(safety, limit)
@@ -186,6 +230,22 @@ def _request(
     written = load_recipes(recipe_file)  # with its adapters where the file has them, a folder or a repository
     request = Request(written, prepared.plan, path, settings, prompts, safe, floor, output, target, chat, resume)
     return request, prepared.warnings
+
+
+def _aims(given: list[Objective], safety: Path | None) -> tuple[ObjectiveName | None, tuple[str, ...]]:
+    """The one objective, or several; with several, what is of the data's answers or of the model's own."""
+    chosen = tuple(dict.fromkeys(one.value for one in given))
+    if "safety" in chosen and safety is None:
+        raise UserInputError("--objective safety: is the loss on the safety set; give --safety FILE")
+    plain = [cast("ObjectiveName", one) for one in chosen if one not in ("tasks", "safety")]
+    if len(chosen) == 1 and plain:
+        return plain[0], ()
+    if chosen == ("safety",):
+        raise UserInputError(
+            "--objective safety: give another objective beside it; --safety alone adds it to the default"
+        )
+    answers = [one for one in chosen if one in ("loss", "accuracy", "tasks")]
+    return (plain[0] if plain and not answers else "loss") if chosen else None, chosen
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ class Encoded:
         return tokens, answer
 
     @property
+    def most(self) -> int:
+        """Prompts of the task that has most."""
+        return max(len(mine) for mine in self._by_task.values())
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer."""
         return max(len(prompt) + len(answer) for prompt, answer in self._tokens)
@@ -98,11 +104,29 @@ class Encoded:
 
     def passes(self, of_each: int, seed: int) -> list[list[Batch]]:
         """Every prompt once, `of_each` of each task at a time, in an order drawn from the seed."""
+        return self.parts([*range(of_each, self.most, of_each), self.most], seed)
+
+    def subsets(self, of_each: int) -> int:
+        """How many subsets of `of_each` prompts of each task it takes to have every prompt in one."""
+        return math.ceil(max(len(mine) for mine in self._by_task.values()) / of_each)
+
+    def subset(self, number: int, of_each: int, seed: int) -> list[Batch]:
+        """The prompts of one subset, of every task those that follow the subset before in an order drawn from the seed.
+
+        A task of fewer prompts begins again at its end.
+        """
+        chosen: dict[int, None] = {}
+        for task, mine in self._by_task.items():
+            order = random.Random(f"{seed}/{task}").sample(mine, len(mine))
+            chosen.update({order[(number * of_each + more) % len(order)]: None for more in range(of_each)})
+        return self._batches(list(chosen))
+
+    def parts(self, sizes: Sequence[int], seed: int) -> list[list[Batch]]:
+        """What each size adds to the one before: prompts of each task, in an order drawn from the seed. sizes: rising."""
         shuffled = [random.Random(f"{seed}/{task}").sample(mine, len(mine)) for task, mine in self._by_task.items()]
-        longest = max(len(mine) for mine in shuffled)
         return [
-            self._batches([index for mine in shuffled for index in mine[start : start + of_each]])
-            for start in range(0, longest, of_each)
+            self._batches([index for mine in shuffled for index in mine[start:end]])
+            for start, end in zip((0, *sizes), sizes, strict=False)
         ]
 
     def _batches(self, chosen: Sequence[int]) -> list[Batch]:

@@ -10,16 +10,19 @@ from typing import Protocol
 from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter
+from vllm_merge.tuning.blocks import Blocks
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What a recipe is written from: weights (modules, n) float64 as it writes them, or adapters that replace the recipe's.
+    """What a recipe is written from: weights (modules, n) float64 as it writes them, adapters that replace the recipe's, or
+    blocks of several merges.
 
-    scale: λ of the sum of such adapters. With neither it is the recipe as it was.
+    scale: λ of the sum of such adapters. With none of them it is the recipe as it was.
     """
 
     weights: Tensor | None = None
+    blocks: Blocks | None = None
     adapters: tuple[Adapter, ...] = ()
     scale: float = 1.0
 

@@ -16,18 +16,32 @@ from vllm_merge.tuning.batches import Encoded
 from vllm_merge.tuning.branches import Composition, Sum, Ties
 from vllm_merge.tuning.data import Prompt, PromptSet
 from vllm_merge.tuning.evolution import enmp, lorahub
+from vllm_merge.tuning.goals import goal_of, goals_of
 from vllm_merge.tuning.gradient import GradientLearner
+from vllm_merge.tuning.layerwise import LAYER_GROUPS, PUBLISHED, Space
 from vllm_merge.tuning.learner import Learner
+from vllm_merge.tuning.lfs import LayerwiseSearch
 from vllm_merge.tuning.model import TuningModel
-from vllm_merge.tuning.null_space import NullSpace
-from vllm_merge.tuning.objective import Accuracy, Entropy, Goal, Loss, Objective, Term
+from vllm_merge.tuning.objective import Goal
+from vllm_merge.tuning.pool import Pool
 from vllm_merge.tuning.regression import Regression
+from vllm_merge.tuning.reinforced import AgentName, Choice, Reinforced
 from vllm_merge.tuning.start import Start
 from vllm_merge.tuning.statistics import RegMean, Ssr
+from vllm_merge.tuning.study import SamplerName
 from vllm_merge.tuning.weights import Groups, Per
 
 ObjectiveName = Literal["entropy", "loss", "accuracy", "null_space"]
 Kind = Literal["gradient", "search", "regression"]
+OWNERS = {
+    "--rules": ("rmm", "lfs"),
+    "--agent": ("rmm",),
+    "--groups": ("lfs",),
+    "--sampler": ("lfs",),
+    "several --objective": ("lfs",),
+}
+"""Which methods have an option that others do not have."""
+RULES = ("ties", "dare_ties")  # that rmm merges blocks by, beside the recipe's own
 ALL_PROMPTS = 1_000_000_000  # steps: a regression ends when it has seen every prompt
 
 
@@ -58,6 +72,8 @@ METHODS: Mapping[str, TuneMethod] = {
         TuneMethod("regmean", "arXiv:2212.09849", "regression", "loss", None, ALL_PROMPTS, keeps=False),
         TuneMethod("enmp", "arXiv:2604.17753", "search", "accuracy", "layer", 60),
         TuneMethod("lorahub", "arXiv:2307.13269", "search", "loss", "adapter", 40),
+        TuneMethod("lfs", "arXiv:2502.04030", "search", "loss", None, 100),
+        TuneMethod("rmm", "arXiv:2503.21272", "search", "accuracy", "layer", 175),
     )
 }
 
@@ -75,19 +91,27 @@ class Settings:
     seed: int = 0
     alpha: float = 0.3
     answer_tokens: int = 64
+    rules: tuple[str, ...] | None = None
+    agent: AgentName | None = None
+    groups: int | None = None
+    sampler: SamplerName | None = None
+    objectives: tuple[str, ...] = ()
 
     def checked(self) -> Settings:
         """With the method's defaults. Raises UserInputError for what the method does not have."""
         name = self.method.name
         if self.per is not None and self.method.per is None:
-            raise UserInputError(
-                f"--per {self.per}: {name} has a closed form for every module and no such choice; leave it out"
-            )
+            why = "searches by --groups of layers" if name == "lfs" else "has a closed form for every module"
+            raise UserInputError(f"--per {self.per}: {name} {why} and no such choice; leave it out")
+        for option, value in self._options.items():
+            if value and name not in OWNERS[option]:
+                owners = " and ".join(OWNERS[option])
+                raise UserInputError(f"{option}: is a choice of {owners}, which {name} does not have; leave it out")
         objective = self.objective or self.method.objective
         if self.method.kind == "gradient" and objective == "accuracy":
             raise UserInputError(
                 f"--objective accuracy: it has no gradients, which {name} needs; take one of entropy, loss, null_space, or "
-                "a method that searches: enmp, lorahub"
+                "a method that searches: enmp, lorahub, lfs, rmm"
             )
         return Settings(
             self.method,
@@ -99,7 +123,29 @@ class Settings:
             self.seed,
             self.alpha,
             self.answer_tokens,
+            self.rules or (RULES if name == "rmm" else PUBLISHED if name == "lfs" else None),
+            (self.agent or "ppo") if name == "rmm" else None,
+            (self.groups or LAYER_GROUPS) if name == "lfs" else None,
+            (self.sampler or "tpe") if name == "lfs" else None,
+            self.objectives,
         )
+
+    @property
+    def _options(self) -> dict[str, object]:
+        return {
+            "--rules": self.rules,
+            "--agent": self.agent,
+            "--groups": self.groups,
+            "--sampler": self.sampler,
+            "several --objective": self.objectives,
+        }
+
+    @property
+    def aim(self) -> str:
+        """What is made small, in words."""
+        if self.objectives:
+            return f"{', '.join(self.objectives)}: mean share of the start"
+        return str(self.objective)
 
 
 def tune_method(name: str) -> TuneMethod:
@@ -115,7 +161,7 @@ def build(
     """The learner of checked settings, and what is worth knowing about the data. Raises UserInputError."""
     method, notes = settings.method, []
     _check_method(method, start)
-    if method.kind == "regression" or settings.objective == "null_space":
+    if method.kind == "regression" or "null_space" in (settings.objective, *settings.objectives):
         data, others = data.for_adapters(start.names, f"--method {method.name}")
         notes = (
             [f"{data.path}: prompts of {', '.join(others)} are left out: no adapter has that name"] if others else []
@@ -130,7 +176,11 @@ def build(
     if not data.answered and (needed or (own and settings.objective == "entropy")):
         data = answered_by_adapters(data, start, model, settings.answer_tokens, f"--method {method.name}")
         notes.append("the prompts without an answer got that of the adapter that their task is named after")
-    goal = _goal(settings, start, model, data, safety)
+    if method.name == "lfs":
+        space = Space(start, settings.groups or LAYER_GROUPS, settings.rules or PUBLISHED)
+        goals = goals_of(settings, start, model, data, safety)
+        return LayerwiseSearch(model, start, space, goals, sampler=settings.sampler or "tpe", seed=settings.seed), notes
+    goal = goal_of(settings, start, model, data, safety)
     if method.kind == "regression":
         sets = [(1.0 if safety is None else settings.alpha, Encoded(data, model, answers=True))]
         if safety is not None:
@@ -161,6 +211,8 @@ def build(
             seed=settings.seed,
         )
         return learner, notes
+    if method.name == "rmm":
+        return _reinforced(settings, Pool(start, groups, settings.rules or ()), model, goal), notes
     evaluate = _evaluation(start, model, goal)
     weights = start.weights()
     if method.name == "enmp":
@@ -242,21 +294,21 @@ def _evaluation(start: Start, model: TuningModel, goal: Goal) -> Callable[[Tenso
     return evaluate
 
 
-def _goal(settings: Settings, start: Start, model: TuningModel, data: PromptSet, safety: PromptSet | None) -> Goal:
-    objective: Objective
-    if settings.objective == "entropy":
-        objective = Entropy(settings.answer_tokens)
-    elif settings.objective == "null_space":
-        objective = NullSpace(start.conditioned(), start.modules, start.device)
-    else:
-        objective = Loss() if settings.objective == "loss" else Accuracy()
-    room = settings.answer_tokens if settings.objective == "entropy" else 0
-    answers = objective.needs_answers or (data.answered and settings.objective == "entropy")
-    expert = Encoded(data, model, answers=answers, room=room)
-    if safety is None:
-        return Goal([Term(1.0, expert, objective)])
-    safety.need_answers("--safety")
-    return Goal([Term(1.0, Encoded(safety, model, answers=True), Loss()), Term(settings.alpha, expert, objective)])
+def _reinforced(settings: Settings, pool: Pool, model: TuningModel, goal: Goal) -> Reinforced:
+    of_each = settings.of_each or settings.method.of_each
+
+    def score(choice: Choice, subset: int | None) -> float:
+        with model.attached(pool.branches(choice)):
+            return goal.value(model) if subset is None else goal.value_on(model, subset, of_each, settings.seed)
+
+    return Reinforced(
+        score,
+        pool,
+        subsets=goal.subsets(of_each),
+        planned=settings.steps or settings.method.steps,
+        agent=settings.agent or "ppo",
+        seed=settings.seed,
+    )
 
 
 def _present(adapters: tuple[Adapter, ...], start: Start) -> Tensor:

@@ -123,11 +123,24 @@ class Goal:
     @torch.no_grad()
     def value(self, model: TuningModel) -> float:
         """Over all prompts, for the model as it is attached now. NaN where it cannot be had."""
-        total = 0.0
-        for term in self.terms:
-            for batch in term.data.all():
-                total += term.weight * float(term.objective.rows(model, batch) @ batch.weights)
-        return total
+        return self._over(model, [term.data.all() for term in self.terms])
+
+    def subsets(self, of_each: int) -> int:
+        """How many subsets of `of_each` prompts of each task there are, so that every prompt is in one."""
+        return max(term.data.subsets(of_each) for term in self.terms)
+
+    @torch.no_grad()
+    def value_on(self, model: TuningModel, number: int, of_each: int, seed: int) -> float:
+        """The same over one of the subsets, which are drawn from the seed."""
+        return self._over(model, [term.data.subset(number, of_each, seed) for term in self.terms])
+
+    def _over(self, model: TuningModel, batches: Sequence[Sequence[Batch]]) -> float:
+        """Over these batches of each term."""
+        return sum(
+            term.weight * float(term.objective.rows(model, batch) @ batch.weights)
+            for term, mine in zip(self.terms, batches, strict=True)
+            for batch in mine
+        )
 
     def backward(self, model: TuningModel, of_each: int, seed: int, step: int) -> float:
         """Over `of_each` prompts of each task, drawn by seed and step; adds to the gradients of what the branches are of."""

@@ -74,7 +74,9 @@ def head_of(request: Request) -> list[str]:
 
 
 def by_module(start: Start, learned: Learned) -> dict[str, dict[str, float]]:
-    """{adapter: {module: weight}}."""
+    """{adapter: {module: weight}}, of blocks {source: {module: λ}}."""
+    if learned.blocks is not None:
+        return {source.name: learned.blocks.taken(source) for source in learned.blocks.used}
     if learned.weights is None:
         return {}
     columns = learned.weights.mT.tolist()
@@ -106,9 +108,9 @@ def facts_of(
         "data": _about(request.data),
         "device": request.device,
         "run": {
-            "objective": settings.objective
-            if request.safety is None
-            else f"safety + {settings.alpha:g} {settings.objective}",
+            "objective": settings.aim
+            if request.safety is None or settings.objectives
+            else f"safety + {settings.alpha:g} {settings.aim}",
             "start": progress.start,
             "best": progress.best,
             "best_step": progress.best_step,

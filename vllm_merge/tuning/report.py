@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_merge.adapters.factors import natural_key
 from vllm_merge.report.plots import LIGHT, figure_style, rendered
 from vllm_merge.tuning.methods import METHODS
 from vllm_merge.tuning.weights import layer_of
@@ -53,7 +54,8 @@ def _share(score: Mapping[str, Any]) -> str:
 
 
 def plot(folder: Path, facts: Mapping[str, Any], weights: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Draw the progress, and the weights {adapter: {module: weight}} by layer where there are any; the files' names.
+    """Draw the progress, and the weights, {adapter or source: {module: weight}}, by layer where there are any; the files'
+    names.
 
     Raises UserInputError, saying what to install, where matplotlib is not there.
     """
@@ -90,7 +92,7 @@ def _weights(weights: Mapping[str, Mapping[str, float]]) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    layers = list(dict.fromkeys(layer_of(module) for mine in weights.values() for module in mine))
+    layers = sorted({layer_of(module) for mine in weights.values() for module in mine}, key=natural_key)
     cells = np.full((len(weights), len(layers)), np.nan)
     for row, mine in enumerate(weights.values()):
         for column, layer in enumerate(layers):

@@ -56,8 +56,9 @@ class Run:
             notify(0, self.steps, None)
             self.progress.start = self._checked(0, "before the first step")
         elif self._best is None:  # of what is no weights, the state has what it is worked out from
-            self.progress.best = None
-            self._checked(self.progress.done, "where it went on")
+            known, self.progress.best = (self.progress.best, self.progress.best_step), None
+            if self._checked(self.progress.done, "where it went on") == known[0]:
+                self.progress.best_step = known[1]
         while self.progress.done < self.steps and not stopped() and not failure:
             loss = self._learner.step()
             step = self._learner.done

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Per = Literal["adapter", "layer", "module"]
+Per = Literal["adapter", "layer", "part", "module"]
 DECIMALS = 4  # of a weight in a recipe
 _LAYER = re.compile(r"^.*?\.\d+\.")
 
@@ -20,6 +20,18 @@ def layer_of(module: str) -> str:
     """`model.layers.3.` of `model.layers.3.mlp.up_proj`; the name itself where there is no number."""
     found = _LAYER.match(module)
     return found[0] if found else module
+
+
+def kind_of(module: str) -> str:
+    """`mlp` of `model.layers.3.mlp.up_proj`: what follows its layer; the name itself where there is no number."""
+    layer = layer_of(module)
+    return module.removeprefix(layer).partition(".")[0] or module
+
+
+def _block_of(module: str) -> str:
+    """`model.layers.3.mlp` of `model.layers.3.mlp.up_proj`."""
+    layer = layer_of(module)
+    return module if layer == module else layer + kind_of(module)
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,9 @@ class Groups:
 
     @classmethod
     def of(cls, modules: Sequence[str], per: Per) -> Groups:
-        """One group of all, one by layer, or one by module."""
-        labels = ["all" if per == "adapter" else layer_of(module) if per == "layer" else module for module in modules]
+        """One group of all, one by layer, two by layer with attention and MLP apart, or one by module."""
+        label: Callable[[str], str] = {"layer": layer_of, "part": _block_of}.get(per, str)
+        labels = ["all" if per == "adapter" else label(module) for module in modules]
         names = tuple(dict.fromkeys(labels))
         return cls(tuple(modules), torch.tensor([names.index(label) for label in labels]), names)
 
@@ -54,18 +67,32 @@ def rounded(table: Tensor) -> Tensor:
 
 def written(modules: Sequence[str], column: Sequence[float]) -> Any:
     """One adapter's weights as a recipe's value: a number, or filters by layer, or by module where layers are not enough."""
-    values = [round(value, DECIMALS) for value in column]
-    if len(set(values)) == 1:
-        return values[0]
-    by_layer: dict[str, set[float]] = {}
-    for module, value in zip(modules, values, strict=True):
-        by_layer.setdefault(layer_of(module), set()).add(value)
-    # A filter takes the modules whose names contain it, and the first that does wins: longer ones come first.
-    items: Mapping[str, float]
-    if all(len(found) == 1 for found in by_layer.values()):
-        items = {layer: next(iter(found)) for layer, found in by_layer.items()}
-    else:
-        items = dict(zip(modules, values, strict=True))
+    return filtered(dict(zip(modules, column, strict=True)))
+
+
+def filtered(values: Mapping[str, float | None], rest: float | None = None) -> Any:
+    """{module: value} as a recipe's value, rounded: a number, or the fewest filters that say it.
+
+    values: of all modules of the merge; None: any value will do. rest: a value that modules get without a filter of theirs.
+    """
+    known = {module: round(value, DECIMALS) for module, value in values.items() if value is not None}
+    if len(set(known.values())) == 1:
+        return next(iter(known.values()))
+    for label in (kind_of, layer_of, _block_of, str):
+        labelled: dict[str, set[float]] = {}
+        for module, value in known.items():
+            labelled.setdefault(label(module), set()).add(value)
+        if all(len(found) == 1 for found in labelled.values()):
+            items = {name: next(iter(found)) for name, found in labelled.items()}
+            few = _filters({name: value for name, value in items.items() if value != rest}, rest)
+            if all(next((i["value"] for i in few if i.get("filter", "") in m), None) == v for m, v in known.items()):
+                return few
+    return _filters(known, rest)
+
+
+def _filters(items: Mapping[str, float], rest: float | None) -> list[dict[str, Any]]:
+    """A filter takes the modules whose names contain it, and the first that does wins: longer ones come first."""
     contained = {name for name in items if any(name in other for other in items if other != name)}
     order = [name for name in items if name not in contained] + sorted(contained, key=len, reverse=True)
-    return [{"filter": name, "value": items[name]} for name in order]
+    last = [] if rest is None else [{"value": rest}]
+    return [*({"filter": name, "value": items[name]} for name in order), *last]

@@ -24,6 +24,8 @@ from vllm_merge.recipe.loading import parse_recipes
 from vllm_merge.recipe.schema import AdapterEntry
 from vllm_merge.recipe.yaml_tree import MAX_BYTES
 from vllm_merge.recipe_files import check_precondition
+from vllm_merge.tuning.blocks import LONGEST_NAME
+from vllm_merge.tuning.blocks import recipes as block_recipes
 from vllm_merge.tuning.learner import Learned
 from vllm_merge.tuning.methods import TuneMethod
 from vllm_merge.tuning.start import Start
@@ -31,7 +33,6 @@ from vllm_merge.tuning.weights import DECIMALS, Groups, Per, written
 
 RECIPE_FILE = "recipe.yaml"
 ADAPTERS = "adapters"  # the folder of corrected ones
-LONGEST_NAME = 64
 WIDTH = 118
 
 
@@ -123,6 +124,9 @@ class Writer:
                 recipe = self._weighted(recipe, learned.weights)
             earlier = [stage for stage in self.file.stage_order(name) if stage != name]
             recipes = {s: self.file.recipes[s].model_dump(by_alias=True, exclude_unset=True) for s in earlier}
+            if learned.blocks is not None:
+                stages, recipe = block_recipes(learned.blocks, self.start.modules, self.name, recipe)
+                recipes.update(stages)
             sources = {s for r in (*earlier, name) for s in self.file.recipes[r].sources}
             adapters = {a: self._entry(self.file.adapters[a], folder) for a in self.file.adapters if a in sources}
         if safety is not None:
