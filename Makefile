@@ -24,7 +24,7 @@ evidence: setup  ## rebuild the tables and plots of docs/evidence.md from the re
 	@$(BIN)/python -m benchmarks.quality.report
 
 evidence-full: setup  ## the whole quality benchmark, on a GPU
-	@$(BIN)/python -m benchmarks.quality.run
+	@$(BIN)/python -m benchmarks.quality.run && $(BIN)/python -m benchmarks.quality.learned
 
 test: setup  ## lint, types, and the tests (a few real vLLM servers on the CPU)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.experiments.records import Decision
-from vllm_merge.experiments.report import report as full_report
 from vllm_merge.recipe.problems import listed, nearest
 from vllm_merge.recipe.safety import refusal
 from vllm_merge.serving.control.control import ControlError
@@ -77,12 +76,19 @@ async def report(name: str, request: Request) -> dict[str, Any]:
     published: Published = request.app.state.vllm_merge_published
     _known(published.state, name)
     try:
-        facts = await asyncio.to_thread(lambda: full_report(published.experiments.open_store(), name))
+        facts = await asyncio.to_thread(_full_report, published, name)
     except UserInputError:
         raise RouteError(404, f"nothing of experiment {name} is in the store yet") from None
     except MergeError as error:
         raise RouteError(503, str(error), retry_after=5) from None
     return {key: value for key, value in facts.items() if key != "store"}  # where that is, is nobody's business
+
+
+def _full_report(published: Published, name: str) -> dict[str, Any]:
+    # Here, because scipy comes with it, which servers without experiments need not import.
+    from vllm_merge.experiments.report import report
+
+    return report(published.experiments.open_store(), name)
 
 
 @changes.post("/{name}/promote", responses=errors(403, 404, 422, 503))
