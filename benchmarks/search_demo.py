@@ -36,6 +36,7 @@ from vllm_merge.evaluation.tasks import read_tasks  # noqa: E402
 
 CANDIDATES = 30
 TOKENS = 16
+LIMITS = "count=40,rate=240"  # of ad-hoc merges: by default a search waits for those
 
 
 class Traffic:
@@ -90,7 +91,7 @@ def held_out(url: str, model: str) -> dict[str, Any]:
 
 def main() -> None:
     options = ("--max-loras", "4", "--max-lora-rank", "64")
-    environment = {"VLLM_MERGE_ADHOC": "on", "VLLM_MERGE_ADMIN_TOKEN": "benchmark"}
+    environment = {"VLLM_MERGE_ADHOC": LIMITS, "VLLM_MERGE_ADMIN_TOKEN": "benchmark"}
     with (
         tempfile.TemporaryDirectory() as folder,
         running(merge_serve(DEMO / "model", ROOT / "configs" / "demo.yaml", *options), environment) as server,

@@ -84,6 +84,15 @@ def test_people_get_a_table(search):
     assert "merge:" in printed
 
 
+@pytest.mark.parametrize(("rate", "said"), [(3, True), (30, False)])
+def test_a_server_that_limits_new_merges_is_said_to_slow_the_search(search, merges, rate, said):
+    merges.limits["rate"] = rate
+    code, printed, err = search("--methods", "ties", "--candidates", 3)
+    assert code == 0
+    assert ("3 merges of requests a minute" in " ".join((printed + err).split())) == said
+    assert ("VLLM_MERGE_ADHOC=rate=12" in "".join((printed + err).split())) == said
+
+
 @pytest.mark.parametrize(
     "more", [("--metric", "logprob"), ("--metric", "regex", "--pattern", "(right|wrong)"), ("--chat",)]
 )

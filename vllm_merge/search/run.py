@@ -23,6 +23,10 @@ from vllm_merge.search.served import Served
 from vllm_merge.search.sizes import measure
 
 Notify = Callable[[str, int, int], None]
+SLOWED = (
+    "the server begins {rate} merges of requests a minute at most, and the search waited for it; VLLM_MERGE_ADHOC=rate={more} "
+    "makes it quicker"
+)
 
 
 class NamedScorer(Scorer, Protocol):
@@ -113,6 +117,8 @@ def run(
                 return Result(Found(ended=ended.reason), [], rungs, [], None, budget.requests, budget.seconds)
             log.kept.failures |= failures
             log.add_candidates(candidates, failures, notes)
+        if served.rate <= len(candidates):
+            notes = [*notes, SLOWED.format(rate=served.rate, more=4 * len(candidates))]
         for candidate in candidates:
             as_name(candidate.recipe)
         halving = Halving(candidates, rungs, scorer, log, together=served.together, notify=notify)

@@ -14,11 +14,13 @@ from vllm_merge.search.endpoint import Endpoint, Refused
 @dataclass(frozen=True)
 class Served:
     """model: the base model's name. adapters: {name: content hash} of those that are merged. together: candidates that are asked
-    side by side: one slot less than there are is theirs, so that other traffic has one. max_adapters: inputs of one merge."""
+    side by side: one slot less than there are is theirs, so that other traffic has one. rate: new merges of requests in a
+    minute."""
 
     model: str
     adapters: dict[str, str]
     together: int
+    rate: int
     aliases: dict[str, str]
 
 
@@ -59,4 +61,6 @@ def look(endpoint: Endpoint, wanted: Sequence[str] | None) -> Served:
         )
     slots = min((worker.get("slot_count", 1) for worker in workers), default=1)
     together = max(1, min(slots - 1, limits["count"]))
-    return Served(model, {name: str(adapters[name]["content_hash"]) for name in chosen}, together, aliases)
+    return Served(
+        model, {name: str(adapters[name]["content_hash"]) for name in chosen}, together, limits["rate"], aliases
+    )
