@@ -112,6 +112,31 @@ def test_cancelling_adapters_inside_one_adapter_count_as_zero() -> None:
     assert merge([cancelled, x], merge_method="linear").report.dropped_adapters == ["x"]
 
 
+@pytest.mark.parametrize("merge_method", ["linear", "tsv_m"])
+@pytest.mark.parametrize("report", ["full", "brief"])
+def test_an_infinite_adapter_is_no_zero_adapter(merge_method: str, report: Any) -> None:
+    x, y = random_adapter("x", 2, 1), random_adapter("y", 1, 2)
+    for factors in y.factors.values():
+        factors.B[3, 0] = float("inf")
+    with pytest.raises(MergeError, match=r"adapter 'y', module 'layers.0.q_proj': .* not finite"):
+        merge([x, y], merge_method=merge_method, report=report)
+
+
+@pytest.mark.parametrize("merge_method", ["ties", "dare_ties", "pcb", "sce"])
+def test_modules_that_no_adapter_changes(merge_method: str) -> None:
+    """Those of one shape are a batch that has no direction at all; of another rank, one by itself."""
+
+    def unchanged(adapter: Adapter) -> Adapter:
+        zero = {m: LoraFactors(f.A[:2], f.B[:, :2] * 0) for m, f in adapter.factors.items() if "up" in m}
+        return Adapter(adapter.name, {**adapter.factors, **zero})
+
+    adapters = [unchanged(random_adapter("x", 3, 1)), unchanged(random_adapter("y", 3, 2))]
+    for workspace_bytes in (1 << 30, 20_000):
+        merged = merge(adapters, merge_method=merge_method, space="knots", workspace_bytes=workspace_bytes)
+        assert list(merged.factors) == ["layers.0.q_proj", "layers.1.q_proj"]
+        assert sorted(merged.report.dropped_modules) == ["layers.0.up_proj", "layers.1.up_proj"]
+
+
 def test_not_finite_inputs_and_results() -> None:
     x, y, z = three()
     broken = dict(y.factors)
@@ -247,6 +272,41 @@ def test_a_delta_merge_keeps_to_its_workspace() -> None:
         merged = merge(adapters, merge_method="ties", space="delta", rank=16, workspace_bytes=workspace)
     assert memory.peak - merged.nbytes <= workspace < dense
     assert merged.report.peak_workspace_bytes <= workspace
+
+
+def test_a_result_keeps_no_memory_of_what_was_cut_off() -> None:
+    def lopsided(adapter: Adapter) -> Adapter:
+        """All modules but the first have one direction that counts."""
+        faded = torch.tensor([1.0] + [1e-4] * (adapter.rank - 1))
+        factors = {m: LoraFactors(f.A, f.B * faded) for m, f in adapter.factors.items() if m != "layers.0.q_proj"}
+        return Adapter(adapter.name, {**adapter.factors, **factors})
+
+    adapters = [lopsided(random_adapter("x", 8, 1)), lopsided(random_adapter("y", 8, 2))]
+    merged = merge(adapters, merge_method="tsv_m", rank={"energy": 0.999})
+    assert merged.report.ranks["layers.0.q_proj"] > merged.report.ranks["layers.1.q_proj"]
+    storages = [tensor.untyped_storage() for f in merged.factors.values() for tensor in (f.A, f.B)]
+    assert sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) == merged.nbytes
+
+
+@pytest.mark.parametrize("merge_method", ["tsv_m", "opcm"])
+def test_whole_modules_keep_to_their_workspace(merge_method: str) -> None:
+    """Cores of several shapes at once where that fits (tsv_m), what statistics hold beside them where it does not (opcm)."""
+    generator = torch.Generator().manual_seed(0)
+    rank, workspace = (8, 16 << 20) if merge_method == "tsv_m" else (32, 16 << 20)
+    sizes = {"q": (512, 384), "k": (128, 384), "up": (1024, 384), "down": (384, 1024)}
+    shapes = {f"layers.{i}.{name}": size for i in range(6) for name, size in sizes.items()}
+
+    def adapter(name: str) -> Adapter:
+        pairs = {
+            m: (torch.randn(rank, i, generator=generator), torch.randn(o, rank, generator=generator))
+            for m, (o, i) in shapes.items()
+        }
+        return Adapter(name, {m: LoraFactors(a, b) for m, (a, b) in pairs.items()})
+
+    adapters = [adapter(str(k)) for k in range(4)]
+    with LiveBytes() as memory:
+        merged = merge(adapters, merge_method=merge_method, rank=16, workspace_bytes=workspace, report="brief")
+    assert memory.peak - merged.nbytes <= merged.report.peak_workspace_bytes <= workspace
 
 
 def test_a_merge_leaves_nothing_for_the_cycle_collector(monkeypatch: pytest.MonkeyPatch) -> None:

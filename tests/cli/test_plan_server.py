@@ -128,6 +128,7 @@ def test_advice(run: Run, recipe: Path, config: Path, monkeypatch: pytest.Monkey
     ("options", "said"),
     [
         (("--gpu-memory", "lots", "--model", DEMO / "model"), "--gpu-memory is 'lots'; give bytes with a unit"),
+        (("--gpu-memory", "80", "--model", DEMO / "model"), "--gpu-memory is '80'; give bytes with a unit"),
         (("--model", "no/such-model"), "no/such-model is not on this machine"),
         (("sum",), "leave NAME out"),
     ],

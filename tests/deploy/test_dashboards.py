@@ -129,6 +129,6 @@ def test_the_page_has_the_tables_of_the_code():
 
 def test_the_page_names_the_spans_that_are_made():
     code = (ROOT / "vllm_merge" / "serving" / "telemetry" / "tracing.py").read_text()
-    code += (ROOT / "vllm_merge" / "serving" / "worker" / "worker.py").read_text()
+    code += (ROOT / "vllm_merge" / "serving" / "worker" / "merging.py").read_text()
     for span in re.findall(r"^\| `vllm_merge\.(\w+)`", DOCUMENT, re.MULTILINE):
         assert f'"{span}"' in code or f'"vllm_merge.{span}"' in code

@@ -166,3 +166,6 @@ def test_estimates_have_intervals():
     assert reals.mean.mean == -2
     assert reals.mean.low == pytest.approx(-2 - 3.182446 * math.sqrt(2 / 3) / 2)
     assert estimate(["a"], [-1.0], shares=False).mean.low == -math.inf
+    right = estimate(["a"] * 6, [1.0] * 5 + [0.0], shares=False)  # of a metric that may be anything, here a share
+    assert right == estimate(["a"] * 6, [1.0] * 5 + [0.0], shares=True)
+    assert right.mean.high < 1

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of lm-evaluation-harness, with a harness that is played: its model asks through the search's own requests."""
+"""Tasks of lm-evaluation-harness, with a harness that is played, and with the real one where it is installed: its model asks
+through the search's own requests.
+"""
 
+import json
 import sys
 import types
 
@@ -90,3 +93,32 @@ def test_the_command_searches_on_it(run, merges, harness):
     )
     assert (code, err) == (0, "")
     assert "lm-eval" in printed
+
+
+def test_the_real_harness_reads_tasks_asks_and_scores(run, merges, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"asked": f"question {i}", "words": [ANSWER, "nothing"], "gold": 0} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
+    common = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test", "doc_to_text": "{{asked}}"}
+    word = [{"function": "regex", "regex_pattern": "(right|wrong)"}, {"function": "take_first"}]
+    said = {
+        "doc_to_target": "{{words[0]}}",
+        "generation_kwargs": {"until": ["@"], "max_gen_toks": 7},
+        "filter_list": [{"name": "word", "filter": word}],
+    }
+    chosen = {"doc_to_target": "gold", "doc_to_choice": "{{words}}"}
+    kinds = (("generate_until", "exact_match", said), ("multiple_choice", "acc", chosen))
+    for kind, metric, own in kinds:
+        task = {"task": f"own_{metric}", "output_type": kind, "metric_list": [{"metric": metric}], **common, **own}
+        (tmp_path / f"{metric}.yaml").write_text(json.dumps(task))
+    tasks = ("--lm-eval", "own_exact_match,own_acc", "--lm-eval-tasks", tmp_path, "--limit", 6)
+    recipes = ("--methods", "ties", "--parameter", "lambda=2", "--candidates", 2)
+    code, printed, _ = run("search", "--server", merges.url, *tasks, *recipes, "--json")
+    assert code == 0
+    found = json.loads(printed)["best"]["estimates"]["tasks"]
+    assert {name: task["count"] for name, task in found.items()} == {"own_exact_match": 6, "own_acc": 6}
+    assert found["own_exact_match"]["mean"] > 0.5, "the first of these recipes is right most of the time"
+    generated = {tuple(body["stop"]) for body in merges.asked if body.get("max_tokens") == 7}
+    assert generated == {("@",)}

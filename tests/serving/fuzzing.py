@@ -9,7 +9,21 @@ from schemathesis import checks
 from tests.serving.played_server import ADMIN
 
 EXAMPLES = 15  # for each operation
-NAMES = ["m0", "m1", "a0", "assistant", "fresh", "0" * 64, "..", "a/b", "%2e%2e%2fetc", "x" * 201, "ä\n", "a\x00b"]
+NAMES = [
+    "m0",
+    "m1",
+    "a0",
+    "assistant",
+    "fresh",
+    "greeting",
+    "0" * 64,
+    "..",
+    "a/b",
+    "%2e%2e%2fetc",
+    "x" * 201,
+    "ä\n",
+    "a\x00b",
+]
 ELSEWHERE = {"..", "a/b", "%2e%2e%2fetc"}  # in a path these make the address of another route, or of none
 CHECKED = [
     checks.not_a_server_error,

@@ -99,6 +99,11 @@ def test_everything_that_happens_is_told_at_every_process(config, tmp_path, monk
             await one.admin("POST", "adapters/fresh")
             await server.until(lambda: reader.of("adapter"))
             assert reader.of("adapter") == [{"state": "added", "adapter": "fresh", "generation": 3}]
+            await one.admin("POST", "recipes/found", merge=MERGED)
+            await one.admin("DELETE", "recipes/found")
+            await server.until(lambda: len(reader.of("recipe")) == 2)
+            told = [(event["state"], event["recipe"]) for event in reader.of("recipe")]
+            assert told == [("added", "found"), ("removed", "found")]
             right = config.read_text()
             config.write_text("wrong")
             await server.published._look()

@@ -67,7 +67,8 @@ class Places:
             return None
         storage = self.factors[0][0].untyped_storage()
         sizes = rows * columns * ITEM_SIZES[dtype]
-        first, last = int(address.min()), int((address + sizes).max())
+        # From a multiple of four on: where it is copied to, float32 must lie as well as it does here.
+        first, last = int(address.min()) // 4 * 4, int((address + sizes).max())
         if not storage.data_ptr() <= first <= last <= storage.data_ptr() + storage.nbytes():
             return None
         if last - first > 2 * sizes.sum():

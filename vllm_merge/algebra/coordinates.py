@@ -78,10 +78,14 @@ class Grams:
 
 
 def task_norm(gram_a: Tensor, gram_b: Tensor) -> Tensor:
-    """‖ΔW‖_F = √tr(BᵀB AAᵀ) from A Aᵀ and BᵀB (…, r, r); exactly 0 where it is within rounding of 0."""
+    """‖ΔW‖_F = √tr(BᵀB AAᵀ) from A Aᵀ and BᵀB (…, r, r); exactly 0 where it is within rounding of 0.
+
+    Not finite where they are not.
+    """
     squared = (gram_a * gram_b).sum((-1, -2))
     terms = (gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)).sqrt()
-    return torch.where(squared <= 1e-14 * terms.sum(-1) ** 2, 0.0, squared).sqrt()
+    rounding = 1e-14 * terms.sum(-1) ** 2
+    return torch.where((squared <= rounding) & (rounding < torch.inf), 0.0, squared).sqrt()
 
 
 def task_norms(gram_a: Tensor, gram_b: Tensor, slots: Sequence[slice]) -> Tensor:
@@ -165,7 +169,7 @@ def knots_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
     # A negative diagonal where the support ends keeps its padding apart from small singular values, and last.
     padding = torch.where(support, 0.0, -square.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True))
     _, rotation = descending_eigh(square + torch.diag_embed(padding))
-    rows = int(support.sum(-1).max())
+    rows = max(1, int(support.sum(-1).max()))  # one of padding where nothing changes
     transform = (support_basis @ rotation)[:, :, :rows] * support[:, None, :rows]
     left = (transform.mT @ basis.R).float()
     return Bases(left, None, basis.T @ transform, None, support.sum(-1), None)

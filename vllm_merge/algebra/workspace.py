@@ -62,11 +62,16 @@ class ModuleCost:
 
 @dataclass(slots=True)
 class Workspace:
-    """The byte bound of a merge. peak: the most that was held at once, counted from the sizes of the arrays."""
+    """The byte bound of a merge. peak: the most that was held at once, counted from the sizes of the arrays.
+
+    held: bytes that stay, those of statistics among them. holds: whether what was worked out of the stacks stays, holds_stacks: the
+    stacks, too.
+    """
 
     limit: int
     tile_entries: int
     held: int = 0
+    holds: bool = False
     holds_stacks: bool = False
     peak: int = 0
 
@@ -74,7 +79,8 @@ class Workspace:
         """Set bytes aside that stay from the first pass to the last, if they leave three quarters for all else: what was
         worked out of the stacks, with them or without."""
         self.holds_stacks = stacks <= self.limit // 4
-        if self.holds_stacks or bare <= self.limit // 4:
+        self.holds = self.holds_stacks or bare <= self.limit // 4
+        if self.holds:
             self.held = stacks if self.holds_stacks else bare
 
     def modules_at_once(self, cost: ModuleCost) -> int:

@@ -201,7 +201,7 @@ def _demand(file: RecipeFile, catalogue: Catalogue, dtype: Dtype, max_rank: int 
 
 def _bytes(option: str, text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    if match is None or (match[2] is None and 0 < float(match[1]) < 2**20):  # meant was GiB
         raise UserInputError(f"{option} is {text!r}; give bytes with a unit, such as 80GiB or 24GB")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 

@@ -67,8 +67,8 @@ def tune(
     objective: Annotated[
         list[Objective] | None,
         typer.Option(
-            help="What is made small; each method has a default. lfs takes several, among them tasks (the loss of each) "
-            "and safety.",
+            help="What is made small; each method has a default. lfs takes several, each by a further "
+            "--objective, among them tasks (the loss of each) and safety.",
             show_default=False,
         ),
     ] = None,

@@ -35,6 +35,7 @@ def factors(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, 
     b, a = (torch.empty(part.shape, dtype=job.dtype, device=part.device).copy_(part) for part in (left, right.mT))
     fits = b.isfinite().all(-1).all(-1) & a.isfinite().all(-1).all(-1)
     facts = torch.stack([cut.ranks, cut.norm, cut.energy, cut.exact, _noise(prepared), fits], 1).tolist()  # in one go
+    shortened = any(ranks < cut.long.shape[2] for ranks, *_ in facts)
     found = {}
     for index, (module, (ranks, norm, energy, exact, noise, fit)) in enumerate(zip(modules, facts, strict=True)):
         if not fit:
@@ -47,7 +48,7 @@ def factors(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, 
         job.report.norms[module] = norm
         job.report.energy_kept[module] = None if exact else energy
         mine, its = a[index, :rank], b[index, :, :rank]
-        if rank < cut.long.shape[2]:  # a copy: a module must not keep the memory of what was cut off
+        if shortened:  # copies of all: no module must keep the memory of what was cut off, of itself or of others
             mine, its = _own(mine), _own(its)
         found[module] = LoraFactors(mine, its)
     return found

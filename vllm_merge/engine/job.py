@@ -72,8 +72,8 @@ class Prepared:
     product: Stack | None = None
 
     @classmethod
-    def joined(cls, several: Sequence[Prepared]) -> Prepared:
-        """Batches whose coordinates have the same rows, columns and slots, as one whose ΔW are these coordinates."""
+    def joined(cls, several: Sequence[Prepared], cost: ModuleCost) -> Prepared:
+        """Batches whose coordinates have the same rows, columns and slots, as one whose ΔW are these coordinates. cost: of them."""
         spaces = [one.coordinates for one in several]
         group = ModuleGroup.joined([space.group.cored() for space in spaces])
         left, right, entries = (
@@ -82,7 +82,7 @@ class Prepared:
         grams = Grams.joined([one.grams for one in several])
         first = several[0]
         return cls(
-            Batch(group, first.batch.start, first.batch.cost),
+            Batch(group, first.batch.start, cost),
             None,
             grams,
             Coordinates(group, left, right, None, None, entries),
@@ -208,7 +208,7 @@ class Job:
     def prepared(self, batch: Batch) -> Prepared:
         """A batch made ready. Without its stack where that would have to be made anew and its coordinates need none of it."""
         if batch.start not in self._described:
-            if not self.workspace.held:
+            if not self.workspace.holds:
                 self._described.clear()
                 self._stacks.clear()
             self._describe(next(several for several in self._together if batch in several))
@@ -228,7 +228,7 @@ class Job:
                 stack = self._stacked(batch)
                 each.append(Grams.of(stack))
                 self.check_inputs(batch, each[-1].norms)
-                if self.workspace.holds_stacks or not self.workspace.held:
+                if self.workspace.holds_stacks or not self.workspace.holds:
                     self._stacks[batch.start] = stack
                 self.workspace.count(batch.cost.stack * len(batch.group.modules))
             found = bases(
@@ -294,7 +294,7 @@ class Job:
         """The batches, those together whose coordinates have one shape and fit into the workspace with what is made of them."""
         found: list[list[Batch]] = []
         for batch in self.batches:
-            if found and self.workspace.held and self.space in TOGETHER and self._fit_together([*found[-1], batch]):
+            if found and self.workspace.holds and self.space in TOGETHER and self._fit_together([*found[-1], batch]):
                 found[-1].append(batch)
             else:
                 found.append([batch])
@@ -307,8 +307,10 @@ class Job:
             return False
         if self.overview is None and any(side_by_side.fits(self, group) for group in groups):
             return False
-        cost = ModuleCost.of(core, "core", self.policy, whole_modules=True)
-        return sum(len(group.modules) for group in groups) <= self.workspace.modules_at_once(cost)
+        return sum(len(group.modules) for group in groups) <= self.workspace.modules_at_once(self._cost_of_cores(core))
+
+    def _cost_of_cores(self, core: ModuleGroup) -> ModuleCost:
+        return ModuleCost.of(core, "core", self.policy, whole_modules=True)
 
     def stack(self, prepared: Prepared) -> Stack:
         """The factors of a batch."""
@@ -327,12 +329,16 @@ class Job:
         parts = [self.prepared(batch) for batch in batches]
         if self.space == "factors":
             parts = [self._product(one, statistics) for one in parts]
-        cut, described, tall = self._cut(parts[0] if len(parts) == 1 else Prepared.joined(parts), statistics)
+        whole = parts[0]
+        if len(parts) > 1:
+            whole = Prepared.joined(parts, self._cost_of_cores(whole.batch.group.cored()))
+        cut, described, tall = self._cut(whole, statistics)
         factors: dict[str, LoraFactors] = {}
         start = 0
         with self.timed("factors"):
             for one in parts:
                 piece = slice(start, start + len(one.batch.group.modules))
+                self.workspace.count(one.batch.cost.total * (piece.stop - start))
                 factors.update(finish.factors(self, one, cut.of(piece), described.of(piece), tall))
                 start = piece.stop
         return factors

@@ -34,11 +34,14 @@ class Estimates:
 
 
 def estimate(tasks: Sequence[str], values: Sequence[float], *, shares: bool) -> Estimates:
-    """The estimates of values, one for each example, whose tasks these are. shares: values are between 0 and 1.
+    """The estimates of values, one for each example, whose tasks these are.
+
+    shares: values are known to be between 0 and 1; where they are not (grades, metrics of the harness), they count as such if all are.
 
     Right or wrong: Wilson's interval; other values: Student's t. The mean's interval combines those of the tasks (Zou and
     Donner, Statistics in Medicine 27, 2008). A single value that is neither 0 nor 1 has no interval: it is infinite.
     """
+    shares = shares or all(0.0 <= value <= 1.0 for value in values)
     groups: dict[str, list[float]] = {}
     for task, value in zip(tasks, values, strict=True):
         groups.setdefault(task, []).append(value)

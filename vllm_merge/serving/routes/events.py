@@ -23,7 +23,7 @@ from vllm_merge.serving.worker import news
 MAX_LISTENERS = 32
 MAX_WAITING = 256  # events of one listener
 MESSAGES = ("reason", "error")  # fields whose text may come from an error
-KINDS = ("hello", "merge", "eviction", "alias", "config", "adapter", "adhoc", "experiment", "lost")
+KINDS = ("hello", "merge", "eviction", "alias", "config", "adapter", "recipe", "adhoc", "experiment", "lost")
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,13 @@ class EventHub:
             self.publish("config", {"state": "refused", "generation": now.generation, "error": now.error})
         elif now.stamp != before.stamp:
             self.publish("config", {"state": "reloaded", "generation": now.generation})
-        for name in sorted(before.added.keys() ^ now.added.keys()):
-            state = "added" if name in now.added else "removed"
-            self.publish("adapter", {"state": state, "adapter": name, "generation": now.generation})
+        for kind, old, new in (
+            ("adapter", before.added, now.added),
+            ("recipe", before.added_recipes, now.added_recipes),
+        ):
+            for name in sorted(old.keys() ^ new.keys()):
+                state = "added" if name in new else "removed"
+                self.publish(kind, {"state": state, kind: name, "generation": now.generation})
         for decision in now.trials.decisions:
             if decision not in before.trials.decisions:
                 self.publish("experiment", {**asdict(decision), "generation": now.generation})

@@ -47,7 +47,7 @@ class Stop(BaseModel):
     reason: Reason = ""
 
 
-@router.get("")
+@router.get("", summary="Every experiment", responses=errors())
 async def experiments(request: Request) -> dict[str, Any]:
     """Every experiment of the recipe file: its arms and their artifacts, its status, and what was decided and why."""
     state = (await current(request.app.state)).state
@@ -59,7 +59,7 @@ async def experiments(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/{name}", responses=errors(404))
+@router.get("/{name}", summary="One experiment", responses=errors(404))
 async def experiment(name: str, request: Request) -> dict[str, Any]:
     """One experiment, with its whole definition."""
     state = (await current(request.app.state)).state
@@ -67,7 +67,7 @@ async def experiment(name: str, request: Request) -> dict[str, Any]:
     return {**_row(state, name), "definition": state.trials.running[name].to_document()}
 
 
-@router.get("/{name}/report", responses=errors(404, 503))
+@router.get("/{name}/report", summary="What an experiment has found", responses=errors(404, 503))
 async def report(name: str, request: Request) -> dict[str, Any]:
     """What the store says of an experiment as it is defined now: arms, intervals, course over time, guardrails, verdict.
 
@@ -91,7 +91,7 @@ def _full_report(published: Published, name: str) -> dict[str, Any]:
     return report(published.experiments.open_store(), name)
 
 
-@changes.post("/{name}/promote", responses=errors(403, 404, 422, 503))
+@changes.post("/{name}/promote", summary="Give everybody one arm", responses=errors(403, 404, 422, 503))
 async def promote(name: str, promotion: Promotion, request: Request) -> dict[str, Any]:
     """Let everybody who asks for the experiment get one arm, and its alias stand for what the arm serves."""
     published: Published = request.app.state.vllm_merge_published
@@ -105,7 +105,7 @@ async def promote(name: str, promotion: Promotion, request: Request) -> dict[str
     return await _decide(published, name, "promote", promotion.arm, promotion.reason)
 
 
-@changes.post("/{name}/stop", responses=errors(403, 404, 503))
+@changes.post("/{name}/stop", summary="Give everybody control", responses=errors(403, 404, 503))
 async def stop(name: str, request: Request, stop: Stop | None = None) -> dict[str, Any]:
     """Give everybody control, until the experiment's definition changes."""
     published: Published = request.app.state.vllm_merge_published

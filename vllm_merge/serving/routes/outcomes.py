@@ -76,7 +76,9 @@ class Recorded(BaseModel):
     known: int
 
 
-@router.post("/outcomes", responses=errors(404, 413, 422, 429, 503), openapi_extra=_BODY)
+@router.post(
+    "/outcomes", summary="What became of answers", responses=errors(404, 413, 422, 429, 503), openapi_extra=_BODY
+)
 async def outcomes(request: Request) -> Recorded:
     """Write outcomes: an object, or {"outcomes": [objects]}. All of them or none.
 
