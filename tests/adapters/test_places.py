@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run of bytes in which an adapter's factors lie."""
+"""Where an adapter's factors lie: found out once, and as one run of bytes."""
 
 from __future__ import annotations
 
 import torch
 
-from vllm_merge import Adapter, LoraFactors
+from vllm_merge import Adapter, LoraFactors, merge
 
 
 def test_a_run_keeps_float32_where_a_gpu_can_read_it() -> None:
@@ -17,3 +17,13 @@ def test_a_run_keeps_float32_where_a_gpu_can_read_it() -> None:
     assert (b.data_ptr() - run.data_ptr()) % b.itemsize == 0
     assert run.data_ptr() <= a.data_ptr()
     assert run.data_ptr() + run.numel() == b.data_ptr() + b.nbytes
+
+
+def test_what_is_found_out_of_an_adapter_is_known_under_all_its_names() -> None:
+    """A server gives the adapters that it keeps their names in the plan, at every merge."""
+    kept = Adapter("kept", {"m": LoraFactors(torch.ones(2, 4), torch.ones(3, 2))})
+    named = kept.named("a")
+    merge([named, kept.named("b")], merge_method="linear")
+    assert kept.found.zero is False
+    assert kept.named("c").places is named.places
+    assert kept.named("d").content_hash is named.content_hash

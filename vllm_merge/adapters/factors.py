@@ -121,6 +121,18 @@ class Layout(tuple[tuple[str, tuple[int, int], int, bool], ...]):
         return self._hash
 
 
+@dataclass(slots=True)
+class Found:
+    """What was found out about the content of an adapter, which all its names share.
+
+    zero: whether ΔW = 0 at every module, once a merge has found out.
+    """
+
+    places: Places | None = None
+    content_hash: str | None = None
+    zero: bool | None = None
+
+
 class Adapter:
     """A named LoRA adapter in memory: module name → LoraFactors, in natural module order.
 
@@ -145,28 +157,25 @@ class Adapter:
         self.metadata: Mapping[str, object] = MappingProxyType(dict(metadata or {}))
         self.known_hash = content_hash
         """The content hash that was given, if one was."""
-        self.known_zero: bool | None = None
-        """Whether ΔW = 0 at every module, once a merge has found out."""
-        self._computed_hash: str | None = None
-        self._places: Places | None = None
+        self.found = Found()
 
     @property
     def places(self) -> Places:
         """Where the factors lie in memory."""
-        if self._places is None:
+        if self.found.places is None:
             from vllm_merge.adapters.places import Places
 
-            self._places = Places.of(self.factors)
-        return self._places
+            self.found.places = Places.of(self.factors)
+        return self.found.places
 
     @property
     def content_hash(self) -> str:
         """SHA-256 (hex) that identifies the adapter's content; computed from the factors unless it was given."""
         if self.known_hash is not None:
             return self.known_hash
-        if self._computed_hash is None:
-            self._computed_hash = factors_sha256(self.factors)
-        return self._computed_hash
+        if self.found.content_hash is None:
+            self.found.content_hash = factors_sha256(self.factors)
+        return self.found.content_hash
 
     @property
     def rank(self) -> int:
@@ -186,7 +195,7 @@ class Adapter:
         return read_adapter(Path(path), name)
 
     def named(self, name: str) -> Adapter:
-        """The same adapter under another name."""
+        """The same adapter under another name; what is found out about one is known of the other."""
         renamed = copy(self)
         renamed.name = name
         return renamed

@@ -127,7 +127,7 @@ def merge(
 
 def _zero_adapters(adapters: Sequence[Adapter]) -> set[int]:
     """Which adapters are ΔW = 0 at every module. A module of each settles nearly all; two reads of the device do."""
-    modules = {index: list(a.factors.values()) for index, a in enumerate(adapters) if a.known_zero is None}
+    modules = {index: list(a.factors.values()) for index, a in enumerate(adapters) if a.found.zero is None}
     if modules:
         device = _device_of(adapters)
         zero = set(modules)
@@ -137,8 +137,8 @@ def _zero_adapters(adapters: Sequence[Adapter]) -> set[int]:
                 largest = torch.stack([torch.stack(found).amax().to(device) for found in norms.values()])
                 zero -= {index for index, norm in zip(norms, largest.tolist(), strict=True) if norm != 0}
         for index in modules:
-            adapters[index].known_zero = index in zero
-    return {index for index, adapter in enumerate(adapters) if adapter.known_zero}
+            adapters[index].found.zero = index in zero
+    return {index for index, adapter in enumerate(adapters) if adapter.found.zero}
 
 
 def _norm(factors: LoraFactors) -> Tensor:
