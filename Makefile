@@ -22,7 +22,6 @@ demo-ab: setup  ## three arms, simulated users with known preferences, a restart
 
 evidence: setup  ## rebuild the tables and plots of docs/evidence.md from the recorded results
 	@$(BIN)/python -m benchmarks.quality.report
-	@$(BIN)/python -m vllm_merge.search.evidence benchmarks/results/demo-methods.json benchmarks/results/quality/summary.json
 
 evidence-full: setup  ## the whole quality benchmark, on a GPU
 	@$(BIN)/python -m benchmarks.quality.run && $(BIN)/python -m benchmarks.quality.learned
