@@ -68,7 +68,8 @@ def test_rows_are_written_fitted_and_checked(tmp_path: Path) -> None:
         assert row.keys() >= SCHEMA
         assert row["rank"] == 8
         assert 0 < row["floor_seconds"] < row["seconds"]
-        assert row["peak_bytes"] > row["input_bytes"] + row["result_bytes"]
+        # A weighted sum whose terms are put side by side holds nothing else.
+        assert row["peak_bytes"] >= row["input_bytes"] + row["result_bytes"]
     content["rows"] += [{**content["rows"][2], "part": "held_out"}]
     out.write_text(json.dumps(content))
     told = run("calibrate.py", str(out), "--out", str(constants))

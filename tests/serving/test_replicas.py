@@ -120,6 +120,7 @@ def test_who_waits_for_another_replica_can_be_cancelled_and_holds_nobody_up(serv
     both(one, two, scenario)
 
 
+@pytest.mark.full
 def test_a_place_that_hangs_is_not_waited_for(serve, merges, tmp_path, monkeypatch, caplog):  # noqa: F811
     one, two = serve(disk=tmp_path), serve()
     merges.go.clear()
