@@ -120,7 +120,6 @@ def test_who_waits_for_another_replica_can_be_cancelled_and_holds_nobody_up(serv
     both(one, two, scenario)
 
 
-@pytest.mark.full
 def test_a_place_that_hangs_is_not_waited_for(serve, merges, tmp_path, monkeypatch, caplog):  # noqa: F811
     one, two = serve(disk=tmp_path), serve()
     merges.go.clear()
@@ -131,8 +130,12 @@ def test_a_place_that_hangs_is_not_waited_for(serve, merges, tmp_path, monkeypat
         await until(lambda: merges.started == ["a"])
         other = asyncio.create_task(prepare(second, "a"))
         await until(lambda: [job.status for job in two._making.jobs.values()] == ["elsewhere"])
-        monkeypatch.setattr(reservations, "STALE_SECONDS", 0.05)
-        monkeypatch.setattr(tiers, "DISK_SECONDS", 0.05)
+        for module, name in (
+            (reservations, "STALE_SECONDS"),
+            (reservations, "ANSWER_SECONDS"),
+            (tiers, "DISK_SECONDS"),
+        ):
+            monkeypatch.setattr(module, name, 0.05)
         disk, reserved = two._tiers._disk, two._tiers._reservations
         for name in ("holds", "read"):
             monkeypatch.setattr(disk, name, lambda digest: answers.wait() and None)
