@@ -190,6 +190,11 @@ def owners(slots: Sequence[slice]) -> Tensor:
     return torch.arange(len(slots)).repeat_interleave(widths)
 
 
+def owner_matrix(slots: Sequence[slice]) -> Tensor:
+    """(K, n) float64, 1 where a stacked rank-one term is of a task; on the CPU."""
+    return (owners(slots)[:, None] == torch.arange(len(slots))).double()
+
+
 _BUILDERS: dict[str, Build] = {
     "delta": delta_bases,
     "knots": knots_bases,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.coordinates import Coordinates, owners, task_norms
+from vllm_merge.algebra.coordinates import Coordinates, owner_matrix, owners, task_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Cores:
     def gram(self) -> Tensor:
         """⟨M_i, M_j⟩ = ⟨ΔW_i, ΔW_j⟩, (modules, n, n) float64; exactly 0 where a task is within rounding of 0."""
         products = (self.left.mT @ self.left) * (self.right @ self.right.mT)
-        one = (owners(self.slots)[:, None] == torch.arange(len(self.slots))).to(self.left)
+        one = owner_matrix(self.slots).to(self.left)
         present = (self.norms() > 0).to(self.left)
         return (one.mT @ products @ one) * present[:, :, None] * present[:, None, :]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vllm_merge.adapters.stacking import ModuleGroup, Stack
 from vllm_merge.algebra.bases import orthonormal_basis
-from vllm_merge.algebra.coordinates import Grams
+from vllm_merge.algebra.coordinates import Grams, owner_matrix
 from vllm_merge.algebra.tiles import Tile
 
 
@@ -76,7 +76,7 @@ class Overview:
 
     def add(self, stack: Stack, grams: Grams, left: Tensor, right: Tensor) -> None:
         """The batch whose result is left (modules, d_out, k) @ rightᵀ (modules, d_in, k), in factors √σ u and √σ v."""
-        modules, owner = len(stack.group.modules), _owners(stack.group).to(grams.A)
+        modules, owner = len(stack.group.modules), owner_matrix(stack.group.slots).to(grams.A)
         products = owner.mT @ (grams.A * grams.B) @ owner
         inner = (stack.B.mT @ left.float()).double() * (stack.A @ right.float()).double()
         with_result = inner.sum(-1) @ owner
@@ -110,14 +110,6 @@ class Overview:
         means = [part.nanmean(0, keepdim=True) for part in (columns, rows, effective[:, 0])]
         counts = signs.nansum(0, keepdim=True)
         return by_module, findings(*sums, *means, counts[:, 0] / counts[:, 1])
-
-
-def _owners(group: ModuleGroup) -> Tensor:
-    """(K, n), 1 where a stacked term is of an adapter."""
-    owner = torch.zeros(group.stacked_rank, len(group.slots))
-    for task, slot in enumerate(group.slots):
-        owner[slot, task] = 1
-    return owner
 
 
 def _overlaps(grams: Tensor, group: ModuleGroup, owner: Tensor) -> Tensor:

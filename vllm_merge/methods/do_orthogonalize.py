@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules
+from vllm_merge.algebra.coordinates import owner_matrix
 from vllm_merge.algebra.symmetric import descending_eigh
 from vllm_merge.methods.preconditions import Context, change_stacks, precondition, stacks, unstack
 
@@ -113,10 +114,7 @@ class _Pairs:
 
     @classmethod
     def of(cls, group: ModuleGroup, device: torch.device, power: int, gamma: float) -> _Pairs:
-        owner = torch.zeros(len(group.slots), group.stacked_rank, dtype=torch.float64, device=device)
-        for index, slot in enumerate(group.slots):
-            owner[index, slot] = 1
-        return cls(owner, power, gamma)
+        return cls(owner_matrix(group.slots).to(device).mT.contiguous(), power, gamma)
 
     def norms(self, gram: Tensor) -> Tensor:
         """‖Â_i Â_jᵀ‖_F of i ≠ j, (modules, n, n), from Â Âᵀ (modules, K, K)."""

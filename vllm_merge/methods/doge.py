@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm_merge.adapters.factors import Adapter
 from vllm_merge.adapters.stacking import Stack
 from vllm_merge.algebra.bases import gram
-from vllm_merge.algebra.coordinates import task_norms
+from vllm_merge.algebra.coordinates import owner_matrix, task_norms
 from vllm_merge.algebra.shared_subspace import shared_subspace
 from vllm_merge.algebra.tiles import Passes, Tile
 from vllm_merge.errors import UserInputError
@@ -70,9 +70,7 @@ class Correction:
         gram_a, gram_b = gram(a.mT), gram(b)
         norms = task_norms(gram_a, gram_b, slots)
         coefficients = torch.where(norms > 0, coefficient * weight / norms, 0.0)
-        owner = torch.zeros(len(slots), b.shape[2], dtype=b.dtype, device=b.device)
-        for index, slot in enumerate(slots):
-            owner[index, slot] = 1
+        owner = owner_matrix(slots).to(b).mT.contiguous()
         own = b @ (gram_a * (owner.mT @ owner))
         residual = own - (b * (coefficients @ owner)[:, None]) @ gram_a
         shared = shared_subspace(b, gram_a, slots, a.shape[2], subspace)
