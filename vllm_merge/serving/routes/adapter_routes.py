@@ -10,14 +10,12 @@ from fastapi import APIRouter, Depends, Request
 
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError, UserInputError
-from vllm_merge.serving.control.control import ControlError
-from vllm_merge.serving.control.front import ArtifactUnavailable
 from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.control.state import State
 from vllm_merge.serving.routes.adapter_root import folder_in
 from vllm_merge.serving.routes.admin import require_admin
 from vllm_merge.serving.routes.overview import current
-from vllm_merge.serving.routes.route_errors import RouteError, errors
+from vllm_merge.serving.routes.route_errors import RouteError, errors, told_of_changes
 from vllm_merge.serving.routes.route_models import AdapterList, AdapterRow, ChangedAdapter, FolderName
 from vllm_merge.serving.settings import ADAPTER_ROOT_VARIABLE, adapter_root
 
@@ -60,14 +58,8 @@ async def add(name: FolderName, request: Request) -> ChangedAdapter:
         await asyncio.to_thread(Catalogue().register, name, folder)
     except MergeError as error:
         raise RouteError(422, str(error).replace(f"{root}/", ""), param="name") from None
-    try:
+    with told_of_changes():
         state = await published.add_adapter(name, folder)
-    except ArtifactUnavailable as error:
-        raise RouteError(503 if error.retry else 409, str(error), retry_after=error.retry_after) from None
-    except UserInputError as error:
-        raise RouteError(409, str(error), param="name") from None
-    except ControlError as error:
-        raise RouteError(503, str(error), retry_after=error.retry_after) from None
     return ChangedAdapter(adapter=name, artifact=state.names.names[name].label, generation=state.generation)
 
 
@@ -81,12 +73,8 @@ async def remove(name: FolderName, request: Request) -> ChangedAdapter:
     published: Published = request.app.state.vllm_merge_published
     if name not in published.state.names.recipes.adapters:
         raise RouteError(404, f"there is no adapter {name!r}", param="name")
-    try:
+    with told_of_changes():
         state = await published.remove_adapter(name)
-    except UserInputError as error:
-        raise RouteError(409, str(error), param="name") from None
-    except ControlError as error:
-        raise RouteError(503, str(error), retry_after=error.retry_after) from None
     return ChangedAdapter(adapter=name, artifact=None, generation=state.generation)
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Depends, Request
 
-from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.adhoc import PREFIX, AdHocError, Written, parse_name
-from vllm_merge.serving.control.control import ControlError
-from vllm_merge.serving.control.front import ArtifactUnavailable
 from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.routes.admin import require_admin
-from vllm_merge.serving.routes.route_errors import RouteError, errors
+from vllm_merge.serving.routes.route_errors import RouteError, errors, told_of_changes
 from vllm_merge.serving.routes.route_models import ChangedRecipe, RecipeName, ToAdd
 
 admin_router = APIRouter(prefix="/v1/merge/recipes", tags=["merge"], dependencies=[Depends(require_admin)])
@@ -28,19 +25,16 @@ async def add(name: RecipeName, wanted: ToAdd, request: Request) -> ChangedRecip
     400: the recipe is wrong; 409: the name is taken, or it cannot be made; 503: not now. `plan` and `validate` are no names.
     """
     published: Published = request.app.state.vllm_merge_published
-    try:
-        if isinstance(wanted.merge, str) and not wanted.merge.startswith(PREFIX):
-            raise AdHocError("merge", f"merge: expected a recipe, or one as a model name, which begins with {PREFIX!r}")
-        written = parse_name(wanted.merge) if isinstance(wanted.merge, str) else Written(wanted.merge)
-        state = await published.add_recipe(name, written)
-    except AdHocError as error:
-        raise RouteError(400, str(error), param="merge" if error.param == "model" else error.param) from None
-    except ArtifactUnavailable as error:
-        raise RouteError(503 if error.retry else 409, str(error), retry_after=error.retry_after) from None
-    except UserInputError as error:
-        raise RouteError(409, str(error), param="name") from None
-    except ControlError as error:
-        raise RouteError(503, str(error), retry_after=error.retry_after) from None
+    with told_of_changes():
+        try:
+            if isinstance(wanted.merge, str) and not wanted.merge.startswith(PREFIX):
+                raise AdHocError(
+                    "merge", f"merge: expected a recipe, or one as a model name, which begins with {PREFIX!r}"
+                )
+            written = parse_name(wanted.merge) if isinstance(wanted.merge, str) else Written(wanted.merge)
+            state = await published.add_recipe(name, written)
+        except AdHocError as error:
+            raise RouteError(400, str(error), param="merge" if error.param == "model" else error.param) from None
     known = state.names.names[name]
     return ChangedRecipe(
         recipe=name, artifact=known.label, digest=known.digest, generation=state.generation, lasts=LASTS
@@ -57,12 +51,8 @@ async def remove(name: RecipeName, request: Request) -> ChangedRecipe:
     published: Published = request.app.state.vllm_merge_published
     if name not in published.state.names.recipes.recipes:
         raise RouteError(404, f"there is no recipe {name!r}", param="name")
-    try:
+    with told_of_changes():
         state = await published.remove_recipe(name)
-    except UserInputError as error:
-        raise RouteError(409, str(error), param="name") from None
-    except ControlError as error:
-        raise RouteError(503, str(error), retry_after=error.retry_after) from None
     known = state.names.names.get(name)  # the recipe file's, where it has one of that name
     return ChangedRecipe(
         recipe=name,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -10,6 +12,9 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
+from vllm_merge.errors import UserInputError
+from vllm_merge.serving.control.control import ControlError
+from vllm_merge.serving.control.front import ArtifactUnavailable
 from vllm_merge.serving.folders import Told
 
 
@@ -34,6 +39,19 @@ class RouteError(Exception):
     def __init__(self, status: int, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status, self.param, self.retry_after = status, param, retry_after
+
+
+@contextmanager
+def told_of_changes() -> Iterator[None]:
+    """What keeps a change of the served names from being made, as an answer: 409, or 503 where it may pass."""
+    try:
+        yield
+    except ArtifactUnavailable as error:
+        raise RouteError(503 if error.retry else 409, str(error), retry_after=error.retry_after) from None
+    except UserInputError as error:
+        raise RouteError(409, str(error), param="name") from None
+    except ControlError as error:
+        raise RouteError(503, str(error), retry_after=error.retry_after) from None
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
