@@ -65,7 +65,7 @@ def build_model(settings: Base, vocabulary: int) -> LlamaForCausalLM:
 
 
 def train_base(corpus: Path, folder: Path, settings: Base, device: torch.device) -> dict[str, Any]:
-    """Train tokenizer and model, write both to the folder, and say how it went."""
+    """Train tokenizer and model, write both to the folder, the weights rounded to bfloat16, and say how it went."""
     began = time.monotonic()
     documents = read_corpus(corpus, settings.max_characters)
     tokenizer = train_tokenizer(documents, settings.vocabulary)
@@ -76,7 +76,7 @@ def train_base(corpus: Path, folder: Path, settings: Base, device: torch.device)
     tokenized = time.monotonic()
     model = build_model(settings, len(tokenizer)).to(device)
     losses = _train(model, train.to(device), valid.to(device), settings)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
         "parameters": model.num_parameters(),

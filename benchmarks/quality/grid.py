@@ -13,6 +13,7 @@ from benchmarks.quality.settings import Settings
 from vllm_merge.methods.registry import MethodSpec, default_registry, list_methods
 
 LOSSLESS = "lossless"
+EPSILON = 0.15  # the default of della
 PAIRS = "pairs"  # the stage whose merges are not averaged: each pair of tasks is a point
 # What the claims are about, and a few to put beside: measured before all others.
 FIRST = (
@@ -30,6 +31,7 @@ FIRST = (
     ("robustmerge", "factors"),
 )
 PREDICTED = FIRST[:4]  # whose losses on pairs the interference report is to predict
+UNEQUAL = (("task_arithmetic", "core"), ("do_merging", "knots"))  # on pairs of very different norms
 CURVE = (4, 8, 32, 64)
 SECONDS = {"cuda": 1.5, "cpu": 20.0}  # of a merge of all tasks, before any was timed
 
@@ -98,19 +100,17 @@ def _stages(settings: Settings, tasks: Sequence[str]) -> Iterator[Config]:
     first, seeds = settings.seeds[:1], settings.seeds
     smaller = sorted((size for size in settings.sizes if size < largest), reverse=True)
     everything, few = list(every_method(largest)), [e for e in every_method(largest) if e in FIRST]
-    yield from stage("all tasks", "plain", first, largest, everything)
     yield from stage("all tasks", "plain", seeds, largest, few)
     yield from stage("osrm", "osrm", seeds, largest, few, (LOSSLESS,))
     yield from stage("mixed", "mixed", seeds, largest, few, (LOSSLESS,))
     for size in smaller[:1]:
         yield from stage(f"{size} tasks", "plain", seeds, size, _first(size), (LOSSLESS,))
-    for kind in ("plain", "mixed"):
-        for pair in combinations(tasks[:largest], 2):
-            for method, space in (
-                PREDICTED if kind == "plain" else (("task_arithmetic", "core"), ("do_merging", "knots"))
-            ):
-                yield Config(kind, first[0], pair, method, space, LOSSLESS, PAIRS)
+    yield from _pairs("plain", first[0], tasks[:largest], PREDICTED)
+    for size in smaller[1:]:
+        yield from stage(f"{size} tasks", "plain", seeds, size, _first(size), (LOSSLESS,))
     yield from stage("ranks", "plain", first, largest, few, CURVE)
+    yield from stage("all tasks", "plain", first, largest, everything)
+    yield from _pairs("mixed", first[0], tasks[:largest], UNEQUAL)
     yield from stage("all tasks", "plain", seeds, largest, everything)
     for kind in ("osrm", "mixed"):
         yield from stage(kind, kind, seeds, largest, few)
@@ -123,6 +123,12 @@ def _stages(settings: Settings, tasks: Sequence[str]) -> Iterator[Config]:
     yield from stage("osrm-mean", "osrm-mean", seeds, largest, few)
     for size in smaller:
         yield from stage(f"{size} tasks", "plain", seeds, size, list(every_method(size)))
+
+
+def _pairs(kind: str, seed: int, tasks: Sequence[str], entries: Sequence[tuple[str, str]]) -> Iterator[Config]:
+    for pair in combinations(tasks, 2):
+        for method, space in entries:
+            yield Config(kind, seed, pair, method, space, LOSSLESS, PAIRS)
 
 
 def _first(size: int) -> list[tuple[str, str]]:
@@ -138,6 +144,15 @@ def estimate(configs: Sequence[Config], rows: Sequence[Row], device: str, jobs: 
     return each * sum(len(config.tasks) for config in configs) / jobs
 
 
-def takes_rank(method: str) -> bool:
-    """Whether the method makes a result of a rank that it is told."""
-    return any(parameter.name == "target_rank" for parameter in default_registry().get(method).parameters)
+def parameters_of(method: str, rank: int | str, lam: float, density: float | None) -> dict[str, Any]:
+    """What a recipe gives the method; all else stays at its default. A method that keeps entries with probabilities around
+    the density, from density − epsilon to density + epsilon, gets the default or what keeps them between 0 and 1."""
+    names = {parameter.name for parameter in default_registry().get(method).parameters}
+    found: dict[str, Any] = {"lambda": lam}
+    if density is not None:
+        found["density"] = density
+        if {"density", "epsilon"} <= names:
+            found["epsilon"] = min(EPSILON, round(0.9 * min(density, 1 - density), 6))
+    if "target_rank" in names and rank != LOSSLESS:
+        found["target_rank"] = rank
+    return found

@@ -27,8 +27,9 @@ from benchmarks.quality.grid import LOSSLESS
 from benchmarks.quality.prepare import Bench, validation
 from benchmarks.quality.records import Row, Writer, key, read_rows
 from benchmarks.quality.run import Places, places_of, with_options
+from benchmarks.quality.scoring import joint_norm
 from benchmarks.quality.served import Best
-from benchmarks.quality.sweep import TRIALS, Sweep, joint_norm
+from benchmarks.quality.sweep import TRIALS, Sweep
 from benchmarks.quality.tasks import answer, prompt
 from vllm_merge import Adapter, MergeError, merge
 from vllm_merge.adapters.peft import hash_adapter
@@ -82,8 +83,8 @@ def wanted(rows: Sequence[Row], tasks: Sequence[str], seeds: Sequence[int], meth
     return found
 
 
-def learn(places: Places, left: Sequence[Wanted], seconds: float, name: str) -> int:
-    """Run learners in order for so many seconds; how many were measured."""
+def learn(places: Places, left: Sequence[Wanted], seconds: float, name: str, jobs: int = 1) -> int:
+    """Run learners in order for so many seconds; how many were measured. jobs: how many share the device."""
     until, done = time.monotonic() + seconds, 0
     torch.set_num_threads(places.threads)
     bench = places.open()
@@ -93,7 +94,7 @@ def learn(places: Places, left: Sequence[Wanted], seconds: float, name: str) -> 
             break
         try:
             for row in learned(bench, sweep, one):
-                writer.add(row)
+                writer.add({**row, "jobs": jobs})
         except MergeError as error:
             print(f"{one.method}, seed {one.start['seed']}: {error}", flush=True)
             continue
@@ -225,7 +226,7 @@ def main() -> None:
         done = learn(places, left, seconds, "rows-learned")
     else:
         del bench
-        work = [(places, left[index::jobs], seconds, f"rows-learned-{index}") for index in range(jobs)]
+        work = [(places, left[index::jobs], seconds, f"rows-learned-{index}", jobs) for index in range(jobs)]
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
             done = sum(pool.starmap(learn, work, chunksize=1))
     print(f"learned {done} of {len(left)}; {len(everything) - len(left)} were there", flush=True)

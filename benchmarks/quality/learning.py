@@ -61,7 +61,9 @@ def learned_table(scores: Scores, rows: Sequence[Row]) -> Iterator[str]:
     runs = [row for row in rows if row["kind"] == "learned"]
     yield f"## Merges that learn, {len(scores.tasks)} tasks\n"
     yield "By `vllm-merge tune` from the plain adapters and the validation examples, from task arithmetic (AdaMerging++ from KnOTS-TIES). Gain:"
-    yield "over the best merge of the same rank that learns nothing, on the same seeds. Score and gain in %, with 95 % intervals.\n"
+    yield "over the best merge of the same rank that learns nothing, on the same seeds. Score and gain in %, with 95 % intervals."
+    jobs = max((row.get("jobs", 1) for row in runs), default=1)
+    yield f"Seconds are those of learning, on a device that up to {jobs} learners shared.\n"
     yield "| method | rank | labels | score | gain | over | seeds | seconds |\n|---|---|---|---|---|---|---|---|"
     for family in families:
         rival = best_without_data(scores, family.rank)

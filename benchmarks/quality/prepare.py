@@ -3,33 +3,52 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.quality.bank import PROJECTIONS, Wanted, train_bank
 from benchmarks.quality.base import train_base
-from benchmarks.quality.records import Row, Writer, identity, key, packed, read_rows, read_run, unpacked, write_run
-from benchmarks.quality.scoring import Questions, Weights
+from benchmarks.quality.records import (
+    BASE,
+    WEIGHTS,
+    Row,
+    Writer,
+    identity,
+    key,
+    packed,
+    place_of,
+    read_rows,
+    read_run,
+    unpacked,
+    write_run,
+)
+from benchmarks.quality.scoring import Asked, Questions, Weights, joint_norm
 from benchmarks.quality.settings import MIXED, Settings
 from benchmarks.quality.tasks import Example, Task, answer, prompt
-from vllm_merge import Adapter
+from vllm_merge import Adapter, LoraFactors
 from vllm_merge.adapters.folders import new_folder
 from vllm_merge.adapters.peft import write_adapter
 from vllm_merge.training.inputs import Batch, target_layers
 from vllm_merge.training.starts import Start, osrm_starts
 
 CORPUS = "corpus.txt.xz"
+STARTS, FACTS = "starts", "facts"
+VALID, TEST = "valid", "test"
 BATCH = 16  # texts at once for OSRM
 LONGEST_LABEL = 12  # tokens
 
@@ -57,7 +76,7 @@ class Bench:
 
     def identity(self, kind: str, seed: int) -> str:
         """Of the base and the adapters of a set and seed."""
-        return identity(self.weights, kind, seed)
+        return identity(self.weights, place_of(kind, seed))
 
 
 def opened(
@@ -67,7 +86,7 @@ def opened(
     if not (weights / "base").is_dir():
         with new_folder(weights / "base") as folder, repeatable(device):
             found = train_base(_corpus(data), folder, settings.base, device)
-        _record(results, settings, device, {"base": found})
+        _record(results, settings, device, {BASE: found})
     model = LlamaForCausalLM.from_pretrained(weights / "base", dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(weights / "base")
     return Bench(settings, data, weights, results, device, tasks, model, tokenizer)
@@ -84,9 +103,27 @@ def prepare_set(bench: Bench, kind: str) -> None:
     ]
     if missing:
         _train(bench, kind, everyone, missing)
+    _name_weights(bench, kind)
     _measure(bench, kind, everyone)
     if kind == "plain":
         _gate(bench)
+
+
+def _name_weights(bench: Bench, kind: str) -> None:
+    """In run.json, so that rows of other weights are left out."""
+    content = read_run(bench.results)
+    names = {place_of(kind, seed): bench.identity(kind, seed) for seed in bench.settings.seeds}
+    content[WEIGHTS] = {**content.get(WEIGHTS, {}), BASE: identity(bench.weights), **names}
+    if BASE in content:
+        content[BASE]["kept_in"] = str(kept_in(bench.weights)).removeprefix("torch.")
+    write_run(bench.results, content)
+
+
+def kept_in(weights: Path) -> torch.dtype:
+    """The dtype of the base's file."""
+    with safe_open(weights / "base" / "model.safetensors", framework="pt") as file:
+        found: torch.dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    return found
 
 
 @contextmanager
@@ -123,13 +160,16 @@ def _train(bench: Bench, kind: str, everyone: Sequence[str], missing: Sequence[t
     wanted.sort(
         key=lambda one: sum(len(example.text) for example in one.task.train[:200])
     )  # texts of like length together
-    for start in range(0, len(wanted), bench.settings.tuning.bank):
-        part = wanted[start : start + bench.settings.tuning.bank]
+    banks = -(-len(wanted) // bench.settings.tuning.bank)
+    ends = [round(len(wanted) * index / banks) for index in range(banks + 1)]  # banks of like size
+    for start, end in pairwise(ends):
+        part = wanted[start:end]
         print(f"{kind}: training {', '.join(f'{one.task.name}/{one.seed}' for one in part)}", flush=True)
         with repeatable(bench.device):
             trained = train_bank(bench.model, bench.tokenizer, part, bench.settings.tuning)
         for one, factors in zip(part, trained, strict=True):
-            write_adapter(bench.adapter(kind, one.seed, one.task.name), factors, base_model="quality-base")
+            kept = {name: LoraFactors(f.A.bfloat16(), f.B.bfloat16(), f.scaling) for name, f in factors.items()}
+            write_adapter(bench.adapter(kind, one.seed, one.task.name), kept, base_model="quality-base")
     facts = {task: {"others": start.facts()["others"], "own": start.facts()["own"]} for task, start in starts.items()}
     found = {
         "adapters": len(wanted),
@@ -149,7 +189,26 @@ def _wanted(bench: Bench, kind: str, index: int, task: str, seed: int, starts: d
 
 
 def osrm(bench: Bench, names: Sequence[str], kind: str) -> dict[str, Start]:
-    """The OSRM starts of these tasks, each away from all the others; the same for every seed."""
+    """The OSRM starts of these tasks, each away from all the others; the same for every seed. Kept beside the adapters."""
+    folder = bench.weights / STARTS / f"{kind}-{bench.settings.tuning.rank}"
+    if not folder.is_dir():
+        found = _osrm(bench, names, kind)
+        with new_folder(folder) as place:
+            for name, start in found.items():
+                directions = {module: rows.bfloat16() for module, rows in start.directions.items()}
+                facts = {"others": start.others, "own": start.own}
+                save_file(directions, place / f"{name}.safetensors", metadata={FACTS: json.dumps(facts)})
+    if missing := [name for name in names if not (folder / f"{name}.safetensors").is_file()]:
+        raise SystemExit(f"{folder}: has no start for {', '.join(missing)}, made for other tasks; remove it")
+    starts = {}
+    for name in names:
+        with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
+            facts = json.loads(file.metadata()[FACTS])
+            starts[name] = Start({module: file.get_tensor(module).float() for module in file.keys()}, **facts)  # noqa: SIM118
+    return starts
+
+
+def _osrm(bench: Bench, names: Sequence[str], kind: str) -> dict[str, Start]:
     rng = random.Random(0)
     batches: dict[str, list[Batch]] = {}
     for name in names:
@@ -167,10 +226,23 @@ def osrm(bench: Bench, names: Sequence[str], kind: str) -> dict[str, Start]:
     return osrm_starts(bench.model, layers, batches, bench.settings.tuning.rank, variant=variant)
 
 
-def questions(bench: Bench, task: Task, split: str, **options: Any) -> Questions:
+def asked(bench: Bench, name: str, split: str) -> Asked:
     """The validation examples that settings allow, or the tests, of a task."""
-    examples = validation(bench, task) if split == "valid" else task.test
-    return Questions(examples, task.labels, bench.tokenizer, bench.device, bench.settings.tokens_at_once, **options)
+    task = bench.tasks[name]
+    return Asked(validation(bench, task) if split == VALID else task.test, task.labels)
+
+
+def questions(bench: Bench, wanted: Sequence[Asked]) -> Questions:
+    """Packed for the bench's model."""
+    return Questions(wanted, bench.tokenizer, bench.device, bench.settings.tokens_at_once)
+
+
+def on_device(factors: Mapping[str, LoraFactors], device: torch.device) -> dict[str, LoraFactors]:
+    """In float32."""
+    return {
+        module: LoraFactors(pair.A.to(device).float(), pair.B.to(device).float(), pair.scaling)
+        for module, pair in factors.items()
+    }
 
 
 def validation(bench: Bench, task: Task) -> list[Example]:
@@ -182,6 +254,7 @@ def _measure(bench: Bench, kind: str, names: Sequence[str]) -> None:
     """Each adapter of the set on its own task."""
     writer, done = Writer(bench.results), {key(row) for row in read_rows(bench.results)}
     weights = Weights(bench.model)
+    tests = {name: questions(bench, [asked(bench, name, TEST)]) for name in names}
     for seed in bench.settings.seeds:
         identity = bench.identity(kind, seed)
         for name in names:
@@ -189,12 +262,12 @@ def _measure(bench: Bench, kind: str, names: Sequence[str]) -> None:
             if key(row) in done:
                 continue
             adapter = Adapter.from_peft(bench.adapter(kind, seed, name))
-            deltas = {module: pair.delta() for module, pair in adapter.factors.items()}
+            pairs = on_device(adapter.factors, bench.device)
+            deltas = {module: pair.delta() for module, pair in pairs.items()}
             weights.set(deltas)
-            task = bench.tasks[name]
-            row["chance"] = task.chance
-            row["bits"] = packed(questions(bench, task, "test").correct(bench.model))
-            row["norm"] = round(float(sum(float(d.double().square().sum()) for d in deltas.values()) ** 0.5), 4)
+            row["chance"] = bench.tasks[name].chance
+            row["bits"] = packed(tests[name].correct(bench.model)[0])
+            row["norm"] = round(joint_norm(deltas.values()), 4)
             row["rank"] = adapter.rank
             writer.add(row)
     weights.set({})
@@ -202,15 +275,18 @@ def _measure(bench: Bench, kind: str, names: Sequence[str]) -> None:
 
 def _gate(bench: Bench) -> None:
     """Which tasks count: those whose adapters are far enough above the base's few-shot; spares come last."""
-    if "gate" in read_run(bench.results):
+    weights = {place_of("plain", seed): bench.identity("plain", seed) for seed in bench.settings.seeds}
+    if read_run(bench.results).get("gate", {}).get(WEIGHTS) == weights:
         return
     singles = [row for row in read_rows(bench.results) if row["kind"] == "single" and row["set"] == "plain"]
+    base_weights = identity(bench.weights)
     writer = Writer(bench.results)
     found: dict[str, dict[str, Any]] = {}
     for name, task in bench.tasks.items():
         shots, prefix = few_shot(bench, task)
-        bits = questions(bench, task, "test", prefix=prefix).correct(bench.model)
-        writer.add({"kind": "base", "task": name, "shots": shots, "chance": task.chance, "bits": packed(bits)})
+        [bits] = questions(bench, [replace(asked(bench, name, TEST), prefix=prefix)]).correct(bench.model)
+        row = {"kind": "base", "weights": base_weights, "task": name, "shots": shots, "chance": task.chance}
+        writer.add({**row, "bits": packed(bits)})
         mine = [row for row in singles if row["task"] == name]
         single = sum(_share(row["bits"]) for row in mine) / len(mine)
         base = float(bits.mean())
@@ -222,7 +298,9 @@ def _gate(bench: Bench) -> None:
             "counts": single >= base + bench.settings.gate,
         }
     counted = [name for name, row in found.items() if row["counts"]][: bench.settings.tasks]
-    _record(bench.results, bench.settings, bench.device, {"gate": {"tasks": found, "counted": counted}})
+    _record(
+        bench.results, bench.settings, bench.device, {"gate": {"tasks": found, "counted": counted, WEIGHTS: weights}}
+    )
 
 
 def few_shot(bench: Bench, task: Task) -> tuple[int, str]:

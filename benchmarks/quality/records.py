@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 Row = dict[str, Any]
 RUN = "run.json"
+WEIGHTS, BASE = "weights", "base"  # in run.json: the identity of each set and seed, and of the base
 KEYS = {
-    "base": ("task",),
+    "base": ("weights", "task"),
     "single": ("weights", "set", "seed", "task"),
     "merge": ("set", "seed", "tasks", "method", "space", "rank"),
     "learned": ("set", "seed", "tasks", "method", "rank"),
@@ -40,12 +41,29 @@ def key(row: Mapping[str, Any]) -> str:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """All rows of all files, each key once. A last line that was cut off is left out."""
+    """All rows of all files, each key once. A last line that was cut off is left out, and so are rows of other weights than
+    those that run.json names for their place."""
+    weights = read_run(folder).get(WEIGHTS, {})
     found: dict[str, Row] = {}
     for path in sorted(folder.glob("rows*.jsonl")):
         for row in _lines(path):
-            found.setdefault(key(row), row)
+            mine = row.get("weights")
+            if weights.get(place_of(row["set"], row["seed"]) if "set" in row else BASE, mine) == mine:
+                found.setdefault(key(row), row)
     return list(found.values())
+
+
+def place_of(kind: str, seed: int) -> str:
+    """The adapters of a set and seed in run.json's `weights`, and under `adapters`."""
+    return f"{kind}/{seed}"
+
+
+def begin_anew(folder: Path) -> None:
+    """Forget all rows and what run.json says, but for how the base was trained."""
+    for path in folder.glob("rows*.jsonl"):
+        path.unlink()
+    content = read_run(folder)
+    write_run(folder, {name: content[name] for name in ("settings", "device", "versions", BASE) if name in content})
 
 
 def _lines(path: Path) -> Iterator[Row]:
@@ -87,9 +105,10 @@ def write_run(folder: Path, content: Mapping[str, Any]) -> None:
     beside.replace(folder / RUN)
 
 
-def identity(weights: Path, kind: str, seed: int) -> str:
-    """Of the base and the adapters of a set and seed: 12 hexadecimal digits."""
+def identity(weights: Path, place: str | None = None) -> str:
+    """Of the base, and the adapters of a set and seed: 12 hexadecimal digits."""
     digest = hashlib.sha256((weights / "base" / "model.safetensors").read_bytes())
-    for path in sorted((weights / "adapters" / kind / str(seed)).glob("*/adapter_model.safetensors")):
+    adapters = sorted((weights / "adapters" / place).glob("*/adapter_model.safetensors")) if place else []
+    for path in adapters:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

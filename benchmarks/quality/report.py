@@ -152,7 +152,7 @@ def _joint(scores: Scores) -> Iterator[str]:
     rows = [row for row in scores.merges if "hits" in row and row["rank"] == LOSSLESS]
     if not rows:
         return
-    yield "## One label set for all tasks\n\nThe joint setting of KnOTS: hits@1, @3, @5, %, the mean over tasks and seeds.\n"
+    yield "## One label set for all tasks\n\nThe joint setting of KnOTS, on the first tests of each task: hits@1, @3, @5, %, the mean over tasks and seeds.\n"
     yield "| method | space | adapters | @1 | @3 | @5 |\n|---|---|---|---|---|---|"
     found: dict[tuple[str, str, str], list[list[float]]] = {}
     for row in rows:
@@ -189,8 +189,6 @@ def _served(results: Path) -> Iterator[str]:
         numbers = [f"{100 * row[name]:.1f}" for name in ("offline", "served", "agreement")]
         within = "yes" if row["within_noise"] else "**no**"
         yield f"| {row['recipe']} | {numbers[0]} | {numbers[1]} | {within} | {numbers[2]} | {row['examples']} |"
-    if not all(row["same_weights"] for row in rows):
-        yield "\nServed from a copy of the weights in bfloat16."
     yield ""
 
 

@@ -12,15 +12,17 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from benchmarks.quality.grid import Config, estimate, plan
 from benchmarks.quality.prepare import Bench, opened, prepare_set
-from benchmarks.quality.records import Writer, key, read_rows, read_run, write_run
+from benchmarks.quality.records import Writer, begin_anew, key, read_rows, read_run, write_run
 from benchmarks.quality.settings import PRESETS, Settings
 from benchmarks.quality.sweep import Sweep
 from benchmarks.quality.tasks import read_tasks
@@ -62,44 +64,88 @@ def run(
 ) -> int:
     """All of it until time.monotonic() is `until`; how many merges are left."""
     bench = places.open()
-    prepare_set(bench, "plain")
-    tasks = bench.counted()
-    print(f"{len(tasks)} of {len(bench.tasks)} tasks count: {', '.join(tasks)}", flush=True)
-    least = min(LEAST_TASKS, places.settings.tasks)
-    if len(tasks) < least:
-        raise SystemExit(f"at least {least} tasks must count; see `gate` of {places.results}/run.json")
-    configs = plan(places.settings, tasks, methods, stages)
-    done = {key(row) for row in read_rows(places.results)}
-    left = [config for config in configs if key(config.row()) not in done]
-    seconds = estimate(left, read_rows(places.results), bench.device.type, jobs)
-    print(f"{len(configs)} merges, {len(left)} left: about {seconds / 60:.0f} minutes with {jobs} jobs", flush=True)
-    ready: set[str] = set()
-    while left and time.monotonic() < until:
-        prepare_set(bench, left[0].set)
-        ready.add(left[0].set)
-        part = next((place for place, config in enumerate(left) if config.set not in ready), len(left))
-        measured = _sweep(places, bench, left[:part], until, jobs)
-        print(f"measured {measured} of {part} of the {', '.join(sorted(ready))} adapters", flush=True)
-        if measured < part:
-            break
-        left = left[part:]
-    done = {key(row) for row in read_rows(places.results)}
-    return sum(key(config.row()) not in done for config in configs)
+    with _measuring(places, bench, jobs) as measured:
+        prepare_set(bench, "plain")
+        tasks = bench.counted()
+        print(f"{len(tasks)} of {len(bench.tasks)} tasks count: {', '.join(tasks)}", flush=True)
+        least = min(LEAST_TASKS, places.settings.tasks)
+        if len(tasks) < least:
+            raise SystemExit(f"at least {least} tasks must count; see `gate` of {places.results}/run.json")
+        configs = plan(places.settings, tasks, methods, stages)
+        left = _left(places, configs)
+        seconds = estimate(left, read_rows(places.results), bench.device.type, jobs)
+        print(f"{len(configs)} merges, {len(left)} left: about {seconds / 60:.0f} minutes with {jobs} jobs", flush=True)
+        ready = {"plain"}
+        while left and time.monotonic() < until:
+            prepare_set(bench, left[0].set)
+            ready.add(left[0].set)
+            part = next((place for place, config in enumerate(left) if config.set not in ready), len(left))
+            end = time.time() + until - time.monotonic()  # on a clock that other processes have too
+            done = sum(measured([(config, end) for config in left[:part]]))
+            print(f"measured {done} of {part} of the {', '.join(sorted(ready))} adapters", flush=True)
+            if done < part:
+                break
+            left = left[part:]
+    return len(_left(places, configs))
 
 
-def _sweep(places: Places, bench: Bench, configs: Sequence[Config], until: float, jobs: int) -> int:
+Work = tuple[Config, float]
+"""A merge to measure, and the time (seconds since 1970) from which on it is left."""
+
+
+@contextmanager
+def _measuring(places: Places, bench: Bench, jobs: int) -> Iterator[Callable[[Sequence[Work]], Iterator[bool]]]:
+    """A function that measures, and says of each merge whether it was measured; with several jobs, in other processes."""
     if jobs == 1:
-        return Sweep(bench).run(configs, Writer(places.results), until)
-    left = until - time.monotonic()  # another process has another clock
-    work = [(places, configs[index::jobs], left, index) for index in range(jobs)]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        return sum(pool.starmap(_share, work, chunksize=1))
+        measurer = _Measurer(bench, Writer(places.results))
+        yield lambda work: map(measurer.measure, work)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, _Measurer.prepare, (places,)) as pool:
+        pool.map_async(_Measurer.warm, range(jobs), chunksize=1)  # they open their models while this one trains
+        yield lambda work: pool.imap_unordered(_Measurer.elsewhere, work)
 
 
-def _share(places: Places, configs: Sequence[Config], seconds: float, index: int) -> int:
-    until = time.monotonic() + seconds
-    torch.set_num_threads(places.threads)
-    return Sweep(places.open()).run(configs, Writer(places.results, f"rows-{index}"), until)
+@dataclass
+class _Measurer:
+    """Measures merges in a process, one at a time."""
+
+    bench: Bench
+    writer: Writer
+    places: ClassVar[Places]
+    own: ClassVar[_Measurer | None] = None
+
+    def __post_init__(self) -> None:
+        self._sweep = Sweep(self.bench)
+
+    def measure(self, work: Work) -> bool:
+        config, end = work
+        if time.time() >= end:
+            return False
+        self.writer.add(self._sweep.measure(config))
+        return True
+
+    @classmethod
+    def prepare(cls, places: Places) -> None:
+        """In a process of a pool."""
+        cls.places = places
+        torch.set_num_threads(places.threads)
+
+    @classmethod
+    def warm(cls, _: int) -> _Measurer:
+        """That of this process."""
+        if cls.own is None:
+            number = multiprocessing.current_process().name.rpartition("-")[2]
+            cls.own = cls(cls.places.open(), Writer(cls.places.results, f"rows-{number}"))
+        return cls.own
+
+    @classmethod
+    def elsewhere(cls, work: Work) -> bool:
+        return cls.warm(0).measure(work)
+
+
+def _left(places: Places, configs: Sequence[Config]) -> list[Config]:
+    done = {key(row) for row in read_rows(places.results)}
+    return [config for config in configs if key(config.row()) not in done]
 
 
 def main() -> None:
@@ -107,10 +153,13 @@ def main() -> None:
     with_options(parser)
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--stages", nargs="+", help="only these, such as 'all tasks' osrm mixed '4 tasks' pairs ranks")
+    parser.add_argument("--anew", action="store_true", help="first forget all rows; the base and its record stay")
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
     places = places_of(args)
     results = places.results
+    if args.anew:
+        begin_anew(results)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `repeatable` needs before the first product
     began = time.monotonic()
     left = run(places, until=until, jobs=args.jobs, methods=args.methods, stages=args.stages)

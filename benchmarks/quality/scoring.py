@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which label a model finds likeliest, for many examples at once.
+"""Which label a model finds likeliest, for many examples of many tasks at once.
 
 An example is one sequence: its prompt, then the tokens of every label side by side, each seeing the prompt and itself alone.
-One pass scores all labels; log p(label, end | prompt) is summed over the label's tokens.
+One pass scores all labels; log p(label, end | prompt) is summed over the label's tokens. Examples of like length share a pass,
+whatever their tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,111 +18,149 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.quality.forward import hidden_states
 from benchmarks.quality.tasks import Example, answer, prompt
 
 Bits = NDArray[np.bool_]
+ALIGNED = 8  # tokens of a sequence are a multiple: attention kernels copy masks of other widths
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Examples with the labels to choose from. prefix: solved examples before each prompt; right: the index in `labels` of
+    each right one, if not its own."""
+
+    examples: Sequence[Example]
+    labels: Sequence[str]
+    prefix: str = ""
+    right: Sequence[int] | None = None
+
+    def rights(self) -> NDArray[np.int64]:
+        return np.array([example.label for example in self.examples] if self.right is None else self.right)
 
 
 @dataclass(frozen=True)
 class _Labels:
-    """All labels side by side. ids, offsets: (tokens,), a token and its place in its label; sees: (tokens, tokens);
-    sources: where the prediction of each target is, 0 for the prompt's last token; targets and owner: (targets,)."""
+    """All labels side by side. ids, offsets, blocks: of each token, with its place in its label and its label + 1;
+    sources: where the prediction of each target is, 0 for the prompt's last token; targets and owners: one for each."""
 
-    ids: Tensor
-    offsets: Tensor
-    sees: Tensor
-    sources: Tensor
-    targets: Tensor
-    owner: Tensor
-    count: int
+    ids: list[int]
+    offsets: list[int]
+    blocks: list[int]
+    sources: list[int]
+    targets: list[int]
+    owners: list[int]
 
     @classmethod
-    def of(cls, labels: Sequence[str], tokenizer: PreTrainedTokenizerFast, device: torch.device) -> _Labels:
-        ids, offsets, block, sources, targets, owner = [], [], [], [], [], []
+    def of(cls, labels: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> _Labels:
+        found = cls([], [], [], [], [], [])
         for index, label in enumerate(labels):
             tokens = tokenizer(answer(label))["input_ids"]
-            start = len(ids) + 1
-            sources += [0, *range(start, start + len(tokens))]
-            targets += [*tokens, tokenizer.eos_token_id]
-            owner += [index] * (len(tokens) + 1)
-            ids += tokens
-            offsets += range(len(tokens))
-            block += [index] * len(tokens)
-        of = torch.tensor(block)
-        sees = (of[:, None] == of[None, :]) & torch.ones(len(of), len(of)).tril().bool()
-        numbers = (torch.tensor(values).to(device) for values in (ids, offsets))
-        return cls(
-            *numbers, sees.to(device), *(torch.tensor(v).to(device) for v in (sources, targets, owner)), len(labels)
-        )
+            start = len(found.ids) + 1
+            found.sources.extend([0, *range(start, start + len(tokens))])
+            found.targets.extend([*tokens, tokenizer.eos_token_id])
+            found.owners.extend([index] * (len(tokens) + 1))
+            found.ids.extend(tokens)
+            found.offsets.extend(range(len(tokens)))
+            found.blocks.extend([index + 1] * len(tokens))
+        return found
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One example. slot: where the score of its first label goes."""
+
+    text: list[int]
+    labels: _Labels
+    slot: int
+
+    def __len__(self) -> int:
+        return len(self.text) + len(self.labels.ids)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences padded on the right. ids, places: (rows, tokens); mask: what each token adds to the attention to each other;
+    picked: the tokens, counted through, whose predictions are read; sources (into picked), targets, slots: by target."""
+
+    ids: Tensor
+    places: Tensor
+    mask: Tensor
+    picked: Tensor
+    sources: Tensor
+    targets: Tensor
+    slots: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[_Sequence], device: torch.device) -> _Batch:
+        width = -(-max(map(len, rows)) // ALIGNED) * ALIGNED
+        ids, places = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
+        blocks = torch.full_like(ids, -1)
+        picked, sources, targets, slots = [], [], [], []
+        for index, row in enumerate(rows):
+            labels, size = row.labels, len(row.text)
+            ids[index, : len(row)] = torch.tensor(row.text + labels.ids)
+            places[index, : len(row)] = torch.tensor([*range(size), *(size + offset for offset in labels.offsets)])
+            blocks[index, : len(row)] = torch.tensor([0] * size + labels.blocks)
+            sources += [len(picked) + source for source in labels.sources]
+            picked += range(index * width + size - 1, index * width + len(row))
+            targets += labels.targets
+            slots += [row.slot + owner for owner in labels.owners]
+        blocks = blocks.to(device)
+        sees = (blocks[:, None, :] == 0) | (blocks[:, None, :] == blocks[:, :, None])
+        sees &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        mask = torch.zeros(sees.shape, device=device).masked_fill_(~sees, -torch.inf)[:, None]
+        lists = (torch.tensor(values).to(device) for values in (picked, sources, targets, slots))
+        return cls(ids.to(device), places.to(device), mask, *lists)
 
 
 class Questions:
-    """Examples of a task with the labels to choose from, packed for a device."""
+    """Examples of one task or several, packed for a device."""
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        labels: Sequence[str],
-        tokenizer: PreTrainedTokenizerFast,
-        device: torch.device,
-        tokens_at_once: int,
-        *,
-        prefix: str = "",
-        right: Sequence[int] | None = None,
+        self, asked: Sequence[Asked], tokenizer: PreTrainedTokenizerFast, device: torch.device, tokens_at_once: int
     ) -> None:
-        """prefix: solved examples before each prompt. right: the index in `labels` of each right one, if not its own."""
-        self._labels = _Labels.of(labels, tokenizer, device)
-        texts = tokenizer([prefix + prompt(example.text) for example in examples])["input_ids"]
-        self.right = np.array([example.label for example in examples] if right is None else right)
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        self._batches: list[tuple[list[int], Tensor, Tensor]] = []
-        while order:
-            width = len(texts[order[-1]])
-            size = max(1, tokens_at_once // (width + len(self._labels.ids)))
-            rows, order = order[-size:], order[:-size]
-            ids = torch.zeros(len(rows), width, dtype=torch.long)
-            for place, row in enumerate(rows):
-                ids[place, width - len(texts[row]) :] = torch.tensor(texts[row])
-            padding = torch.tensor([width - len(texts[row]) for row in rows])
-            self._batches.append((rows, ids.to(device), padding.to(device)))
+        self._device = device
+        self._right = [one.rights() for one in asked]
+        self._counts = [len(one.labels) for one in asked]
+        sequences: list[_Sequence] = []
+        slots = 0
+        for one in asked:
+            labels = _Labels.of(one.labels, tokenizer)
+            for text in tokenizer([one.prefix + prompt(example.text) for example in one.examples])["input_ids"]:
+                sequences.append(_Sequence(text, labels, slots))
+                slots += len(one.labels)
+        self._slots = slots
+        sequences.sort(key=len)
+        self._batches: list[_Batch] = []
+        while sequences:
+            size = max(1, tokens_at_once // (len(sequences[-1]) + ALIGNED - 1))
+            self._batches.append(_Batch.of(sequences[-size:], device))
+            del sequences[-size:]
 
     @torch.inference_mode()
-    def scores(self, model: LlamaForCausalLM) -> NDArray[np.float32]:
-        """log p of every label, (examples, labels)."""
+    def scores(self, model: LlamaForCausalLM) -> list[NDArray[np.float32]]:
+        """log p of every label, (examples, labels), for each of what is asked."""
+        found = torch.zeros(self._slots, device=self._device)
         with quick():
-            parts = [self._score(model, ids, padding) for _, ids, padding in self._batches]
-        found = np.zeros((len(self.right), self._labels.count), dtype=np.float32)
-        for (rows, _, _), part in zip(self._batches, parts, strict=True):
-            found[rows] = part.cpu().numpy()
-        return found
+            for batch in self._batches:
+                hidden = hidden_states(model, batch.ids, batch.places, batch.mask)
+                logits = model.lm_head(hidden[batch.picked]).float()
+                each = logits[batch.sources, batch.targets] - logits.logsumexp(-1)[batch.sources]
+                found.index_add_(0, batch.slots, each)
+        sizes = [len(right) * count for right, count in zip(self._right, self._counts, strict=True)]
+        parts = zip(found.cpu().split(sizes), self._counts, strict=True)
+        return [part.view(-1, count).numpy() for part, count in parts]
 
-    def correct(self, model: LlamaForCausalLM) -> Bits:
-        """Whether the likeliest label is the right one, (examples,)."""
-        return np.asarray(self.scores(model).argmax(1) == self.right)
+    def correct(self, model: LlamaForCausalLM) -> list[Bits]:
+        """Whether the likeliest label is the right one, (examples,), for each of what is asked."""
+        pairs = zip(self.scores(model), self._right, strict=True)
+        return [np.asarray(scores.argmax(1) == right) for scores, right in pairs]
 
-    def places(self, model: LlamaForCausalLM) -> NDArray[np.int64]:
-        """How many labels are likelier than the right one, (examples,)."""
-        scores = self.scores(model)
-        return np.asarray((scores > scores[np.arange(len(scores)), self.right][:, None]).sum(1))
-
-    def _score(self, model: LlamaForCausalLM, ids: Tensor, padding: Tensor) -> Tensor:
-        labels, (size, width) = self._labels, ids.shape
-        total = width + len(labels.ids)
-        columns = torch.arange(total, device=ids.device)
-        real = columns[None, :] >= padding[:, None]
-        sees = torch.ones(total, total, device=ids.device).tril().bool()
-        sees[width:, width:] = labels.sees
-        mask = (sees[None] & real[:, None, :]) | torch.eye(total, device=ids.device).bool()
-        places = torch.cat(
-            [(columns[:width] - padding[:, None]).clamp_min(0), width - padding[:, None] + labels.offsets], 1
-        )
-        tokens = torch.cat([ids, labels.ids.expand(size, -1)], 1)
-        hidden = model.model(
-            input_ids=tokens, attention_mask=mask[:, None], position_ids=places, use_cache=False
-        ).last_hidden_state
-        logits = model.lm_head(hidden[:, width - 1 :]).float()
-        each = logits[:, labels.sources, labels.targets] - logits.logsumexp(-1)[:, labels.sources]
-        return each.new_zeros(size, labels.count).index_add(1, labels.owner, each)
+    def places(self, model: LlamaForCausalLM) -> list[NDArray[np.int64]]:
+        """How many labels are likelier than the right one, (examples,), for each of what is asked."""
+        pairs = zip(self.scores(model), self._right, strict=True)
+        return [np.asarray((scores > scores[np.arange(len(scores)), right][:, None]).sum(1)) for scores, right in pairs]
 
 
 @contextmanager
@@ -145,10 +184,16 @@ class Weights:
     @torch.no_grad()
     def set(self, deltas: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """W = W0 + scale · ΔW at these modules, W0 at all others. deltas: {module: (d_out, d_in)}."""
-        for name in self._own.keys() - deltas.keys():
-            self._model.get_submodule(name).weight.copy_(self._own.pop(name))
-        for name, delta in deltas.items():
-            weight = self._model.get_submodule(name).weight
-            if name not in self._own:
-                self._own[name] = weight.detach().clone()
-            torch.add(self._own[name], delta.to(weight), alpha=scale, out=weight)
+        for name in deltas.keys() - self._own.keys():
+            self._own[name] = self._model.get_submodule(name).weight.detach().clone()
+        if self._own:
+            weights = {name: self._model.get_submodule(name).weight for name in self._own}
+            torch._foreach_copy_(list(weights.values()), list(self._own.values()))
+        if deltas:
+            changes = [delta.to(weights[name]) for name, delta in deltas.items()]
+            torch._foreach_add_([weights[name] for name in deltas], changes, alpha=scale)
+
+
+def joint_norm(deltas: Iterable[Tensor]) -> float:
+    """‖ΔW‖_F over all of them."""
+    return float(torch.stack([delta.double().square().sum() for delta in deltas]).sum().sqrt())

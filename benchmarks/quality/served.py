@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.quality.grid import LOSSLESS, takes_rank
-from benchmarks.quality.records import Row, identity, read_rows, read_run, unpacked
+from benchmarks.quality.grid import LOSSLESS, parameters_of
+from benchmarks.quality.records import Row, identity, place_of, read_rows, read_run, unpacked
 from benchmarks.quality.scores import Bits, Family, Scores
 from benchmarks.quality.tasks import Task, answer, prompt, read_tasks
 
@@ -43,11 +43,8 @@ class Best:
 
     def recipe(self) -> dict[str, Any]:
         """As a recipe file has it."""
-        parameters: dict[str, Any] = {"lambda": self.row["lambda"]}
-        if self.row["density"] is not None:
-            parameters["density"] = self.row["density"]
-        if takes_rank(self.row["method"]) and self.row["rank"] != LOSSLESS:
-            parameters["target_rank"] = self.row["rank"]
+        row = self.row
+        parameters = parameters_of(row["method"], row["rank"], row["lambda"], row["density"])
         return {
             "merge_method": self.row["method"],
             "space": self.row["space"],
@@ -107,7 +104,7 @@ def right_answers(client: Any, tokenizer: Any, name: str, task: Task, limit: int
 
 def same_weights(weights: Path, row: Row) -> bool:
     """Whether the weights in the folder are those that the row was measured with."""
-    return identity(weights, row["set"], row["seed"]) == row["weights"]
+    return identity(weights, place_of(row["set"], row["seed"])) == row["weights"]
 
 
 def compare(one: Best, served: Mapping[str, Bits]) -> dict[str, Any]:
@@ -142,11 +139,8 @@ def main() -> None:
     stacked = len(tasks) * run["settings"]["tuning"]["rank"]
     max_rank = next(rank for rank in (8, 16, 32, 64, 128, 256) if rank >= min(stacked, 256))
     best = best_recipes(scores, run["settings"]["seeds"][0], args.recipes, max_rank, stacked)
-    same = same_weights(args.weights, best[0].row)
-    if not same:
-        print(
-            f"{args.weights}: not the very weights that were measured, such as a copy in bfloat16; compared all the same"
-        )
+    if not same_weights(args.weights, best[0].row):
+        raise SystemExit(f"{args.weights}: not the weights that were measured; unpack the parcel of that run")
     sys.path.insert(0, str(ROOT / "examples" / "demo"))
     from openai import OpenAI
     from server import merge_serve, running
@@ -165,7 +159,6 @@ def main() -> None:
                 )
                 for one in best
             ]
-    rows = [{**row, "same_weights": same} for row in rows]
     (args.results / SERVED).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         print(row)

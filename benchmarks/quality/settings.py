@@ -54,7 +54,7 @@ class Tuning:
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup: float = 0.06
-    bank: int = 12
+    bank: int = 24
     samples: int = 100
 
 
@@ -72,7 +72,8 @@ class Learning:
 
 @dataclass(frozen=True)
 class Settings:
-    """All of a run. validation: examples of each task that λ and density are chosen on; test: None for all there are.
+    """All of a run. validation: examples of each task that λ and density are chosen on; test: None for all there are;
+    joint: tests of each task that are also asked with the labels of all tasks.
 
     500 tests of each task halve the time of measuring; a score of eight tasks has a standard deviation of about 1.5 points by
     them, and the intervals show it.
@@ -88,8 +89,9 @@ class Settings:
     ranks: tuple[int, ...] = (16,)
     validation: int = 64
     test: int | None = 500
+    joint: int = 100
     gate: float = 0.20
-    tokens_at_once: int = 32768
+    tokens_at_once: int = 16384
 
 
 # The same on a CPU, to try the code on real data; its numbers mean nothing.
@@ -115,6 +117,7 @@ SMALL = Settings(
     ranks=(8,),
     validation=24,
     test=100,
+    joint=50,
     gate=0.05,
     tokens_at_once=8192,
 )

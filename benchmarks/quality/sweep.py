@@ -7,23 +7,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality.grid import FIRST, LOSSLESS, Config, takes_rank
-from benchmarks.quality.prepare import Bench, questions
-from benchmarks.quality.records import Row, Writer, packed
-from benchmarks.quality.scoring import Questions, Weights
-from vllm_merge import Adapter, LoraFactors, MergedAdapter, MergeError, merge
+from benchmarks.quality.grid import FIRST, LOSSLESS, Config, parameters_of
+from benchmarks.quality.prepare import TEST, VALID, Bench, asked, on_device, questions
+from benchmarks.quality.records import Row, packed
+from benchmarks.quality.scoring import Asked, Questions, Weights, joint_norm
+from vllm_merge import Adapter, MergedAdapter, MergeError, merge
 from vllm_merge.methods.registry import default_registry
 
 # λ around the one at which the result is as large as the sum of the adapters: 15 trials for every method.
 TRIALS = 15
 LOW, HIGH = 0.25, 2.5
 DENSITIES = (0.1, 0.3, 0.7)
+JOINT = "joint"
 
 
 def lambdas(count: int) -> list[float]:
@@ -50,40 +50,29 @@ class Sweep:
     _adapters: dict[tuple[str, int], dict[str, Adapter]] = field(default_factory=dict)
     _identities: dict[tuple[str, int], str] = field(default_factory=dict)
     _norms: dict[tuple[str, int, tuple[str, ...]], float] = field(default_factory=dict)
-    _questions: dict[tuple[str, str], Questions] = field(default_factory=dict)
+    _questions: dict[tuple[tuple[str, ...], str], Questions] = field(default_factory=dict)
 
     @cached_property
     def _weights(self) -> Weights:
         return Weights(self.bench.model)
 
-    def run(self, configs: Sequence[Config], writer: Writer, until: float) -> int:
-        """Measure in order until time.monotonic() is `until`; how many were measured."""
-        done = 0
-        for config in configs:
-            if time.monotonic() >= until:
-                break
-            writer.add(self.measure(config))
-            done += 1
-        return done
-
     def measure(self, config: Config) -> Row:
         """The row of a configuration; with `error` where the method refuses."""
         began = time.monotonic()
-        row = config.row()
+        row = {**config.row(), "weights": self._identity(config.set, config.seed)}
         try:
             best = max(self._trials(config), key=lambda trial: trial.score)
         except MergeError as error:
             return {**row, "error": str(error)}
         self._weights.set(best.deltas, best.lam)
-        row["weights"] = self._identity(config.set, config.seed)
         row["lambda"], row["density"] = best.lam, best.density
         row["at_edge"] = best.factor in (lambdas(TRIALS)[0], lambdas(TRIALS)[-1])
         row["validation"] = round(best.score, 4)
         row["merge_seconds"] = round(best.seconds, 4)
-        row["bits"] = {task: packed(self._of(task, "test").correct(self.bench.model)) for task in config.tasks}
+        row["bits"] = self._tested(config.tasks)
         whole = len(config.tasks) == len(self.bench.counted()) and config.rank == LOSSLESS
         if whole and (config.method, config.space) in FIRST:
-            row["hits"] = self._joint(config.tasks)
+            row["hits"] = self._hits(config.tasks)
         row["report"] = _report(best.merged)
         self._weights.set({})
         row["wall"] = round(time.monotonic() - began, 3)
@@ -97,7 +86,7 @@ class Sweep:
             found[lam] = self._validated(tasks)
         best = max(found, key=found.__getitem__)
         self._weights.set(deltas, best)
-        bits = {task: packed(self._of(task, "test").correct(self.bench.model)) for task in tasks}
+        bits = self._tested(tasks)
         self._weights.set({})
         return {"lambda": round(best, 4), "validation": round(found[best], 4), "bits": bits}
 
@@ -122,16 +111,11 @@ class Sweep:
                 yield _Trial(self._validated(config.tasks), density, factor, lam, merged, deltas, seconds)
 
     def _merge(self, config: Config, density: float | None) -> MergedAdapter:
-        parameters: dict[str, Any] = {"lambda": 1.0}
-        if density is not None:
-            parameters["density"] = density
-        if takes_rank(config.method) and config.rank != LOSSLESS:
-            parameters["target_rank"] = config.rank
         return merge(
             [self._loaded(config.set, config.seed)[task] for task in config.tasks],
             merge_method=config.method,
             space=config.space,
-            parameters=parameters,
+            parameters=parameters_of(config.method, config.rank, 1.0, density),
             rank=config.rank,
             device=self.bench.device,
             seed=config.seed,
@@ -148,10 +132,7 @@ class Sweep:
             found = {}
             for task in self.bench.counted():
                 adapter = Adapter.from_peft(self.bench.adapter(kind, seed, task))
-                pairs = {
-                    m: LoraFactors(f.A.to(self.bench.device), f.B.to(self.bench.device), f.scaling)
-                    for m, f in adapter.factors.items()
-                }
+                pairs = on_device(adapter.factors, self.bench.device)
                 found[task] = Adapter(task, pairs, content_hash=adapter.content_hash)
             self._adapters[kind, seed] = found
         return self._adapters[kind, seed]
@@ -167,44 +148,39 @@ class Sweep:
             self._norms[key] = joint_norm(sums.values())
         return self._norms[key]
 
-    def _of(self, task: str, split: str) -> Questions:
-        if (task, split) not in self._questions:
-            self._questions[task, split] = questions(self.bench, self.bench.tasks[task], split)
-        return self._questions[task, split]
+    def _of(self, tasks: Sequence[str], split: str) -> Questions:
+        key = tuple(tasks), split
+        if key not in self._questions:
+            wanted = [asked(self.bench, task, split) for task in tasks]
+            self._questions[key] = questions(self.bench, self._jointly(wanted) if split == JOINT else wanted)
+        return self._questions[key]
 
     def _validated(self, tasks: Sequence[str]) -> float:
         """Chance-corrected accuracy, the mean over the tasks."""
         found = []
-        for task in tasks:
+        for task, right in zip(tasks, self._of(tasks, VALID).correct(self.bench.model), strict=True):
             chance = self.bench.tasks[task].chance
-            accuracy = float(self._of(task, "valid").correct(self.bench.model).mean())
-            found.append((accuracy - chance) / (1 - chance))
+            found.append((float(right.mean()) - chance) / (1 - chance))
         return sum(found) / len(found)
 
-    def _joint(self, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Hits@1, 3 and 5 of every task when the label is chosen among those of all tasks (the joint setting of KnOTS)."""
-        labels = list(dict.fromkeys(label for task in tasks for label in self.bench.tasks[task].labels))
-        found = {}
-        for name in tasks:
-            if (name, "joint") not in self._questions:
-                task = self.bench.tasks[name]
-                right = [labels.index(task.labels[example.label]) for example in task.test]
-                self._questions[name, "joint"] = Questions(
-                    task.test,
-                    labels,
-                    self.bench.tokenizer,
-                    self.bench.device,
-                    self.bench.settings.tokens_at_once,
-                    right=right,
-                )
-            places = self._questions[name, "joint"].places(self.bench.model)
-            found[name] = {str(n): round(float((places < n).mean()), 4) for n in (1, 3, 5)}
+    def _tested(self, tasks: Sequence[str]) -> dict[str, str]:
+        """Right or wrong for every test, packed."""
+        pairs = zip(tasks, self._of(tasks, TEST).correct(self.bench.model), strict=True)
+        return {task: packed(right) for task, right in pairs}
+
+    def _jointly(self, wanted: Sequence[Asked]) -> list[Asked]:
+        """The first tests of each with the labels of all (the joint setting of KnOTS)."""
+        labels = list(dict.fromkeys(label for one in wanted for label in one.labels))
+        found = []
+        for one in wanted:
+            examples = one.examples[: self.bench.settings.joint]
+            found.append(Asked(examples, labels, right=[labels.index(one.labels[e.label]) for e in examples]))
         return found
 
-
-def joint_norm(deltas: Any) -> float:
-    """‖ΔW‖_F over all of them."""
-    return float(sum(float(delta.double().square().sum()) for delta in deltas) ** 0.5)
+    def _hits(self, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Hits@1, 3 and 5 of every task in the joint setting."""
+        pairs = zip(tasks, self._of(tasks, JOINT).places(self.bench.model), strict=True)
+        return {task: {str(k): round(float((places < k).mean()), 4) for k in (1, 3, 5)} for task, places in pairs}
 
 
 def _report(merged: MergedAdapter) -> dict[str, float | None]:

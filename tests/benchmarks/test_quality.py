@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 
 from benchmarks.quality import grid, learned, parcel, records, report, run, served
 from benchmarks.quality.bank import Wanted, train_bank
-from benchmarks.quality.prepare import Bench, questions
+from benchmarks.quality.prepare import Bench, asked, questions
 from benchmarks.quality.scores import Scores
 from benchmarks.quality.scoring import Weights
 from benchmarks.quality.settings import Base, Learning, Settings, Tuning
@@ -213,7 +213,8 @@ def test_a_run_goes_on_where_it_was_cut(done: Done, tmp_path: Path) -> None:
 def test_scores_are_those_of_single_passes(done: Done) -> None:
     """All labels in one sequence give what each label by itself gives, and what is left is the base."""
     bench, task = done.bench, done.bench.tasks["places"]
-    found = questions(bench, task, "test").scores(bench.model)
+    wanted = [asked(bench, name, "test") for name in ("kinds", "places")]
+    _, found = questions(bench, wanted).scores(bench.model)
     for place in (0, 7):
         text = bench.tokenizer(prompt(task.test[place].text))["input_ids"]
         for index, label in enumerate(task.labels):
@@ -368,20 +369,59 @@ def test_the_start_of_adamerging_with_ties_is_as_large_as_what_was_measured(done
 
 
 def test_weights_in_a_parcel(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is unpacked is what was measured, to the bit."""
     monkeypatch.setattr(parcel, "PART_BYTES", 50_000)
-    for what in parcel.WHAT:
+    things = ["base", "osrm/0", "plain/0", "starts"]
+    for what in things:
         parts = parcel.pack(done.places.weights, what, tmp_path / "parcel")
-        assert len(parts) > 1
+        assert len(parts) > (what != "starts")
         assert all(part.stat().st_size <= 50_000 for part in parts)
-    assert parcel.unpack(tmp_path / "parcel", tmp_path / "weights") == ["base", "adapters"]
+    assert parcel.unpack(tmp_path / "parcel", tmp_path / "weights") == things
     there = replace(done.places, weights=tmp_path / "weights").open()
     for name, value in done.bench.model.state_dict().items():
-        assert torch.equal(there.model.state_dict()[name], value.bfloat16().float())
-    row = done.merges(stage="all tasks", set="plain")[0]
-    assert served.same_weights(done.places.weights, row)
-    assert not served.same_weights(tmp_path / "weights", row)
-    assert there.adapter("plain", 0, "kinds").is_dir()
+        assert torch.equal(there.model.state_dict()[name], value)
+        assert torch.equal(value, value.bfloat16().float())
+    for kind in ("plain", "osrm"):
+        assert served.same_weights(tmp_path / "weights", done.merges(stage="all tasks" if kind == "plain" else kind)[0])
+    shutil.rmtree(there.adapter("plain", 0, "moves"))
+    assert not served.same_weights(tmp_path / "weights", done.merges(stage="all tasks")[0])
     with pytest.raises(SystemExit, match="there already"):
         parcel.unpack(tmp_path / "parcel", tmp_path / "weights")
     with pytest.raises(SystemExit, match="has no parts"):
         parcel.unpack(tmp_path, tmp_path / "other")
+    with pytest.raises(SystemExit, match="allowed are base, starts"):
+        parcel.pack(done.places.weights, "nobody/0", tmp_path / "parcel")
+
+
+def test_rows_of_other_weights_do_not_count(done: Done, tmp_path: Path) -> None:
+    """They are neither read nor held against what is to be measured; `begin_anew` leaves the record of the base alone."""
+    results = tmp_path / "results"
+    shutil.copytree(done.places.results, results)
+    assert records.read_rows(results) == done.rows
+    before = records.read_run(results)
+    assert before["base"]["kept_in"] == "bfloat16"
+    records.write_run(results, {**before, "weights": {**before["weights"], "plain/0": "of others"}})
+    left = records.read_rows(results)
+    assert {row["set"] for row in left if "set" in row} == {"osrm", "mixed"}
+    places = replace(done.places, results=results)
+    assert run.run(places, until=0, methods=METHODS, stages=STAGES) == 0  # whose adapters are those of the rows
+    assert records.read_run(results)["weights"] == before["weights"]
+    lines = (results / "rows.jsonl").read_text().splitlines()
+    stale = [json.dumps({**json.loads(line), "weights": "of others"}) for line in lines]
+    (results / "rows.jsonl").write_text("\n".join(stale) + "\n")
+    merges = len(done.merges())
+    assert run.run(places, until=0, methods=METHODS, stages=STAGES) == merges
+    assert not [row for row in records.read_rows(results) if row["kind"] == "merge"]
+    records.begin_anew(results)
+    assert records.read_rows(results) == []
+    assert records.read_run(results) == {name: before[name] for name in ("settings", "device", "versions", "base")}
+
+
+def test_jobs_measure_what_one_does(done: Done, tmp_path: Path) -> None:
+    shutil.copytree(done.places.results, tmp_path / "results")
+    (tmp_path / "results" / "rows.jsonl").write_text("")
+    places = replace(done.places, results=tmp_path / "results")
+    assert run.run(places, until=time.monotonic() + 600, jobs=2, methods=("ctm",), stages=("all tasks",)) == 0
+    found = {records.key(row): row for row in records.read_rows(places.results) if row["kind"] == "merge"}
+    expected = {records.key(row): row for row in done.merges(method="ctm", stage="all tasks")}
+    assert {key: row["bits"] for key, row in found.items()} == {key: row["bits"] for key, row in expected.items()}
