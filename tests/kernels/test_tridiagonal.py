@@ -36,6 +36,24 @@ def check(matrices: Tensor, device: str) -> None:
 SIZES = {"cpu": (1, 3, 6, 13), "cuda": (1, 2, 3, 4, 5, 8, 13, 16, 32, 33, 63, 64, 65, 100, 127, 128)}
 
 
+def check_in_turns(device: str) -> None:
+    """The same values and vectors, to the bit, where others get their turn between the pieces."""
+    from vllm_merge.kernels import tridiagonal, turns
+
+    generator = torch.Generator().manual_seed(5)
+    batch = 3 if device == "cpu" else 300  # more than there are multiprocessors
+    matrices = with_spectrum(torch.linspace(1, 5, 5), batch, generator).to(device)
+    rests: list[int] = []
+    with turns.taking_turns(lambda: rests.append(1)):
+        taken = tridiagonal.eigh(matrices)
+    number = len(rests)
+    assert number >= 4
+    assert number % 2 == 0
+    at_once = tridiagonal.eigh(matrices)
+    assert len(rests) == number
+    assert all(torch.equal(one, other) for one, other in zip(taken, at_once, strict=True))
+
+
 def check_full_rank(device: str) -> None:
     """Gram matrices of random rows."""
     generator = torch.Generator().manual_seed(0)

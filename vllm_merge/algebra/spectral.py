@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_merge.algebra.bases import TOLERANCE, gram, orthonormal_basis
 from vllm_merge.algebra.symmetric import descending_eigh
 
-NEWTON_SCHULZ_STEPS = 30  # for singular values down to 1e-4 of the largest
+LEAST_SINGULAR_VALUE = 1e-5  # that Newton–Schulz steps are made for, relative to a bound of the largest
 POLAR_ERROR = 1e-12  # of orthonormality
 
 
@@ -38,10 +38,11 @@ class Triples:
         """Mean of the singular values on the support, (modules,); 0 for a zero matrix."""
         return self.S.sum(-1) / self.rank.clamp_min(1)
 
-    def leading(self, count: Tensor) -> Triples:
-        """The first count (modules,) triples of each, zero beyond."""
-        keep = torch.arange(self.S.shape[1], device=count.device) < count[:, None]
-        return Triples(self.U * keep[:, None], self.S * keep, self.V * keep[:, None])
+    def leading(self, count: Tensor, most: int | None = None) -> Triples:
+        """The first count (modules,) triples of each, zero beyond, and not even that beyond the largest count, if given."""
+        keep = torch.arange(self.S.shape[1], device=count.device)[:most] < count[:, None]
+        u, singular, v = self.U[:, :, :most], self.S[:, :most], self.V[:, :, :most]
+        return Triples(u * keep[:, None], singular * keep, v * keep[:, None])
 
     @classmethod
     def cat(cls, pieces: Sequence[Triples]) -> Triples:
@@ -97,36 +98,48 @@ def polar(matrix: Tensor) -> Tensor:
 
     Repeated columns stay repeated, scaled down; without a tolerance they would add an arbitrary part.
     """
-    if (full := _polar_of_full_rank(matrix)) is not None:
-        return full
+    if not matrix.is_cuda:
+        return _polar_on_support(matrix)
+    if matrix.shape[1] < matrix.shape[2]:
+        return polar(matrix.mT).mT
+    found, right = polar_of_full_rank(matrix)
+    others = (~right).nonzero()[:, 0]
+    if len(others):
+        found[others] = _polar_on_support(matrix[others])
+    return found
+
+
+def _polar_on_support(matrix: Tensor) -> Tensor:
     triples = triples_of(matrix)
     return triples.U @ triples.V.mT
 
 
-def _polar_of_full_rank(matrix: Tensor) -> Tensor | None:
-    """On a GPU, `polar` by Newton–Schulz steps, which are products alone; None where a singular value is too small for it.
+def polar_of_full_rank(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`polar` by Newton–Schulz steps, which are products alone, and for which it is right (modules,): not where a singular
+    value is too small.
 
-    X ← X (3 − XᵀX) / 2 lets the singular vectors be and takes every singular value in (0, √3) to 1, small ones in steps of
-    1.5 times (Higham, Functions of Matrices, 2008, §8.3).
+    matrix: (modules, rows, cols), rows ≥ cols. X ← ρX (3 − ρ²XᵀX) / 2 lets the singular vectors be and takes [l, 1], where
+    the singular values are, into [l′, 1], l′ = ρl (3 − ρ²l²) / 2, for ρ² = 3 / (1 + l + l²): small ones grow 2.6-fold (Chen
+    and Chow, A stable scaling of Newton–Schulz for improving the sign function computation of a Hermitian matrix, 2014).
     """
-    if not matrix.is_cuda:
-        return None
-    if matrix.shape[1] < matrix.shape[2]:
-        turned = _polar_of_full_rank(matrix.mT)
-        return None if turned is None else turned.mT
     # ‖XᵀX‖_F ≥ σ₁², and nearer to it than ‖X‖²_F.
     size = torch.linalg.matrix_norm(matrix.mT @ matrix).sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
     guess = matrix / size[:, None, None]
+    least = LEAST_SINGULAR_VALUE
+    while True:
+        square = 3 / (1 + least + least * least)
+        root = square**0.5
+        guess = torch.baddbmm(guess, guess, guess.mT @ guess, beta=1.5 * root, alpha=-0.5 * root * square)
+        if (1 - least) ** 2 < POLAR_ERROR / 100:  # what is left after this step
+            break
+        least *= root * (3 - square * least * least) / 2
     one = torch.eye(matrix.shape[2], dtype=matrix.dtype, device=matrix.device)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        guess = torch.baddbmm(guess, guess, guess.mT @ guess, beta=1.5, alpha=-0.5)
-    away = (guess.mT @ guess - one).abs().amax((-1, -2))
-    return guess if bool((away < POLAR_ERROR).all()) else None
+    return guess, (guess.mT @ guess - one).abs().amax((-1, -2)) < POLAR_ERROR
 
 
 def isotropic(matrix: Tensor) -> Tensor:
     """The matrix with the mean of its singular values for each of them, on its support."""
-    if (full := _polar_of_full_rank(matrix)) is not None:  # and Σσ = ⟨U Vᵀ, X⟩
-        return full * ((full * matrix).sum((-1, -2)) / min(matrix.shape[1:]))[:, None, None]
-    triples = triples_of(matrix)
-    return triples.mean[:, None, None] * (triples.U @ triples.V.mT)
+    direction = polar(matrix)
+    total = (direction * matrix).sum((-1, -2))  # Σσ = ⟨U Vᵀ, X⟩
+    rank = direction.square().sum((-1, -2)).round().clamp_min(1)
+    return direction * (total / rank)[:, None, None]

@@ -1,80 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leading eigenvectors of matrices that change a little at a time, by subspace iteration with Rayleigh-Ritz (Saad, Numerical
-Methods for Large Eigenvalue Problems, ch. 5): products of matrices, which a GPU does for a whole batch at once.
+"""Leading eigenvectors of matrices that change a little at a time, by subspace iteration from the vectors found before (Saad,
+Numerical Methods for Large Eigenvalue Problems, ch. 5): products of matrices, which a GPU does for a whole batch at once.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.symmetric import LARGEST_AT_ONCE, descending_eigh
-
-TOLERANCE = 1e-10  # of residuals ‖M v − θ v‖, relative to the largest eigenvalue
-SHIFT = 1e-3  # of the trace: keeps the columns independent where a matrix has fewer dimensions than they
-PRODUCTS = 2  # before the columns are made orthonormal again
-STEPS = 2  # of these before a projection
-ROUNDS = 6  # projections after which a matrix is left to descending_eigh
+TOLERANCE = 1e-9  # of residuals ‖M Y − Y YᵀM Y‖, relative to the largest eigenvalue; what is found is a product better
+FAINT = 1e-8  # eigenvalues, relative to the largest, whose vectors the iteration loses in rounding
 
 
-class LeadingVectors:
-    """The `width` leading eigenvectors of the matrices of a batch, each time begun from those found the last time."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """`steps` times two products by M^(2^squarings), with columns made orthonormal after each."""
 
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self._near: Tensor | None = None
-
-    def of(self, matrices: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (batch, k), clamped at 0, and eigenvectors (batch, K, k), largest first, k = min(width, K).
-
-        matrices: (batch, K, K) positive semi-definite, float64; which: their positions (batch,) among those of the first
-        call, in which all were given.
-        """
-        size, wide = matrices.shape[-1], 2 * self.width
-        if not matrices.is_cuda or size <= LARGEST_AT_ONCE or wide > LARGEST_AT_ONCE:
-            values, vectors = descending_eigh(matrices)
-        elif self._near is None:
-            values, vectors = descending_eigh(matrices)
-            self._near = vectors[:, :, :wide].clone()
-        else:
-            values, vectors, settled = iterate(matrices, self._near[which], self.width)
-            if not bool(settled.all()):
-                exact = descending_eigh(matrices[~settled])
-                values[~settled], vectors[~settled] = (part[..., :wide] for part in exact)
-            self._near[which] = vectors
-        return values[:, : self.width], vectors[:, :, : self.width]
+    squarings: int
+    steps: int
 
 
-def iterate(matrices: Tensor, near: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (batch, p), eigenvectors (batch, K, p), and for which matrices the first `wanted` are right (batch,).
+WAYS = (Way(2, 1), Way(2, 4))  # tried in turn
 
-    near: (batch, K, p) independent columns to begin with, p > wanted: the more, the fewer steps.
+
+def follow(matrices: Tensor, near: Tensor, way: Way, found: Tensor, measured: Tensor) -> None:
+    """Write an orthonormal basis of the subspace of the leading eigenvectors into `found`, (batch, K, k).
+
+    matrices: (batch, K, K), positive semi-definite, float64. near: (batch, K, k), orthonormal, the subspace of matrices
+    nearby; columns of zeros stay zero. measured: (4, batch), written, what `settled` asks for.
     """
-    trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
-    shift = SHIFT * trace[:, None, None] * torch.eye(matrices.shape[-1], dtype=near.dtype, device=near.device)
-    shifted, basis = matrices + shift, near
-    for _ in range(ROUNDS):
-        for _ in range(STEPS):
-            for _ in range(PRODUCTS):
-                basis = shifted @ basis
-            basis = _orthonormal(basis)
-        image = matrices @ basis
-        projected = basis.mT @ image
-        whole = projected.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-        values, turn = descending_eigh(torch.where(whole, projected, 0.0))  # which takes no nan
-        basis, image = basis @ turn, image @ turn
-        residuals = torch.linalg.vector_norm(image - basis * values[:, None, :], dim=1)[:, :wanted].amax(-1)
-        settled = residuals <= TOLERANCE * values[:, 0]  # nan is not
-        if bool(settled.all()):
-            break
-    return values, basis, settled
+    power = matrices
+    for _ in range(way.squarings):
+        power = torch.bmm(power, power)
+    for step in range(way.steps):
+        near = torch.bmm(power, torch.bmm(power, near if step == 0 else _orthonormal(near)))
+    image = torch.bmm(matrices, near)
+    if _has_kernel(near):
+        from vllm_merge.kernels.orthonormal import advance
+
+        advance(near, image, found, measured)
+        return
+    near = _orthonormal(near)
+    image = torch.bmm(matrices, near)
+    projected = torch.bmm(near.mT, image)
+    values = projected.diagonal(dim1=-2, dim2=-1)
+    measured[0] = values.sum(-1)
+    measured[1] = torch.linalg.matrix_norm(image - near @ projected)
+    measured[2] = values.amax(-1)
+    measured[3] = torch.where(near.square().sum(1) > 0, values, torch.inf).amin(-1)
+    found.copy_(_orthonormal(image))
+
+
+def settled(measured: Tensor) -> Tensor:
+    """Which subspaces are right, of (4, …): for the subspace Y one product before the last, tr YᵀM Y, ‖M Y − Y YᵀM Y‖_F, and
+    the largest and the least diagonal entry of YᵀM Y. nan is not right.
+    """
+    _, away, largest, least = measured.unbind()
+    return (largest > 0) & (away <= TOLERANCE * largest) & (least > FAINT * largest)
+
+
+def _has_kernel(columns: Tensor) -> bool:
+    if not columns.is_cuda:
+        return False
+    from vllm_merge.kernels import orthonormal
+
+    return orthonormal.fits(*columns.shape[1:])
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Their orthonormal basis by Cholesky, twice; nan where they are dependent."""
-    for _ in range(2):
-        columns = columns / torch.linalg.vector_norm(columns, dim=1, keepdim=True)
-        factor, failed = torch.linalg.cholesky_ex(columns.mT @ columns)
+    """Their orthonormal basis, k columns spanning what the first k do; nan where they are dependent."""
+    if _has_kernel(columns):
+        from vllm_merge.kernels.orthonormal import orthonormalize
+
+        return orthonormalize(columns)
+    for _ in range(2):  # once does not suffice where they are nearly dependent
+        norms = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
+        columns = columns / torch.where(norms > 0, norms, 1.0)
+        products = columns.mT @ columns + torch.diag_embed((norms[:, 0] == 0).to(columns))
+        factor, failed = torch.linalg.cholesky_ex(products)
         factor = torch.where((failed == 0)[:, None, None], factor, torch.nan)
         columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
     return columns

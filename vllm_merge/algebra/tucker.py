@@ -2,19 +2,57 @@
 """Tucker-2: one pair of bases for several matrices, by higher-order orthogonal iteration (HOOI).
 
 Finds orthonormal U, V of k columns that maximise Σ ‖Uᵀ M_i V‖²_F, started from the singular vectors of the matrices side
-by side and on top of each other (De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix Anal. Appl. 21, 2000).
+by side and on top of each other (De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix Anal. Appl. 21, 2000). Each half of a step takes
+the leading eigenvectors of a matrix that is near that of the step before: subspace iteration follows them, and modules for
+which its residual is too large are left to the eigenvalue solver.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_merge.algebra.bases import TOLERANCE
-from vllm_merge.algebra.subspace import LeadingVectors
+from vllm_merge.algebra.subspace import WAYS, Way, follow, settled
+from vllm_merge.algebra.symmetric import descending_eigh
+from vllm_merge.kernels import turns
 
 MAX_ITERATIONS = 1000
 LEAST_ITERATIONS = 3
+AT_ONCE = 12  # iterations between two looks at which modules have stopped: a look waits for the GPU
+ROOM = 4  # at most, for the vectors of these iterations: times that of M_i
+
+
+@dataclass(frozen=True, slots=True)
+class _Tasks:
+    """M_i = left_i @ right_i of some modules, Σ ‖M_i‖² = 1; the arguments of `shared_bases`."""
+
+    left: Tensor
+    right: Tensor
+    same_task: Tensor
+    ranks: Tensor
+
+    def some(self, which: Tensor) -> _Tasks:
+        return _Tasks(self.left[which], self.right[which], self.same_task, self.ranks[which])
+
+    def outer(self, v: Tensor) -> Tensor:
+        """Σ_i M_i V Vᵀ M_iᵀ, (modules, rows, rows)."""
+        inner = torch.bmm(self.right, v)
+        return _within(self.left, torch.bmm(inner, inner.mT), self.same_task)
+
+    def turned(self) -> _Tasks:
+        """M_iᵀ = right_iᵀ @ left_iᵀ."""
+        return _Tasks(self.right.mT, self.left.mT, self.same_task, self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """Some iterations of some modules. u: (iterations, modules, rows, k), v alike."""
+
+    u: Tensor
+    v: Tensor
 
 
 def shared_bases(
@@ -27,39 +65,109 @@ def shared_bases(
     tolerance. Columns beyond its rank, ranks (modules,), or outside the support are zero.
     """
     squares = ((left.mT @ left) * (right @ right.mT) * same_task).sum((-1, -2))
+    sizes = torch.where(squares > 0, squares, 1.0).sqrt()[:, None, None]
+    every = _Tasks(left / sizes, right, same_task, ranks)
     width = int(ranks.max())
-    of_left, of_right = LeadingVectors(width), LeadingVectors(width)
-    everyone = torch.arange(len(ranks), device=ranks.device)
-    u, _ = _supported(*of_left.of(_outer(left, right @ right.mT, same_task), everyone), ranks)
-    v, _ = _supported(*of_right.of(_outer(right.mT, left.mT @ left, same_task), everyone), ranks)
-    error = torch.full_like(squares, torch.inf)
+    made_of, _ = _exact(_within(right.mT, every.left.mT @ every.left, same_task), ranks, width)  # what u is
+    v = made_of.clone()
+    u = left.new_zeros(*left.shape[:2], min(width, left.shape[1]))
     open_ = squares.nonzero()[:, 0]
-    for iteration in range(MAX_ITERATIONS):
-        if not len(open_):
-            break
-        some_left, some_right, some_ranks = left[open_], right[open_], ranks[open_]
-        inner = some_right @ v[open_]
-        outer = _outer(some_left, inner @ inner.mT, same_task)
-        u[open_] = some_u = _supported(*of_left.of(outer, open_), some_ranks)[0]
-        inner = some_left.mT @ some_u
-        outer = _outer(some_right.mT, inner @ inner.mT, same_task)
-        v[open_], kept = _supported(*of_right.of(outer, open_), some_ranks)
-        now = (1 - kept / squares[open_]).clamp_min(0).sqrt()
-        going = (error[open_] - now).abs() >= tolerance
-        error[open_] = now
-        if iteration + 1 >= LEAST_ITERATIONS:
-            open_ = open_[going]
-    return u, v
+    tasks, u_now, v_now = every.some(open_), u[open_], v[open_]
+    error = torch.full((len(open_),), torch.inf, dtype=torch.float64)
+    narrow = min(u.shape[1], v.shape[1])
+    ways: tuple[Way, ...] = WAYS if 2 * width <= narrow else ()
+    at_once = min(AT_ONCE, ROOM * narrow // (2 * width))
+    iteration = 0
+    while len(open_):
+        # The first iteration has no vectors nearby to begin with, and the next ones are far from theirs.
+        usable = ways if iteration else ()
+        count = min(iteration, at_once, MAX_ITERATIONS - iteration) if usable else 1
+        path, kept, settled_at_once = _walk(tasks, u_now, v_now, count, usable)
+        if iteration > LEAST_ITERATIONS and 2 * settled_at_once < len(open_):
+            ways = ways[1:]
+        errors = torch.cat([error[None], (1 - kept).clamp_min(0).sqrt()])
+        stops = ~((errors[1:] - errors[:-1]).abs() >= tolerance)
+        stops[: max(0, LEAST_ITERATIONS - 1 - iteration)] = False
+        iteration += count
+        stops[-1] |= iteration >= MAX_ITERATIONS
+        at = stops.any(0).nonzero()[:, 0]
+        if len(at):
+            last, here = stops[:, at].to(torch.int8).argmax(0).to(u.device), at.to(u.device)
+            made_of[open_[here]] = torch.cat([v_now[None], path.v])[last, here]
+            u[open_[here]], v[open_[here]] = path.u[last, here], path.v[last, here]
+        going = (~stops.any(0)).nonzero()[:, 0]
+        u_now, v_now, error = path.u[-1], path.v[-1], errors[-1]
+        if len(at):
+            on = going.to(u.device)
+            open_, tasks, u_now, v_now, error = open_[on], tasks.some(on), u_now[on], v_now[on], error[going]
+    u = _resolved(every.outer(made_of), u, ranks)
+    return u, _resolved(every.turned().outer(u), v, ranks)
 
 
-def _outer(side: Tensor, inner: Tensor, same_task: Tensor) -> Tensor:
+def _walk(tasks: _Tasks, u: Tensor, v: Tensor, count: int, ways: tuple[Way, ...]) -> tuple[_Path, Tensor, int]:
+    """`count` iterations from u, v, each module's by the first of the ways that is right for it, or the eigenvalue solver.
+
+    Then Σ ‖Uᵀ M_i V‖², (iterations, modules), on the CPU, and for how many modules the first way is right.
+    """
+    way = ways[0] if ways else None
+    path = _Path(u.new_empty(count, *u.shape), v.new_empty(count, *v.shape))
+    measured = u.new_zeros(2, count, 4, len(u))
+    turned, near_u, near_v = tasks.turned(), u, v
+    for index in range(count):
+        for side, near, far, found, told in (
+            (tasks, near_u, near_v, path.u[index], measured[0, index]),
+            (turned, near_v, path.u[index], path.v[index], measured[1, index]),
+        ):
+            if way:
+                follow(side.outer(far), near, way, found, told)
+            else:
+                vectors, told[0] = _exact(side.outer(far), tasks.ranks, found.shape[-1])
+                found.copy_(vectors)
+        near_u, near_v = path.u[index], path.v[index]
+        turns.between()
+    told = measured.cpu()  # which waits for the GPU
+    kept = told[1, :, 0]
+    if not way:
+        return path, kept, len(u)
+    unsettled = (~settled(told.movedim(2, 0)).all(0).all(0)).nonzero()[:, 0]
+    if len(unsettled):
+        here = unsettled.to(u.device)
+        again, kept[:, unsettled], _ = _walk(tasks.some(here), u[here], v[here], count, ways[1:])
+        path.u[:, here], path.v[:, here] = again.u, again.v
+    return path, kept, len(u) - len(unsettled)
+
+
+def _within(side: Tensor, inner: Tensor, same_task: Tensor) -> Tensor:
     """Σ_i side_i inner_ii side_iᵀ, (modules, d, d)."""
-    return side @ (inner * same_task) @ side.mT
+    return torch.bmm(torch.bmm(side, inner * same_task), side.mT)
 
 
-def _supported(values: Tensor, vectors: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvectors (modules, d, width), zero outside the support and beyond the rank, and the sum of their eigenvalues."""
+def _exact(matrices: Tensor, ranks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The leading eigenvectors (modules, d, k), k = min(width, d), zero outside the support and beyond the rank, and the sum
+    of their eigenvalues.
+    """
+    values, vectors = (part[..., :width] for part in descending_eigh(matrices))
     support = (values > TOLERANCE**2 * values[:, :1]) & (
         torch.arange(values.shape[1], device=ranks.device) < ranks[:, None]
     )
     return vectors * support[:, None, :], (values * support).sum(-1)
+
+
+def _resolved(matrices: Tensor, basis: Tensor, ranks: Tensor) -> Tensor:
+    """The leading eigenvectors, strongest first, of which `basis` (modules, d, k) is said to be a basis.
+
+    It is the leading one if nothing outside it can be larger: the norm of the rest is below the least eigenvalue inside.
+    The eigenvalue solver has what that does not show.
+    """
+    inside = basis.mT @ matrices @ basis
+    values, rotation = descending_eigh(inside)
+    support = (values > TOLERANCE**2 * values[:, :1]) & (
+        basis.square().sum(1).count_nonzero(-1)[:, None] > torch.arange(values.shape[1], device=values.device)
+    )
+    least = torch.where(support, values, torch.inf).amin(-1)
+    rest = matrices.square().sum((-1, -2)) - inside.square().sum((-1, -2))
+    vectors = basis @ (rotation * support[:, None, :])
+    open_ = (~(rest < least.square())).nonzero()[:, 0]
+    if len(open_):
+        vectors[open_] = _exact(matrices[open_], ranks[open_], vectors.shape[-1])[0]
+    return vectors

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_merge.kernels import turns
+
 LARGEST = 128  # rows; a matrix of 256 does not fit into the registers of a program
 ACCEPTED = 1e-11  # off the diagonal of VᵀGV, and of orthonormality, where the largest entry of G is about 1
 _STEPS = 40  # QL steps for one eigenvalue; it takes two
@@ -148,8 +150,12 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.empty_like(padded)
     diagonal, beside = padded.new_empty(2, batch, n).unbind()
     converged = torch.empty(batch, dtype=torch.int8, device=matrices.device)
-    _reflect[(batch,)](padded, rows, diagonal, beside, N=n, num_warps=max(1, min(16, n * n // 1024)))
-    _rotate[(batch,)](diagonal, beside, rows, converged, k, _STEPS, _NEGLIGIBLE, N=n, num_warps=1)
+    for part in turns.pieces(batch, matrices.device):
+        programs, outer, inner = (part.stop - part.start,), rows[part], (diagonal[part], beside[part])
+        _reflect[programs](padded[part], outer, *inner, N=n, num_warps=max(1, min(16, n * n // 1024)))
+        turns.between()
+        _rotate[programs](*inner, outer, converged[part], k, _STEPS, _NEGLIGIBLE, N=n, num_warps=1)
+        turns.between()
     values, vectors = diagonal[:, :k], rows[:, :k, :k].mT
     residual = matrices @ vectors - vectors * values[:, None, :]
     product = vectors.mT @ vectors

@@ -37,13 +37,14 @@ def iso_cts(
     tasks = cores.scaled(weight)
     alone = triples_of_each([tasks.task(index) for index in range(len(tasks.slots))])
     of_the_sum, of_each = split(torch.stack([task.rank for task in alone], 1), cores.room, common_fraction)
-    common = triples_of(tasks.total()).leading(of_the_sum)
+    most_of_the_sum, most_of_each = torch.stack([of_the_sum.amax(), of_each.amax()]).tolist()
+    common = triples_of(tasks.total()).leading(of_the_sum, most_of_the_sum)
     outside = replace(tasks, left=tasks.left - common.U @ (common.U.mT @ tasks.left))
     rests = triples_of_each(
         [outside.task(index) for index in range(len(tasks.slots))],
         [TOLERANCE * task.S[:, :1].sum(1) for task in alone],
     )
-    every = Triples.cat([common, *(rest.leading(of_each) for rest in rests)])
+    every = Triples.cat([common, *(rest.leading(of_each, most_of_each) for rest in rests)])
     return every.mean[:, None, None] * (polar(every.U) @ polar(every.V).mT)
 
 

@@ -9,6 +9,7 @@ nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -19,10 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vllm_merge.kernels.turns import taking_turns
+
 # Python hands the interpreter to another thread this often while a merge runs. vLLM's thread gives it up at every call into
 # the device, hundreds of times a step, and waits this long to get it back each time.
 SWITCH_SECONDS = 0.000001
-REST = 1.0  # how many times as long as a piece of a merge has taken vLLM has the GPU and the interpreter to itself after it
+# How many times as long as a piece of a merge has taken vLLM has the GPU and the interpreter to itself after it: a copy
+# leaves the multiprocessors alone, a piece of the merge's arithmetic takes a fifth of the time.
+REST, REST_OF_ARITHMETIC = 1.0, 4.0
 SHORTEST_PIECE = 0.0005  # seconds, up to which pieces follow each other
 LONGEST_REST = 0.05  # seconds
 IDLE_SECONDS = 0.1  # without work on vLLM's stream, after which nobody is disturbed
@@ -93,10 +98,11 @@ class Arena:
             torch.cuda.set_device(self.device)
             with torch.cuda.stream(self._stream):
                 self._piece_began = time.perf_counter()
-                yield
+                with taking_turns(functools.partial(self.rest, REST_OF_ARITHMETIC)):
+                    yield
                 self._stream.synchronize()
 
-    def rest(self) -> None:
+    def rest(self, times: float = REST) -> None:
         """Between two pieces of a merge: wait until the GPU has done the last one, then leave it to the requests that run.
 
         A piece delays a step by no more than it takes itself, so short pieces with rests between are what keeps the
@@ -111,5 +117,5 @@ class Arena:
         if not self._served.query():
             self._last_served = now
         if now - self._last_served < IDLE_SECONDS:
-            time.sleep(min(LONGEST_REST, REST * (now - self._piece_began)))
+            time.sleep(min(LONGEST_REST, times * (now - self._piece_began)))
         self._piece_began = time.perf_counter()

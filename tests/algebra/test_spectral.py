@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Polar factors and flat spectra, by products alone and by singular vectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_merge.algebra.spectral import Triples, isotropic, polar, polar_of_full_rank, triples_of
+
+
+def with_singular_values(values: Tensor, rows: int, count: int = 2) -> tuple[Tensor, Tensor]:
+    """Matrices (count, rows, k) with these singular values, and their polar factors."""
+    generator = torch.Generator().manual_seed(2)
+    k = len(values)
+    u = torch.linalg.qr(torch.randn(count, rows, k, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(count, k, k, generator=generator, dtype=torch.float64)).Q
+    return u * values @ v.mT, u @ v.mT
+
+
+@pytest.mark.parametrize("rows", [24, 40])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("least", [1.0, 1e-2, 1e-4])
+def test_polar_factors_by_products(rows: int, scale: float, least: float) -> None:
+    matrix, expected = with_singular_values(torch.linspace(1, least, 24, dtype=torch.float64), rows)
+    found, right = polar_of_full_rank(matrix * scale)
+    assert right.all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14 / least)
+
+
+def test_a_singular_value_that_is_too_small_is_told() -> None:
+    matrix, _ = with_singular_values(torch.ones(6).double(), 8, count=5)
+    nearly, lacking = with_singular_values(torch.tensor([1, 1, 1, 1, 1, 1e-6]).double(), 8)[0]
+    matrix[1], matrix[2], matrix[3] = nearly, 0, torch.cat([lacking[:, :5], lacking[:, :1]], -1)
+    assert polar_of_full_rank(matrix)[1].tolist() == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8), (6, 6)])
+def test_a_flat_spectrum_has_the_mean_on_the_support(shape: tuple[int, int]) -> None:
+    values = torch.tensor([5.0, 3, 1, 0, 0, 0]).double()
+    tall, _ = with_singular_values(values, max(shape))
+    matrix = tall if shape[0] >= shape[1] else tall.mT
+    matrix[1] = 0
+    found = isotropic(matrix)
+    u, _, vt = torch.linalg.svd(matrix[0])
+    torch.testing.assert_close(found[0], 3 * u[:, :3] @ vt[:3], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[0], 3 * polar(matrix)[0], rtol=0, atol=1e-12)
+    assert (found[1] == 0).all()
+
+
+def test_leading_triples() -> None:
+    matrix, _ = with_singular_values(torch.tensor([5.0, 3, 1]).double(), 4)
+    count = torch.tensor([1, 2])
+    wide, narrow = (triples_of(matrix).leading(count, most) for most in (None, 2))
+    assert isinstance(narrow, Triples)
+    assert [tuple(part.shape) for part in (wide.U, narrow.U, narrow.S, narrow.V)] == [
+        (2, 4, 3),
+        (2, 4, 2),
+        (2, 2),
+        (2, 3, 2),
+    ]
+    assert narrow.rank.tolist() == wide.rank.tolist() == [1, 2]
+    torch.testing.assert_close(
+        narrow.U @ torch.diag_embed(narrow.S) @ narrow.V.mT, wide.U * wide.S[:, None] @ wide.V.mT
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_polar_factors_are_the_same_on_a_gpu() -> None:
+    full, _ = with_singular_values(torch.linspace(1, 1e-3, 24, dtype=torch.float64), 40, count=4)
+    full[2] = with_singular_values(torch.tensor([*[1.0] * 20, 0, 0, 0, 0]).double(), 40, count=1)[0][0]
+    for matrix in (full, full.mT):
+        torch.testing.assert_close(polar(matrix.cuda()).cpu(), polar(matrix), rtol=0, atol=1e-9)
