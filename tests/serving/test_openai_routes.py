@@ -215,12 +215,16 @@ def test_json_of_a_schema(full_server):
 )
 def test_a_tool_is_called(full_server, choice):
     tool = {"type": "function", "function": {"name": "say", "description": "Say a word.", "parameters": SCHEMA}}
-    body = {**CHAT, "max_tokens": 120, "tools": [tool], "tool_choice": choice}
-    merged, _ = asked_twice(full_server, artifact_of(full_server), "/v1/chat/completions", body)
-    (call,) = merged["choices"][0]["message"]["tool_calls"]
-    assert call["function"]["name"] == "say"
-    json.loads(call["function"]["arguments"])  # raises if it is not JSON
-    assert merged["model"] == artifact_of(full_server)
+    body = {**CHAT, "max_tokens": 120, "tools": [tool], "tool_choice": choice, "logprobs": True}
+    answers = asked_twice(full_server, artifact_of(full_server), "/v1/chat/completions", body)
+    values = []
+    for answer in answers:
+        (call,) = answer["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "say"
+        json.loads(call["function"]["arguments"])  # raises if it is not JSON
+        values.append([step["logprob"] for step in answer["choices"][0]["logprobs"]["content"]])
+    assert answers[0]["model"] == artifact_of(full_server)
+    assert values[0] != pytest.approx(values[1], abs=1e-3), "the merge's probabilities are not the base's"
 
 
 @pytest.mark.full

@@ -181,3 +181,27 @@ def test_an_arena_gives_its_memory_back_and_takes_it_again():
     assert given - before >= size
     arena.take(0)
     assert given - torch.cuda.mem_get_info(device)[0] >= size
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_libraries_keep_costs_no_second_arena():
+    """cuBLAS keeps a workspace for each stream, which torch takes from where the stream's memory is."""
+    device, size = torch.device("cuda", torch.cuda.current_device()), 256 << 20
+
+    def work() -> None:
+        matrix = torch.randn(3, 256, 256, device=device, dtype=torch.float64)
+        torch.linalg.eigh(matrix @ matrix.mT)
+        matrix.float() @ matrix.float()
+
+    work()  # what the libraries take once
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info(device)[0]
+    arena = Arena(device, size)
+    with arena.use():
+        work()
+    arena.take(0)
+    assert before - torch.cuda.mem_get_info(device)[0] < 1.5 * size
+    arena.give_back()
+    assert before - torch.cuda.mem_get_info(device)[0] < size / 2

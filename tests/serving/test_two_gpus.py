@@ -1,41 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor, pipeline and data parallel on two GPUs: what merged adapters answer there is what they answer on one.
 
-Four servers of the demo's model, one after the other: about four minutes.
+Four servers of the demo's model, all at once: about two minutes.
 """
 
 import json
-import time
-import urllib.request
 
 import pytest
 import torch
 
 from tests.conftest import CONFIG, DEMO, servers
+from tests.serving.gpu_servers import MIB, START_SECONDS, artifacts, gpu, needs_gpus, post, start, wait_until
 
+ONE = "one GPU"
 MODES = {
     "tensor": ("--tensor-parallel-size", "2"),
+    "tensor, fully sharded": ("--tensor-parallel-size", "2", "--fully-sharded-loras"),
     "pipeline": ("--pipeline-parallel-size", "2"),
     "data": ("--data-parallel-size", "2", "--api-server-count", "2"),
 }
 NAMES = ("ties", "task-arithmetic", "knots-ties", "upper")
-GPU_OPTIONS = (
-    *("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "32"),
-    *("--gpu-memory-utilization", "0.3", "--host", "127.0.0.1", "--uvicorn-log-level", "warning"),
-)
+OPTIONS = ("--enforce-eager", "--max-model-len", "256", "--max-loras", "4", "--max-lora-rank", "64")
 MEAN, LARGEST = 0.02, 0.5  # |Δ log p| that bfloat16 sums in another order may make
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.full,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
-]
-
-
-def post(server, path: str, body: dict) -> dict:
-    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as reply:
-        return json.load(reply)
+pytestmark = [pytest.mark.gpu, pytest.mark.full, needs_gpus(2)]
 
 
 def logprobs(server, name: str, texts: list[str]) -> torch.Tensor:
@@ -53,35 +41,35 @@ def logprobs(server, name: str, texts: list[str]) -> torch.Tensor:
     return torch.tensor(values)
 
 
-def artifacts(server) -> list[dict]:
-    with urllib.request.urlopen(f"{server.url}/v1/merge/artifacts", timeout=60) as reply:
-        return json.load(reply)["data"]
-
-
 def hash_of(server, number: int, name: str) -> str:
     """The hash of an artifact's tensors, which a worker takes in the background."""
-    deadline = time.monotonic() + 30
-    while True:
+    found: list[str] = []
+
+    def there() -> bool:
         rows = artifacts(server)[number]["artifacts"]
-        found = next(row["tensors_sha256"] for row in rows if row["name"].startswith(f"{name}@"))
-        if found is not None:
-            return found
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        found[:] = [
+            row["tensors_sha256"] for row in rows if row["name"].startswith(f"{name}@") and row["tensors_sha256"]
+        ]
+        return bool(found)
+
+    wait_until(there)
+    return found[0]
 
 
 @pytest.fixture(scope="module")
-def start():
-    """start(*options): `vllm-merge serve` of the demo on GPUs, as a context manager."""
-
-    def run(*options: str):
-        command = servers.merge_serve(DEMO / "model", CONFIG, *options, "--max-loras", "4", "--max-lora-rank", "64")
-        return servers.running(command, {"VLLM_MERGE_CACHE_BYTES": str(1 << 30)})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(servers, "CPU_OPTIONS", GPU_OPTIONS)
-        patch.setattr(servers, "CPU_ENVIRONMENT", {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
-        yield run
+def started():
+    """A server of each mode and one on one GPU, which start side by side."""
+    with gpu():
+        running = {
+            mode: start(
+                servers.merge_serve(DEMO / "model", CONFIG, *OPTIONS, *MODES.get(mode, ())),
+                VLLM_MERGE_CACHE_BYTES=str(1024 * MIB),
+            )
+            for mode in (ONE, *MODES)
+        }
+        yield running
+        for server in running.values():
+            server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -90,22 +78,27 @@ def texts(prompts) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def on_one_gpu(start, texts) -> dict[str, torch.Tensor]:
-    with start() as server:
-        return {name: logprobs(server, name, texts) for name in NAMES}
+def on_one_gpu(started, texts) -> dict[str, torch.Tensor]:
+    started[ONE].wait(START_SECONDS)
+    return {name: logprobs(started[ONE], name, texts) for name in NAMES}
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_gpus_answer_as_one_does(start, texts, on_one_gpu, mode):
-    with start(*MODES[mode]) as server:
-        workers = artifacts(server)
-        assert len({worker["pid"] for worker in workers}) == 2
-        for name in NAMES:
-            difference = (logprobs(server, name, texts) - on_one_gpu[name]).abs()
-            assert difference.mean() < MEAN, f"{name}: mean |Δ log p| {difference.mean():.4f}"
-            assert difference.max() < LARGEST, f"{name}: largest |Δ log p| {difference.max():.4f}"
-            hashes = [hash_of(server, number, name) for number in (0, 1)]
-            assert hashes[0] == hashes[1], "every rank has the same bytes"
+def test_two_gpus_answer_as_one_does(started, texts, on_one_gpu, mode, record_property):
+    server = started[mode]
+    server.wait(START_SECONDS)
+    workers = artifacts(server)
+    assert len({worker["pid"] for worker in workers}) == 2
+    found: dict[str, list[float]] = {}
+    for name in NAMES:
+        difference = (logprobs(server, name, texts) - on_one_gpu[name]).abs()
+        found[name] = [round(float(difference.mean()), 5), round(float(difference.max()), 4)]
+        hashes = [hash_of(server, number, name) for number in (0, 1)]
+        assert hashes[0] == hashes[1], "every rank has the same bytes"
+    record_property("|Δ log p| to one GPU, mean and largest", json.dumps(found))
+    for name, (mean, largest) in found.items():
+        assert mean < MEAN, f"{name}: mean |Δ log p| {mean}"
+        assert largest < LARGEST, f"{name}: largest |Δ log p| {largest}"
 
 
 def test_the_bounds_tell_adapters_apart(on_one_gpu):

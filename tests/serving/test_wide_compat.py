@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import CONFIG, DEMO, servers
+from tests.serving.nearness import HALF, distance
 from tests.serving.quantised import FORMATS, quantise
 from tests.serving.test_exactness import LIMIT, Reference, exported, reference, served  # noqa: F401  (fixtures)
 
@@ -28,26 +29,13 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 MERGES = ("ties", "task-arithmetic", "knots-mean")
 OPTIONS = ("--max-loras", "4", "--max-lora-rank", "64")
 SEEN = 0.05  # nats: what makes a difference at least
-HALF = 0.05  # nats: what roundings of bfloat16 may make; the merge in the worker and the one here need not have the same bits
 # Formats that vLLM's CPU build runs, but not with --enable-lora, and what it says.
 WITHOUT_LORA = {"compressed-tensors W8A8": "'NoneType' object has no attribute 'device'"}
-
-Answers = tuple[list[list[int]], list[torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
 def texts(prompts: list[dict[str, str]]) -> list[str]:
     return [item["prompt"] for item in prompts[::40]]
-
-
-def distance(some: Answers, others: Answers) -> float:
-    """Largest |Δ log p| up to the first token that differs."""
-    largest = 0.0
-    for ids, theirs, a, b in zip(some[0], others[0], some[1], others[1], strict=True):
-        pairs = list(zip(ids, theirs, strict=True))
-        same = next((i for i, (mine, its) in enumerate(pairs) if mine != its), len(pairs))
-        largest = max(largest, float((a[: same - 1] - b[: same - 1]).abs().max()))
-    return largest
 
 
 def plain(base: Path) -> list[str]:

@@ -16,6 +16,7 @@ GENERATED = 8
 
 
 def main() -> None:
+    import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -29,8 +30,11 @@ def main() -> None:
         "max_loras": 2,
         "max_lora_rank": 64,
         "enable_prefix_caching": False,
+        "gpu_memory_utilization": 0.3,
     }
-    llm = LLM(model, dtype=dtype, enforce_eager=True, enable_lora=True, gpu_memory_utilization=0.3, **limits)
+    if torch.cuda.is_available():  # where several of these share a GPU
+        limits |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 256 << 20}
+    llm = LLM(model, dtype=dtype, enforce_eager=True, enable_lora=True, **limits)
     asked = SamplingParams(max_tokens=GENERATED, temperature=0, logprobs=0, prompt_logprobs=0, ignore_eos=True)
 
     def answers(request: Any) -> list[Any]:
