@@ -288,11 +288,12 @@ def test_a_result_keeps_no_memory_of_what_was_cut_off() -> None:
     assert sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) == merged.nbytes
 
 
-@pytest.mark.parametrize("merge_method", ["tsv_m", "opcm"])
-def test_whole_modules_keep_to_their_workspace(merge_method: str) -> None:
-    """Cores of several shapes at once where that fits (tsv_m), what statistics hold beside them where it does not (opcm)."""
+@pytest.mark.parametrize("merge_method", ["tsv_m", "opcm", "ties"])
+def test_modules_of_several_shapes_keep_to_their_workspace(merge_method: str) -> None:
+    """Cores of several shapes at once where that fits (tsv_m), what statistics hold beside them where it does not (opcm), and
+    what is merged of several shapes until it is cut (ties in knots)."""
     generator = torch.Generator().manual_seed(0)
-    rank, workspace = (8, 16 << 20) if merge_method == "tsv_m" else (32, 16 << 20)
+    rank, workspace = 32 if merge_method == "opcm" else 8, 16 << 20
     sizes = {"q": (512, 384), "k": (128, 384), "up": (1024, 384), "down": (384, 1024)}
     shapes = {f"layers.{i}.{name}": size for i in range(6) for name, size in sizes.items()}
 

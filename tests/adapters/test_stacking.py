@@ -7,6 +7,7 @@ import ctypes
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -316,3 +317,26 @@ def test_a_gpu_puts_factors_side_by_side_and_tells_what_does_not_fit() -> None:
             assert torch.allclose(b.cpu().float(), wanted_b.float(), rtol=2 * torch.finfo(dtype).eps)
     assert side_by_side(arrangement, memory, adapters, shares * 1e6, None)
     assert not gather_stacks(arrangement, memory, adapters, Sources(device, 0))
+
+
+def test_a_group_is_cut_into_the_same_pieces_every_time() -> None:
+    """What is known of a piece, as where its factors lie, then is found again."""
+    (group, _) = group_modules([random_adapter("x", 3, 1)])
+    assert [one.modules for one in group.batches(1)] == [(module,) for module in group.modules]
+    assert all(one is other for one, other in zip(group.batches(1), group.batches(1), strict=True))
+    assert tuple(group.batches(len(group.modules))) == (group,)
+
+
+def test_a_table_is_numbers_scales_and_a_zero() -> None:
+    """Of the same pieces with other weights, only the scales of B differ."""
+    x, y = random_adapter("x", 3, 1), random_adapter("y", 5, 2)
+    arrangement = arranged(tuple(group_modules([x, y])))
+    pieces = pieces_of(arrangement, [x.places, y.places], Sources(CPU, 0))
+    weights = np.arange(1.0, 1 + pieces.scaling.size).reshape(pieces.scaling.shape)
+    plain, weighted = (pieces.table(given, CPU) for given in (None, weights))
+    assert torch.equal(plain[: 8 * pieces.count], torch.from_numpy(pieces.numbers.ravel()))
+    assert torch.equal(plain[: 8 * pieces.count], weighted[: 8 * pieces.count])
+    assert plain[-1] == weighted[-1] == 0
+    scales = weighted[8 * pieces.count : -1].view(torch.float64).view(-1, 2, 2)
+    assert (scales[:, 0] == 1).all()
+    assert torch.equal(scales[:, 1], torch.from_numpy(pieces.scaling * weights))

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_merge import UserInputError
 from vllm_merge.algebra import truncation
 from vllm_merge.algebra.ranks import RankPolicy
-from vllm_merge.algebra.truncation import Truncated, truncate
+from vllm_merge.algebra.truncation import Batch, Truncated, truncate, truncate_each
 
 
 def matrices(short: int = 48, decay: float = 0.9) -> Tensor:
@@ -79,3 +79,19 @@ def test_auto_is_the_sum_of_ranks_or_the_given_maximum() -> None:
 def test_wrong_ranks(rank: object) -> None:
     with pytest.raises(UserInputError, match="allowed are 'auto', 'lossless', an integer"):
         RankPolicy.parse(rank, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", ["lossless", 3, {"energy": 0.9}])
+def test_batches_that_are_cut_at_once_are_cut_as_each_alone(rank: int | str | dict[str, float]) -> None:
+    """Batches of different lengths and ranks, one without any direction; each as wide as its own largest rank."""
+    policy, x = RankPolicy.parse(rank, None), matrices()
+    given = [x, x[:1, :20] * 3, torch.zeros_like(x[:1])]
+    batches = [Batch(lambda x=x: iter(x.split(7, dim=1)), torch.full((len(x),), 8)) for x in given]
+    together = list(truncate_each(batches, x.shape[2], policy, seed=0))
+    for mine, found in zip(given, together, strict=True):
+        alone = cut(mine, policy)
+        assert torch.equal(found.ranks, alone.ranks)
+        assert torch.equal(found.exact, alone.exact)
+        assert found.long.shape == alone.long.shape
+        torch.testing.assert_close(found.long @ found.short.mT.float(), alone.long @ alone.short.mT.float())
+    assert together[-1].ranks.tolist() == [0]

@@ -152,6 +152,9 @@ def check_elect(device: str) -> None:
             assert off <= 2, "rounding may decide otherwise about an entry at its threshold"
             assert (found.counts - counts).abs().max() <= 2
             assert not bool(found.undecided)
+            alone = products.votes(products.Products(left, right, SLOTS, modules), threshold, weight)
+            assert torch.equal(alone, found.votes)
+            assert (alone - total.sign().sum((1, 2))).abs().max() <= 2
 
 
 def check_elect_keeps_what_equals_the_threshold(device: str) -> None:

@@ -42,7 +42,7 @@ class Arrangement:
         return {module: found[module] for module in sorted(found, key=natural_key)}
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)
 def arranged(groups: tuple[ModuleGroup, ...]) -> Arrangement:
     """The stacks of these groups, one after the other."""
     firsts, end = [], 0

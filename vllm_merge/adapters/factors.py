@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -121,6 +122,15 @@ class Layout(tuple[tuple[str, tuple[int, int], int, bool], ...]):
         return self._hash
 
 
+class LazyFactors(Mapping[str, LoraFactors]):
+    """Factors by module, in natural order, that are made when they are asked for."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """What is known of all of them before they are made."""
+
+
 @dataclass(slots=True)
 class Found:
     """What was found out about the content of an adapter, which all its names share.
@@ -149,10 +159,13 @@ class Adapter:
         metadata: Mapping[str, object] | None = None,
     ) -> None:
         self.name = name
-        self.factors: Mapping[str, LoraFactors] = MappingProxyType(
-            {module: factors[module] for module in sorted(factors, key=natural_key)}
-        )
-        self.layout = Layout((m, pair.shape, pair.rank, pair.embedding) for m, pair in self.factors.items())
+        self.factors: Mapping[str, LoraFactors] = factors
+        if isinstance(factors, LazyFactors):
+            self.layout = factors.layout
+        else:
+            ordered = {module: factors[module] for module in sorted(factors, key=natural_key)}
+            self.factors = MappingProxyType(ordered)
+            self.layout = Layout((m, pair.shape, pair.rank, pair.embedding) for m, pair in ordered.items())
         self.base_model = base_model
         self.metadata: Mapping[str, object] = MappingProxyType(dict(metadata or {}))
         self.known_hash = content_hash

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from weakref import ReferenceType, ref
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vllm_merge.adapters.places import ADDRESS, DTYPE, DTYPES, ITEM_SIZES, STRIDE, Places
 
@@ -32,7 +33,7 @@ class Pieces:
     to write; the first element in the stacks' memory, and the stride there. scaling: (modules, n) float64.
     order: of the pieces in `numbers`, where they are sorted by the sources' dtype. launches: dtype, first piece and the one
     after the last, of each. aligned: see `all_aligned`. widest: columns of the widest slot; largest: elements of the
-    largest piece.
+    largest piece. on_device: the numbers where they were needed before.
     """
 
     numbers: NDArray[np.int64]
@@ -42,21 +43,28 @@ class Pieces:
     aligned: bool
     widest: int
     largest: int
+    on_device: dict[torch.device, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         return len(self.numbers[0])
 
-    def with_scales(self, weights: NDArray[np.float64] | None) -> NDArray[np.int64]:
-        """The numbers, then the pieces' scales (the bits of float64), then a 0; flat.
+    def table(self, weights: NDArray[np.float64] | None, device: torch.device) -> Tensor:
+        """The numbers, then the pieces' scales (the bits of float64), then a 0; flat int64, on the device.
 
         The scale of B is scaling times weights, (modules, n), 1 without; that of A is 1.
         """
+        numbers = self.on_device.get(device)
+        if numbers is None:
+            numbers = self.on_device[device] = torch.from_numpy(self.numbers.ravel()).to(device)
+        return torch.cat((numbers, torch.from_numpy(self._scales(weights)).to(device, non_blocking=True)))
+
+    def _scales(self, weights: NDArray[np.float64] | None) -> NDArray[np.int64]:
         modules, n = self.scaling.shape
         scales = np.ones((modules, 2, n))
         scales[:, 1] = self.scaling if weights is None else self.scaling * weights
         flat = scales.ravel() if self.order is None else scales.ravel()[self.order]
-        return np.concatenate((self.numbers.ravel(), flat.view(np.int64), _ZERO))
+        return np.concatenate((flat.view(np.int64), _ZERO))
 
 
 _ZERO = np.zeros(1, dtype=np.int64)
@@ -69,7 +77,8 @@ def pieces_of(arrangement: Arrangement, places: Sequence[Places], sources: Sourc
     return _pieces(arrangement, places, sources)
 
 
-@lru_cache(maxsize=8)  # of the merges that are made again and again. A weak reference to what is gone equals no other.
+# Of the merges that are made again and again. A weak reference to what is gone equals no other.
+@lru_cache(maxsize=128)
 def _known(arrangement: Arrangement, places: tuple[ReferenceType[Places], ...]) -> Pieces:
     return _pieces(arrangement, [mine for known in places if (mine := known()) is not None], None)
 

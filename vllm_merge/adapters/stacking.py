@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -76,14 +76,18 @@ class ModuleGroup:
         ranks = tuple(row for group in groups for row in group.ranks)
         return ModuleGroup(groups[0].shape, modules, ranks, groups[0].slots)
 
-    def batches(self, modules: int) -> Iterator[ModuleGroup]:
-        """The group in pieces of at most this many modules, all with the group's slots."""
-        if modules >= len(self.modules):
-            yield self
-            return
-        for start in range(0, len(self.modules), modules):
-            piece = slice(start, start + modules)
-            yield ModuleGroup(self.shape, self.modules[piece], self.ranks[piece], self.slots)
+    def batches(self, modules: int) -> Sequence[ModuleGroup]:
+        """The group in pieces of at most this many modules, all with the group's slots; the same ones at every call."""
+        return _batches(self, modules) if modules < len(self.modules) else (self,)
+
+    def part(self, modules: slice) -> ModuleGroup:
+        """The group with some of its modules."""
+        return ModuleGroup(self.shape, self.modules[modules], self.ranks[modules], self.slots)
+
+
+@lru_cache(maxsize=16)  # of the merges that are made again and again: what is known of a group is known of its pieces
+def _batches(group: ModuleGroup, modules: int) -> tuple[ModuleGroup, ...]:
+    return tuple(group.part(slice(start, start + modules)) for start in range(0, len(group.modules), modules))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,10 @@ class Stack:
     group: ModuleGroup
     A: Tensor
     B: Tensor
+
+    def of(self, modules: slice) -> Stack:
+        """Of some modules of the group."""
+        return Stack(self.group.part(modules), self.A[modules], self.B[modules])
 
 
 def group_modules(adapters: Sequence[Adapter]) -> list[ModuleGroup]:
@@ -274,6 +282,6 @@ def gather_stacks(
 
     sources.begin_batch()
     pieces = pieces_of(arrangement, [adapter.places for adapter in adapters], sources)
-    table = torch.from_numpy(pieces.with_scales(weights)).to(memory.device, non_blocking=True)
+    table = pieces.table(weights, memory.device)
     gather(table, memory, pieces, sources.pause)
     return table[-1]

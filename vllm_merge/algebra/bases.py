@@ -30,10 +30,11 @@ class Basis:
     rank: Tensor
 
 
-def gram(stack: Tensor) -> Tensor:
-    """XᵀX of (modules, d, K) stacks, accumulated in float64."""
-    wide = stack.double()
-    return wide.mT @ wide
+def gram(stack: Tensor, at_a_time: int | None = None) -> Tensor:
+    """XᵀX of (modules, d, K) stacks, accumulated in float64. at_a_time: how many are widened together, all without it."""
+    pieces = (piece.double() for piece in torch.split(stack, at_a_time or max(1, len(stack))))
+    found = [wide.mT @ wide for wide in pieces]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def orthonormal_basis(gram_matrix: Tensor, width: int, *, singular: bool = False) -> Basis:

@@ -64,10 +64,22 @@ class Grams:
     norms: Tensor
 
     @classmethod
-    def of(cls, stack: Stack) -> Grams:
-        """Non-finite factors give non-finite norms; a task within rounding of zero has norm exactly 0."""
-        gram_a, gram_b = gram(stack.A.mT), gram(stack.B)
-        return cls(gram_a, gram_b, task_norms(gram_a, gram_b, stack.group.slots))
+    def of(cls, stack: Stack, at_a_time: int | None = None) -> Grams:
+        """Non-finite factors give non-finite norms; a task within rounding of zero has norm exactly 0.
+
+        at_a_time: of how many modules what it takes is held together, of all without it.
+        """
+        return cls.of_pairs([gram_pair(stack, at_a_time)], stack.group.slots)
+
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[tuple[Tensor, Tensor]], slots: Sequence[slice]) -> Grams:
+        """Of all modules of several stacks with the same slots, from the `gram_pair` of each."""
+        gram_a, gram_b = pairs[0] if len(pairs) == 1 else map(torch.cat, zip(*pairs, strict=True))
+        return cls(gram_a, gram_b, task_norms(gram_a, gram_b, slots))
+
+    def of_some(self, modules: slice) -> Grams:
+        """Of some modules."""
+        return Grams(self.A[modules], self.B[modules], self.norms[modules])
 
     @classmethod
     def joined(cls, several: Sequence[Grams]) -> Grams:
@@ -75,6 +87,11 @@ class Grams:
         if len(several) == 1:
             return several[0]
         return cls(*(torch.cat([getattr(one, part) for one in several]) for part in ("A", "B", "norms")))
+
+
+def gram_pair(stack: Stack, at_a_time: int | None = None) -> tuple[Tensor, Tensor]:
+    """A Aᵀ and BᵀB of a stack. at_a_time: see `Grams.of`."""
+    return gram(stack.A.mT, at_a_time), gram(stack.B, at_a_time)
 
 
 def task_norm(gram_a: Tensor, gram_b: Tensor) -> Tensor:
@@ -123,19 +140,23 @@ class Bases:
         parts = (self.left, self.right, self.left_transform, self.right_transform, self.rows, self.cols)
         return Bases(*(None if part is None else part[modules] for part in parts))
 
-    def on(self, group: ModuleGroup, stack: Stack | None, device: torch.device) -> Coordinates:
-        """The coordinates of a group. stack: its factors; None if they are not needed."""
+    def on(self, group: ModuleGroup, stack: Stack | None, entries: Tensor) -> Coordinates:
+        """The coordinates of a group. stack: its factors; None if they are not needed. entries: see `entries`."""
         left, right = self.left, self.right
         if stack is not None:
             left = stack.B if left is None else left
             right = stack.A if right is None else right
         assert left is not None
         assert right is not None
+        return Coordinates(group, left, right, self.left_transform, self.right_transform, entries)
+
+    def entries(self, group: ModuleGroup, device: torch.device) -> Tensor:
+        """How many entries a task of a group has, (modules,) int64."""
         rows, cols = (
             torch.full((len(group.modules),), size, device=device) if counted is None else counted
             for counted, size in zip((self.rows, self.cols), group.shape, strict=True)
         )
-        return Coordinates(group, left, right, self.left_transform, self.right_transform, rows * cols)
+        return rows * cols
 
 
 Build = Callable[[ModuleGroup, Grams, bool], Bases]
@@ -153,10 +174,11 @@ def knots_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
     [ΔW_1/‖ΔW_1‖ … ΔW_n/‖ΔW_n‖], so that a small adapter keeps all its directions beside a large one.
     """
     basis = orthonormal_basis(grams.B, core.shape[0])
-    owner = owners(core.slots).to(grams.A.device)
+    owner = owners(core.slots).to(grams.A.device, non_blocking=True)
     blocks = grams.A * (owner[:, None] == owner)
     weight = torch.where(grams.norms > 0, 1 / grams.norms**2, 0.0)[:, owner]
     equal = basis.R @ (blocks * weight[:, None, :]) @ basis.R.mT
+    rows = equal.shape[-1]
     if equal.is_cuda and inverse_cholesky(equal) is not None:  # the support is everything, in any basis
         support = torch.ones_like(equal[:, 0], dtype=torch.bool)
         support_basis = torch.eye(equal.shape[-1], dtype=equal.dtype, device=equal.device).expand_as(equal)
@@ -164,12 +186,12 @@ def knots_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
         values, support_basis = descending_eigh(equal)
         support = values > TOLERANCE**2 * values[:, :1]
         support_basis = support_basis * support[:, None, :]
+        rows = max(1, int(support.sum(-1).max()))  # one of padding where nothing changes
     inside = support_basis.mT @ basis.R
     square = inside @ blocks @ inside.mT
     # A negative diagonal where the support ends keeps its padding apart from small singular values, and last.
     padding = torch.where(support, 0.0, -square.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True))
     _, rotation = descending_eigh(square + torch.diag_embed(padding))
-    rows = max(1, int(support.sum(-1).max()))  # one of padding where nothing changes
     transform = (support_basis @ rotation)[:, :, :rows] * support[:, None, :rows]
     left = (transform.mT @ basis.R).float()
     return Bases(left, None, basis.T @ transform, None, support.sum(-1), None)
@@ -179,7 +201,7 @@ def core_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
     """M_i = R_B,i R_A,iᵀ from B = Q_B R_B and Aᵀ = Q_A R_A."""
     left = orthonormal_basis(grams.B, core.shape[0], singular=singular)
     right = orthonormal_basis(grams.A, core.shape[1], singular=singular)
-    sums = torch.tensor([sum(ranks) for ranks in core.ranks], device=grams.A.device)
+    sums = torch.tensor([sum(ranks) for ranks in core.ranks]).to(grams.A.device, non_blocking=True)
     rows, cols = (sums.clamp_max(size) for size in core.shape)
     return Bases(left.R, right.R.mT, left.T, right.T, rows, cols)
 
@@ -212,4 +234,4 @@ def bases(space: str, core: ModuleGroup, grams: Grams, *, singular: bool) -> Bas
 def coordinates(space: str, stack: Stack, grams: Grams, *, singular: bool) -> Coordinates:
     """The tasks of a stack in a space. singular: as `bases`."""
     found = bases(space, stack.group.cored(), grams, singular=singular)
-    return found.on(stack.group, stack, stack.A.device)
+    return found.on(stack.group, stack, found.entries(stack.group, stack.A.device))

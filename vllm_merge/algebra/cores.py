@@ -39,7 +39,7 @@ class Cores:
             space.left[part],
             space.right[part],
             group.slots,
-            torch.tensor(group.ranks[part], device=space.left.device),
+            torch.tensor(group.ranks[part]).to(space.left.device, non_blocking=True),
             slice(start + part.start, start + part.stop),
             parameters,
         )

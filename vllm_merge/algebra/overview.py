@@ -75,7 +75,7 @@ class Overview:
         self._signs[0][tile.modules.start - first : tile.modules.stop - first] += torch.stack(counts, dim=1)
 
     def add(self, stack: Stack, grams: Grams, left: Tensor, right: Tensor) -> None:
-        """The batch whose result is left (modules, d_out, k) @ rightᵀ (modules, d_in, k), in factors √σ u and √σ v."""
+        """The batch, or its next modules, whose result is left (modules, d_out, k) @ rightᵀ (modules, d_in, k), in factors √σ u and √σ v."""
         modules, owner = len(stack.group.modules), owner_matrix(stack.group.slots).to(grams.A)
         products = owner.mT @ (grams.A * grams.B) @ owner
         inner = (stack.B.mT @ left.float()).double() * (stack.A @ right.float()).double()
@@ -84,7 +84,10 @@ class Overview:
         share = sigma / sigma.sum(-1, keepdim=True)
         entropy = -torch.special.xlogy(share, share).sum(-1)
         columns, rows = _overlaps(torch.stack([grams.B, grams.A]), stack.group, owner)
-        signs = self._signs.pop() if self._signs else entropy.new_full((modules, 2), torch.nan)
+        signs = entropy.new_full((modules, 2), torch.nan)
+        if self._signs:
+            signs, rest = self._signs[0][:modules], self._signs[0][modules:]
+            self._signs = [rest] if len(rest) else []
         found = [products, with_result, sigma.square().sum(-1), entropy.exp(), columns, rows, signs]
         self._rows.append(torch.cat([part.reshape(modules, -1) for part in found], dim=1))
 

@@ -77,9 +77,15 @@ def _at_once(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def inverse_cholesky(matrices: Tensor) -> Tensor | None:
     """L⁻¹ of G = L Lᵀ (batch, k, k), float64; None unless every G is far from singular (its condition number at most 1e8)."""
+    inverse, regular = inverse_cholesky_each(matrices)
+    return inverse if bool(regular.all()) else None
+
+
+def inverse_cholesky_each(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """L⁻¹ of G = L Lᵀ (batch, k, k), float64, and of which it can be trusted (batch,): see `inverse_cholesky`."""
     factor, failed = torch.linalg.cholesky_ex(matrices)
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     # ‖G⁻¹‖ ≤ ‖L⁻¹‖²_F and ‖G‖ ≤ tr G.
     condition = inverse.square().sum((-1, -2)) * matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return inverse if bool(((failed == 0) & (condition < 1e8)).all()) else None
+    return inverse, (failed == 0) & (condition < 1e8)

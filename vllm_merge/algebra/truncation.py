@@ -10,14 +10,15 @@ was iterated: X ≈ L Rᵀ with √σ in both factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from vllm_merge.algebra.ranks import RankPolicy, numerical_rank
-from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky
+from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky_each
 
 Strips = Callable[[], Iterator[Tensor]]
 """Starts a pass over the strips X[:, rows], each (modules, rows, short), in order."""
@@ -71,6 +72,14 @@ class Truncated:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Matrices X of one batch: a pass over their strips, and Σ r_i of each, (modules,) int64, on the CPU."""
+
+    strips: Strips
+    rank_sums: Tensor
+
+
 def truncate(
     strips: Strips, short: int, policy: RankPolicy, rank_sums: Tensor, seed: int, *, singular: bool = False
 ) -> Truncated:
@@ -78,54 +87,107 @@ def truncate(
 
     singular: by singular vectors, even where nothing is cut and other factors are quicker.
     """
-    limits = policy.limits(rank_sums)
-    bound = None if limits is None else int(limits.max())
-    width = short if bound is None else min(short, bound + OVERSAMPLING)
-    if width == short or short <= EXACT_LIMIT:
-        gram = _gram(strips, torch.float64)
-        if not singular and (whole := _uncut(strips, gram, policy, limits)) is not None:
-            return whole
-        spectrum = _full_spectrum(gram)
-    elif short <= GRAM_LIMIT or width >= short // 2:
-        spectrum = _leading_spectrum(strips, short, width + width // 4, seed)
-    else:
-        spectrum = _spectrum_within(strips, _sketch(strips, short, width, seed))
-    ranks = policy.choose(spectrum.values, spectrum.total, rank_sums)
+    return next(truncate_each([Batch(strips, rank_sums)], short, policy, seed, singular=singular))
+
+
+def truncate_each(
+    batches: Sequence[Batch], short: int, policy: RankPolicy, seed: int, *, singular: bool = False
+) -> Iterator[Truncated]:
+    """`truncate` of several batches of one short side; what is `short` × `short` of all of them at once.
+
+    A GPU takes as long for the eigenvalues of a few matrices as for those of all. Each is made when it is asked for.
+    """
+    width = _width(batches, short, policy)
+    if width != short and short > EXACT_LIMIT:
+        for batch in batches:
+            if short <= GRAM_LIMIT or width >= short // 2:
+                spectrum = _leading_spectrum(batch.strips, short, width + width // 4, seed)
+            else:
+                spectrum = _spectrum_within(batch.strips, _sketch(batch.strips, short, width, seed))
+            yield from _cut([batch], spectrum, policy)
+        return
+    grams = [_gram(batch.strips, torch.float64) for batch in batches]
+    whole = [None] * len(batches) if singular else _uncut(batches, grams, policy)
+    cuts: Iterator[Truncated] = iter(())
+    if some := [index for index, found in enumerate(whole) if found is None]:
+        spectrum = _full_spectrum(torch.cat([grams[index] for index in some]) if len(some) > 1 else grams[some[0]])
+        cuts = _cut([batches[index] for index in some], spectrum, policy)
+    for batch, gram, transform in zip(batches, grams, whole, strict=True):
+        yield next(cuts) if transform is None else _turned(batch.strips, gram, transform)
+
+
+def _width(batches: Sequence[Batch], short: int, policy: RankPolicy) -> int:
+    """Columns of the subspace that the largest rank any matrix may keep asks for."""
+    limits = [policy.limits(batch.rank_sums) for batch in batches]
+    bounds = [int(limit.max()) for limit in limits if limit is not None]
+    return min(short, max(bounds) + OVERSAMPLING) if bounds else short
+
+
+def _cut(batches: Sequence[Batch], spectrum: Spectrum, policy: RankPolicy) -> Iterator[Truncated]:
+    """By the leading singular vectors, at the ranks the policy chooses. spectrum: of all batches, one after the other."""
+    device, sizes = spectrum.values.device, [len(batch.rank_sums) for batch in batches]
+    sums = torch.cat([batch.rank_sums for batch in batches]).to(device, non_blocking=True)
+    ranks = policy.choose(spectrum.values, spectrum.total, sums)
     exact = ranks >= spectrum.numerical
-    kept = int(ranks.max())
-    mask = torch.arange(kept, device=ranks.device) < ranks[:, None]
-    values = torch.where(mask, spectrum.values[:, :kept], 0.0)
+    mask = torch.arange(spectrum.values.shape[1], device=device) < ranks[:, None]
+    values = torch.where(mask, spectrum.values, 0.0)
     root = values.pow(0.25)  # √σ
-    vectors = spectrum.vectors[:, :, :kept] * mask[:, None, :]
-    inverse = torch.where(mask, 1 / root, 0.0)
-    parts = []
-    for strip in strips():
-        parts.append(strip @ (vectors * inverse[:, None, :]).to(strip.dtype))
+    vectors = spectrum.vectors * mask[:, None, :]
+    transform = vectors * torch.where(mask, 1 / root, 0.0)[:, None, :]
+    short = vectors * root[:, None, :]
     norm = values.sum(-1)
     energy = torch.where(spectrum.total > 0, norm / spectrum.total, 1.0).clamp_max(1)
-    return Truncated(torch.cat(parts, dim=1), vectors * root[:, None, :], ranks, exact, norm.sqrt(), energy)
+    norm = norm.sqrt()
+    largest = torch.stack([some.max() for some in torch.split(ranks, sizes)]).tolist()
+    start = 0
+    for batch, size, most in zip(batches, sizes, largest, strict=True):
+        mine, kept = slice(start, start + size), slice(max(1, most))  # a column of zeros where there is nothing
+        long = _times(batch.strips, transform[mine, :, kept])
+        yield Truncated(long, short[mine, :, kept], ranks[mine], exact[mine], norm[mine], energy[mine])
+        start += size
 
 
-def _uncut(strips: Strips, gram: Tensor, policy: RankPolicy, limits: Tensor | None) -> Truncated | None:
-    """On a GPU, where nothing is to be cut and every X has full rank: X = (X L⁻ᵀ) Lᵀ with XᵀX = L Lᵀ, with no spectrum.
+def _times(strips: Strips, transform: Tensor) -> Tensor:
+    """X @ transform, in the dtype of X."""
+    parts = [strip @ transform.to(strip.dtype) for strip in strips()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    Else None. Eigenvalues take the GPU much longer than they take a CPU.
+
+def _uncut(batches: Sequence[Batch], grams: Sequence[Tensor], policy: RankPolicy) -> list[Tensor | None]:
+    """On a GPU, L⁻ᵀ of XᵀX / tr XᵀX = L Lᵀ for batches where nothing is to be cut and every X has full rank, else None.
+
+    X = (X L⁻ᵀ) Lᵀ takes no spectrum; eigenvalues take the GPU much longer than they take a CPU.
     """
-    short = gram.shape[-1]
-    if not gram.is_cuda or policy.energy is not None or short > EXACT_LIMIT:
-        return None
-    if limits is not None and bool((limits < short).any()):
-        return None
+    found: list[Tensor | None] = [None] * len(batches)
+    short = grams[0].shape[-1]
+    if not grams[0].is_cuda or policy.energy is not None or short > EXACT_LIMIT:
+        return found
+    limits = [policy.limits(batch.rank_sums) for batch in batches]
+    whole = [index for index, limit in enumerate(limits) if limit is None or not bool((limit < short).any())]
+    if not whole:
+        return found
+    scaled = []
+    for index in whole:
+        total = grams[index].diagonal(dim1=-2, dim2=-1).sum(-1)
+        scaled.append(grams[index] / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None, None])
+    inverse, regular = inverse_cholesky_each(torch.cat(scaled))
+    sizes = [len(gram) for gram in scaled]
+    good = torch.stack([some.all() for some in torch.split(regular, sizes)]).tolist()
+    for index, lower, fits in zip(whole, torch.split(inverse, sizes), good, strict=True):
+        if fits:
+            found[index] = lower.mT
+    return found
+
+
+def _turned(strips: Strips, gram: Tensor, transform: Tensor) -> Truncated:
+    """X = (X T) (XᵀX T)ᵀ, with columns of equal length in both factors, as √σ would have on average."""
     total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    lower = inverse_cholesky(gram / total.clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None])
-    if lower is None:
-        return None
-    # Columns of equal length in both factors, as √σ would have on average.
+    short = gram.shape[-1]
     root = (total / short).pow(0.25)[:, None, None]
-    transform = lower.mT / total.sqrt()[:, None, None]
-    long = torch.cat([strip @ (transform * root).to(strip.dtype) for strip in strips()], dim=1)
+    transform = transform / total.sqrt()[:, None, None]
     one = torch.ones_like(total)
     ranks = torch.full(total.shape, short, device=total.device)
+    long = _times(strips, transform * root)
     return Truncated(long, gram @ transform / root, ranks, one > 0, total.sqrt(), one, singular=False)
 
 
@@ -154,46 +216,73 @@ def _leading_spectrum(strips: Strips, short: int, width: int, seed: int) -> Spec
     if width > short // 2:  # iterating would be no cheaper
         values, vectors = descending_eigh(gram)
         return Spectrum(vectors, values, total, numerical_rank(values))
-    start = torch.randn(short, width, generator=torch.Generator().manual_seed(seed))
-    subspace = start.to(gram.device, gram.dtype).expand(gram.shape[0], -1, -1)
-    for step in range(GRAM_ITERATIONS):
-        image = gram @ subspace
-        if step % 2:
-            subspace = _orthonormal(image)
-        else:
-            subspace = image / torch.linalg.vector_norm(image, dim=(-1, -2), keepdim=True).clamp_min(1e-30)
+    start = _start(short, width, seed).to(gram.device, non_blocking=True).to(gram.dtype).expand(gram.shape[0], -1, -1)
+
+    def iterated(regular: list[Tensor] | None) -> Tensor:
+        subspace = start
+        for step in range(GRAM_ITERATIONS):
+            image = gram @ subspace
+            if step % 2:
+                subspace = _orthonormal(image, regular)
+            else:
+                subspace = image / torch.linalg.vector_norm(image, dim=(-1, -2), keepdim=True).clamp_min(1e-30)
+        return subspace
+
+    subspace = _trusted(iterated)
     values, rotation = descending_eigh(subspace.mT @ gram @ subspace)
     ranks = numerical_rank(values)
     # A rank that fills the subspace may be larger outside it.
     return Spectrum(subspace @ rotation, values, total, torch.where(ranks < width, ranks, short))
 
 
+@lru_cache(maxsize=8)
+def _start(short: int, width: int, seed: int) -> Tensor:
+    """(short, width) of a normal distribution, on the CPU, where it takes as long as a batch takes a GPU."""
+    return torch.randn(short, width, generator=torch.Generator().manual_seed(seed))
+
+
 def _sketch(strips: Strips, short: int, width: int, seed: int) -> Tensor:
     """Subspace iteration on XᵀX from a seeded start (Halko, Martinsson, Tropp, arXiv:0909.4061, algorithm 4.4)."""
-    start = torch.randn(short, width, generator=torch.Generator().manual_seed(seed))
-    subspace: Tensor | None = None
-    for _ in range(POWER_ITERATIONS):
-        image: Tensor | None = None
-        for strip in strips():
-            if subspace is None:
-                subspace = start.to(strip.device, strip.dtype).expand(strip.shape[0], -1, -1)
-            product = strip.mT @ (strip @ subspace)
-            image = product if image is None else image.add_(product)
-        assert image is not None
-        subspace = _orthonormal(image)
-    assert subspace is not None
-    return subspace
+    start = _start(short, width, seed)
+
+    def iterated(regular: list[Tensor] | None) -> Tensor:
+        subspace: Tensor | None = None
+        for _ in range(POWER_ITERATIONS):
+            image: Tensor | None = None
+            for strip in strips():
+                if subspace is None:
+                    subspace = start.to(strip.device, non_blocking=True).to(strip.dtype).expand(strip.shape[0], -1, -1)
+                product = strip.mT @ (strip @ subspace)
+                image = product if image is None else image.add_(product)
+            assert image is not None
+            subspace = _orthonormal(image, regular)
+        assert subspace is not None
+        return subspace
+
+    return _trusted(iterated)
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the columns (modules, d, k); on a GPU by Cholesky, whose `qr` takes the modules one by one."""
-    if columns.is_cuda:
+def _trusted(iterated: Callable[[list[Tensor] | None], Tensor]) -> Tensor:
+    """What is iterated with the quick bases of `_orthonormal` if all of them were good, else with exact ones."""
+    regular: list[Tensor] = []
+    found = iterated(regular)
+    if regular and not bool(torch.stack(regular).all()):  # the one wait for a GPU
+        return iterated(None)
+    return found
+
+
+def _orthonormal(columns: Tensor, regular: list[Tensor] | None) -> Tensor:
+    """An orthonormal basis of the columns (modules, d, k); on a GPU by Cholesky, whose `qr` takes the modules one by one.
+
+    regular: takes up whether that was possible; exact without it.
+    """
+    if columns.is_cuda and regular is not None:
         scaled = columns / torch.linalg.vector_norm(columns, dim=1, keepdim=True).clamp_min(1e-30)
         wide = scaled.double()
-        lower = inverse_cholesky(wide.mT @ wide)
-        if lower is not None:
-            basis: Tensor = (wide @ lower.mT).to(columns.dtype)
-            return basis
+        lower, good = inverse_cholesky_each(wide.mT @ wide)
+        regular.append(good.all())
+        basis: Tensor = (wide @ lower.mT).to(columns.dtype)
+        return basis
     exact: Tensor = torch.linalg.qr(columns).Q
     return exact
 

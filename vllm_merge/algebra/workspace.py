@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vllm_merge.adapters.stacking import ModuleGroup
 from vllm_merge.algebra.ranks import RankPolicy
@@ -11,25 +12,34 @@ from vllm_merge.algebra.tiles import BYTES_PER_ENTRY
 from vllm_merge.algebra.truncation import EXACT_LIMIT, GRAM_LIMIT, OVERSAMPLING
 
 FACTOR_COPIES = 8  # of all factors, that a method of space `factors` holds
-_HELD_MATRICES = 6  # of them that stay: Gram matrices, transforms and coordinates
-_SMALL_MATRICES = 16  # K × K float64 arrays alive at once when bases are made, and in methods of whole modules
+_HELD_MATRICES = 6  # K × K float64 arrays that stay: Gram matrices, transforms and coordinates
+_GRAMS = 4  # of them where there are no bases: Gram matrices and their products
+_SMALL_MATRICES = 16  # of them that are alive at once when bases are made, and in methods of whole modules
+_SCRATCH = 8  # of the limit, one part for what is widened to float64, some modules at a time
+_STATISTICS = 4  # and one for statistics, where a method's hold more than a number for a task
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleCost:
-    """Bytes that one module of a group needs: its stack and bases, its merged entries, and its truncation.
+    """Bytes that one module of a group needs.
 
-    held: what of the first may stay between passes, the stack and what the space adds to it; bare: the latter alone.
-    merged: where a method takes whole modules, with its small matrices.
+    stack: its factors. small: the K × K arrays its bases are made with. merged: its merged entries. method: what a method
+    makes these with. truncation: what they are cut with. gram, lifted: what factors are widened to, for Gram matrices and
+    to become those of the result, of as many modules at a time as there is scratch for. bare: what the space keeps of the
+    module between passes, beside the stack.
     """
 
     stack: int
-    held: int
-    bare: int
+    small: int
     merged: int
+    method: int
     truncation: int
+    gram: int
+    lifted: int
+    bare: int
 
     @classmethod
+    @lru_cache(maxsize=64)  # of the merges that are made again and again
     def of(cls, group: ModuleGroup, space: str, policy: RankPolicy, *, whole_modules: bool) -> ModuleCost:
         """Upper bounds, from the shapes alone."""
         (d_out, d_in), k = group.shape, group.stacked_rank
@@ -44,32 +54,55 @@ class ModuleCost:
             spectrum = 24 * short * short + 32 * width * short  # the same in float32, and the leading vectors
         else:
             spectrum = 32 * width * short
-        stack = 4 * k * (d_out + d_in) + 8 * k * max(d_out, d_in) + 8 * _SMALL_MATRICES * k * k
-        truncation = spectrum + 24 * rank * (d_out + d_in)
-        merged = (8 if space in ("core", "factors") else 4) * rows * cols
+        # Singular vectors of the long side, and twice in float32 where they come in strips.
+        truncation = spectrum + 12 * width * max(rows, cols)
+        based = space in ("core", "knots")  # others have no bases, or those of one task that the method makes
+        method = 8 * _SMALL_MATRICES * k * k if whole_modules else 0
         if space == "factors":
-            merged += FACTOR_COPIES * 4 * k * (d_out + d_in)
-        if whole_modules:
-            merged += 8 * _SMALL_MATRICES * k * k
-        bare = 8 * _HELD_MATRICES * k * k
-        return cls(stack, min(bare + 4 * k * (d_out + d_in), stack), bare, merged, truncation)
+            method += FACTOR_COPIES * 4 * k * (d_out + d_in) + 8 * _SMALL_MATRICES * k * k
+        return cls(
+            stack=4 * k * (d_out + d_in),
+            small=8 * k * k * (_SMALL_MATRICES if based else _GRAMS),
+            merged=(8 if space in ("core", "factors") else 4) * rows * cols,
+            method=method,
+            truncation=truncation,
+            gram=8 * k * max(d_out, d_in),
+            lifted=8 * rank * (d_out + d_in) + 8 * max(k, rank) * max(d_out, d_in),
+            bare=8 * k * k * (_HELD_MATRICES if based else _GRAMS),
+        )
+
+    @property
+    def held(self) -> int:
+        """What may stay between passes, the stack among it."""
+        return self.bare + self.stack
+
+    @property
+    def scratch(self) -> int:
+        """The least that scratch must have."""
+        return max(self.gram, self.lifted)
+
+    @property
+    def result(self) -> int:
+        """What stays of a merge until it is cut."""
+        return self.merged + self.truncation
 
     @property
     def total(self) -> int:
-        """What is needed at once; what is held is a part of the stack."""
-        return self.stack + self.merged + self.truncation
+        """What is needed at once beside scratch: bases are made before entries are merged, these before they are cut."""
+        return self.stack + max(self.small, self.merged + max(self.method, self.truncation))
 
 
 @dataclass(slots=True)
 class Workspace:
     """The byte bound of a merge. peak: the most that was held at once, counted from the sizes of the arrays.
 
-    held: bytes that stay, those of statistics among them. holds: whether what was worked out of the stacks stays, holds_stacks: the
-    stacks, too.
+    aside: bytes for statistics. held: bytes that stay, those of statistics among them. holds: whether what was worked out
+    of the stacks stays, holds_stacks: the stacks, too.
     """
 
     limit: int
     tile_entries: int
+    aside: int = 0
     held: int = 0
     holds: bool = False
     holds_stacks: bool = False
@@ -83,14 +116,28 @@ class Workspace:
         if self.holds:
             self.held = stacks if self.holds_stacks else bare
 
+    def set_aside(self) -> None:
+        """Leave room for statistics that are not there yet."""
+        self.aside = self.limit // _STATISTICS
+
+    def scratch_modules(self, scratch: int) -> int:
+        """How many modules may have their scratch at a time."""
+        return max(1, self.limit // _SCRATCH // scratch)
+
+    def room(self, scratch: int) -> int:
+        """Bytes for what is neither held, nor a tile, nor scratch."""
+        tile = BYTES_PER_ENTRY * self.tile_entries
+        return self.limit - self.held - self.aside - tile - max(self.limit // _SCRATCH, scratch)
+
     def modules_at_once(self, cost: ModuleCost) -> int:
-        """How many modules a batch may have; tiles have the other half of what is not held."""
-        return max(1, (self.limit - self.held) // 2 // cost.total)
+        """How many modules a batch may have."""
+        return max(1, self.room(cost.scratch) // cost.total)
 
     def holds_merged(self, cost: ModuleCost) -> bool:
         """Whether a module's merged entries may be held; otherwise they are made anew at every pass over them."""
-        return cost.total <= (self.limit - self.held) // 2
+        return cost.total <= self.room(cost.scratch)
 
-    def count(self, nbytes: int) -> None:
-        """Note this many bytes as held at once beside what is held for later passes and one tile."""
-        self.peak = max(self.peak, self.held + nbytes + BYTES_PER_ENTRY * self.tile_entries)
+    def count(self, nbytes: int, scratch: int = 0) -> None:
+        """Note this many bytes as held at once beside what is held for later passes, one tile, and scratch, of a module."""
+        some = self.scratch_modules(scratch) * scratch if scratch else 0
+        self.peak = max(self.peak, self.held + nbytes + some + BYTES_PER_ENTRY * self.tile_entries)

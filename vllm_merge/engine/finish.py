@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,49 +21,85 @@ if TYPE_CHECKING:
 CANCELLED = 1e-7  # of the largest weighted task; float32 rounding
 
 
-def factors(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, tall: bool) -> dict[str, LoraFactors]:
-    """The merged factors. described: the same by singular vectors, for the report."""
-    modules = prepared.batch.group.modules
+@dataclass(frozen=True, slots=True)
+class Lifted:
+    """The factors of some modules' weight changes, B (modules, d_out, k) and A (modules, k, d_in), in the result's dtype.
+
+    facts: what is to be read of each module, (modules, 6): rank, norm, share of the energy, whether nothing was cut, the
+    norm that is noise, the largest magnitude in a factor.
+    """
+
+    modules: Sequence[str]
+    B: Tensor
+    A: Tensor
+    facts: Tensor
+
+
+def lifted(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, tall: bool) -> Lifted:
+    """The merged factors, made of some modules at a time. described: the same by singular vectors, for the report."""
+    group, kept = prepared.batch.group, cut.long.shape[2]
+    (d_out, d_in), count = group.shape, len(group.modules)
     stack = job.stack(prepared)
-    left, right = _lifted(prepared, stack, cut, tall)
-    if job.overview is not None:
-        with job.timed("report"):
-            seen = (left, right) if described is cut else _lifted(prepared, stack, described, tall)
-            job.overview.add(stack, prepared.grams, *seen)
-    # Singular vectors are unique up to sign: the largest entry of each column of B is made positive.
-    if cut.singular:
-        sign = torch.where(left.gather(1, left.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
-        left, right = left * sign, right * sign
-    b, a = (torch.empty(part.shape, dtype=job.dtype, device=part.device).copy_(part) for part in (left, right.mT))
-    fits = b.isfinite().all(-1).all(-1) & a.isfinite().all(-1).all(-1)
-    facts = torch.stack([cut.ranks, cut.norm, cut.energy, cut.exact, _noise(prepared), fits], 1).tolist()  # in one go
-    shortened = any(ranks < cut.long.shape[2] for ranks, *_ in facts)
-    found = {}
-    for index, (module, (ranks, norm, energy, exact, noise, fit)) in enumerate(zip(modules, facts, strict=True)):
-        if not fit:
-            raise MergeError(f"module '{module}': the merged factors do not fit {job.dtype}; choose a wider dtype")
-        rank = int(ranks)
-        if rank == 0 or norm <= noise:
-            job.report.dropped_modules.append(module)
-            continue
-        job.report.ranks[module] = rank
-        job.report.norms[module] = norm
-        job.report.energy_kept[module] = None if exact else energy
-        mine, its = a[index, :rank], b[index, :, :rank]
-        if shortened:  # copies of all: no module must keep the memory of what was cut off, of itself or of others
-            mine, its = _own(mine), _own(its)
-        found[module] = LoraFactors(mine, its)
+    b = torch.empty(count, d_out, kept, dtype=job.dtype, device=job.device)
+    a = torch.empty(count, kept, d_in, dtype=job.dtype, device=job.device)
+    largest = []
+    for start in range(0, count, some := job.workspace.scratch_modules(prepared.batch.cost.lifted)):
+        piece = slice(start, start + some)
+        left, right = _sides(prepared, stack, cut, tall, piece)
+        if job.overview is not None:
+            with job.timed("report"):
+                seen = (left, right) if described is cut else _sides(prepared, stack, described, tall, piece)
+                job.overview.add(stack.of(piece), prepared.grams.of_some(piece), *seen)
+        # Singular vectors are unique up to sign: the largest entry of each column of B is made positive.
+        if cut.singular:
+            sign = torch.where(left.gather(1, left.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+            torch.mul(left, sign, out=b[piece])
+            torch.mul(right.mT, sign.mT, out=a[piece])
+        else:
+            b[piece].copy_(left)
+            a[piece].copy_(right.mT)
+        largest.append(torch.maximum(*(torch.linalg.vector_norm(x[piece], torch.inf, (1, 2)) for x in (b, a))))
+    facts = [cut.ranks, cut.norm, cut.energy, cut.exact, _noise(prepared), torch.cat(largest)]
+    return Lifted(group.modules, b, a, torch.stack([fact.double() for fact in facts], 1))
+
+
+def read(job: Job, several: Sequence[Lifted]) -> dict[str, LoraFactors]:
+    """The factors by module, and what the report says of them: the one time the device is waited for."""
+    facts = iter(torch.cat([one.facts for one in several]).tolist())
+    found: dict[str, LoraFactors] = {}
+    for one in several:
+        of_rank: dict[int, list[int]] = {}
+        for index, module in enumerate(one.modules):
+            ranks, norm, energy, exact, noise, largest = next(facts)
+            if not largest < torch.inf:
+                raise MergeError(f"module '{module}': the merged factors do not fit {job.dtype}; choose a wider dtype")
+            rank = int(ranks)
+            if rank == 0 or norm <= noise:
+                job.report.dropped_modules.append(module)
+                continue
+            job.report.ranks[module] = rank
+            job.report.norms[module] = norm
+            job.report.energy_kept[module] = None if exact else energy
+            of_rank.setdefault(rank, []).append(index)
+        for rank, indices in of_rank.items():
+            a, b = one.A, one.B
+            # Copies where anything was cut off: nothing must keep its memory.
+            if len(indices) < len(one.modules) or rank < b.shape[2]:
+                where = torch.tensor(indices).to(b.device, non_blocking=True)
+                a, b = a[:, :rank].index_select(0, where), b[:, :, :rank].index_select(0, where)
+            factors = map(LoraFactors, a.unbind(), b.unbind())
+            found.update(zip([one.modules[index] for index in indices], factors, strict=True))
     return found
 
 
-def _lifted(prepared: Prepared, stack: Stack, cut: Truncated, tall: bool) -> tuple[Tensor, Tensor]:
+def _sides(prepared: Prepared, stack: Stack, cut: Truncated, tall: bool, modules: slice) -> tuple[Tensor, Tensor]:
     """The factors of the weight change from those of the merged coordinates: (modules, d_out, k), (modules, d_in, k)."""
     space, of = prepared.coordinates, prepared.product or stack
-    left, right = (cut.long, cut.short) if tall else (cut.short, cut.long)
+    left, right = (side[modules] for side in ((cut.long, cut.short) if tall else (cut.short, cut.long)))
     if space.left_transform is not None:
-        left = of.B.double() @ (space.left_transform @ left.double())
+        left = of.B[modules].double() @ (space.left_transform[modules] @ left.double())
     if space.right_transform is not None:
-        right = of.A.mT.double() @ (space.right_transform @ right.double())
+        right = of.A[modules].mT.double() @ (space.right_transform[modules] @ right.double())
     return left, right
 
 
@@ -71,7 +109,3 @@ def _noise(prepared: Prepared) -> Tensor:
     if "weight" in prepared.parameters:
         scale = scale * prepared.parameters["weight"].abs()
     return scale.amax(1) * CANCELLED
-
-
-def _own(view: Tensor) -> Tensor:
-    return view.clone(memory_format=torch.contiguous_format)

@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
+from vllm_merge.adapters.held import held_stacks
 from vllm_merge.adapters.stacking import ModuleGroup, Sources, Stack, group_modules, stack_group
-from vllm_merge.algebra.coordinates import Bases, Coordinates, Grams, bases, coordinates
+from vllm_merge.algebra.coordinates import Bases, Coordinates, Grams, bases, coordinates, gram_pair
 from vllm_merge.algebra.cores import Cores
 from vllm_merge.algebra.factorwise import NOT_EXACT, FactorTasks
 from vllm_merge.algebra.overview import Overview
 from vllm_merge.algebra.ranks import RankPolicy
-from vllm_merge.algebra.tiles import Part, Tile, parts
-from vllm_merge.algebra.truncation import Truncated, truncate
+from vllm_merge.algebra.tiles import BYTES_PER_ENTRY, Part, Tile, parts
+from vllm_merge.algebra.truncation import Batch as ToCut
+from vllm_merge.algebra.truncation import Strips, Truncated, truncate_each
 from vllm_merge.algebra.workspace import ModuleCost, Workspace
 from vllm_merge.artifact import MergeReport
 from vllm_merge.engine import finish, side_by_side
+from vllm_merge.engine.columns import ColumnSums
 from vllm_merge.engine.passes import JobPasses
 from vllm_merge.errors import MergeCancelled, MergeError
 from vllm_merge.methods.registry import MethodSpec
@@ -51,6 +54,7 @@ class Described:
     batch: Batch
     grams: Grams
     bases: Bases
+    entries: Tensor
     parameters: Mapping[str, Tensor]
     lam: Tensor
 
@@ -95,6 +99,25 @@ class Prepared:
         return {name: value[modules, :, None, None].to(dtype) for name, value in self.parameters.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The merged coordinates of a batch, in strips. short: the smaller of rows and columns; tall: whether that is the columns.
+
+    finite: whether they are, (modules,); None where every pass over the strips looks. of: the batches they are of, with
+    what is known of each; None where that is made again when it is needed.
+    """
+
+    strips: Strips
+    finite: Tensor | None
+    short: int
+    tall: bool
+    of: Sequence[tuple[Batch, Prepared | None]]
+
+    def to_cut(self) -> ToCut:
+        """What `truncate_each` is given."""
+        return ToCut(self.strips, torch.tensor([sum(ranks) for batch, _ in self.of for ranks in batch.group.ranks]))
+
+
 @dataclass
 class Job:
     """One merge, its arguments checked."""
@@ -125,17 +148,19 @@ class Job:
                 statistics = self.spec.statistics(passes, **self.parameters.per_recipe)
         factors: dict[str, LoraFactors] = {}
         beside: list[Batch] = []
-        whole = self.space == "core" and self.spec.whole_modules
-        for several in self._together if whole else [[batch] for batch in self.batches]:
-            if not side_by_side.fits(self, several[0].group):
+        columns = ColumnSums.of(self)
+        for several in self._merged_together:
+            terms_fit = side_by_side.fits(self, several[0].group)
+            if not terms_fit and not (columns is not None and columns.merge(several)):
                 factors.update(self._merge_batches(several, statistics))
                 continue
             if self.overview is not None:  # which needs the singular values of the result
                 dropped = list(self.report.dropped_modules)
                 self._merge_batches(several, statistics)
                 self.report.dropped_modules = dropped
-            beside += several
-        found = side_by_side.merged(self, beside) if beside else {}
+            if terms_fit:
+                beside += several
+        found = side_by_side.merged(self, beside) if beside else {} if columns is None else columns.factors()
         conflict = getattr(statistics, "sign_conflict", None)
         if conflict is not None:
             self.report.sign_conflict = dict(zip(self.modules, conflict.tolist(), strict=True))
@@ -161,18 +186,21 @@ class Job:
     def batches(self) -> list[Batch]:
         """All modules, in batches of one shape."""
         groups = group_modules(self.adapters)
-        if self.spec.coefficients is not None:
+        if self.spec.coefficients is not None or self.spec.columns is not None:
             groups = [piece for group in groups for piece in group.by_ranks()]
         costs = [ModuleCost.of(g, self.space, self.policy, whole_modules=self.spec.whole_modules) for g in groups]
         passes = self.spec.statistics is not None and self.spec.coefficients is None
         if passes or self.space in TOGETHER:
             counted = [(len(group.modules), cost) for group, cost in zip(groups, costs, strict=True)]
             self.workspace.hold_if_fits(*(sum(n * getattr(c, part) for n, c in counted) for part in ("held", "bare")))
+        if passes and not self.spec.on_the_fly:
+            self.workspace.set_aside()
         batches: list[Batch] = []
         start = 0
         for group, cost in zip(groups, costs, strict=True):
             alone = self.overview is None and side_by_side.fits(self, group)  # nothing is held but the result
-            for piece in group.batches(len(group.modules) if alone else self.workspace.modules_at_once(cost)):
+            count = 1 if alone else -(-len(group.modules) // self.workspace.modules_at_once(cost))
+            for piece in group.batches(-(-len(group.modules) // count)):  # of one size
                 batches.append(Batch(piece, start, cost))
                 start += len(piece.modules)
         return batches
@@ -207,17 +235,25 @@ class Job:
 
     def prepared(self, batch: Batch) -> Prepared:
         """A batch made ready. Without its stack where that would have to be made anew and its coordinates need none of it."""
+        self._made_known(batch)
+        found = self._described[batch.start]
+        stack = self._stacks.get(batch.start)
+        if stack is None and found.bases.needs_stack:
+            stack = self.stacked(batch)
+        space = found.bases.on(batch.group, stack, found.entries)
+        return Prepared(batch, stack, found.grams, space, found.parameters, found.lam)
+
+    def entries(self, batch: Batch) -> Tensor:
+        """How many entries a task has at each module of a batch, (modules,) int64."""
+        self._made_known(batch)
+        return self._described[batch.start].entries
+
+    def _made_known(self, batch: Batch) -> None:
         if batch.start not in self._described:
             if not self.workspace.holds:
                 self._described.clear()
                 self._stacks.clear()
             self._describe(next(several for several in self._together if batch in several))
-        found = self._described[batch.start]
-        stack = self._stacks.get(batch.start)
-        if stack is None and found.bases.needs_stack:
-            stack = self._stacked(batch)
-        space = found.bases.on(batch.group, stack, self.device)
-        return Prepared(batch, stack, found.grams, space, found.parameters, found.lam)
 
     def _describe(self, together: Sequence[Batch]) -> None:
         """The K × K work on batches of any shapes, at once: on a GPU it takes as long for a few modules as for all."""
@@ -225,43 +261,49 @@ class Job:
         with self.timed("prepare"):
             for batch in together:
                 self.step("prepare", batch.start)
-                stack = self._stacked(batch)
-                each.append(Grams.of(stack))
-                self.check_inputs(batch, each[-1].norms)
+                stack = self.stacked(batch)
+                each.append(gram_pair(stack, self.workspace.scratch_modules(batch.cost.gram)))
                 if self.workspace.holds_stacks or not self.workspace.holds:
                     self._stacks[batch.start] = stack
-                self.workspace.count(batch.cost.stack * len(batch.group.modules))
-            found = bases(
-                self.space,
-                ModuleGroup.joined([batch.group.cored() for batch in together]),
-                Grams.joined(each),
-                singular=self.spec.entrywise,
-            )
+                self.workspace.count(batch.cost.stack * len(batch.group.modules), batch.cost.gram)
+                del stack
+            core = ModuleGroup.joined([batch.group.cored() for batch in together])
+            joined = Grams.of_pairs(each, core.slots)
+            self.check_inputs(core.modules, joined.norms)
+            self.workspace.count(sum(batch.cost.small * len(batch.group.modules) for batch in together))
+            found = bases(self.space, core, joined, singular=self.spec.entrywise)
             first = 0
-            for batch, grams in zip(together, each, strict=True):
+            for batch in together:
                 modules = batch.group.modules
+                piece = slice(first, first + len(modules))
+                mine = found.of(piece)
                 self._described[batch.start] = Described(
                     batch,
-                    grams,
-                    found.of(slice(first, first + len(modules))),
+                    joined.of_some(piece),
+                    mine,
+                    mine.entries(batch.group, self.device),
                     self.parameters.tensors(modules, self.device),
                     self.parameters.lambdas(modules, self.device),
                 )
                 first += len(modules)
 
-    def _stacked(self, batch: Batch) -> Stack:
-        return stack_group(batch.group, self.adapters, self.device, self.sources)
+    def stacked(self, batch: Batch) -> Stack:
+        """The factors of a batch: made anew, or as a precondition has left them."""
+        held = held_stacks(self.adapters)
+        found = None if held is None else held.stack(batch.group, self.device)
+        return found or stack_group(batch.group, self.adapters, self.device, self.sources)
 
-    def check_inputs(self, batch: Batch, norms: Tensor) -> None:
+    def check_inputs(self, modules: Sequence[str], norms: Tensor) -> None:
+        """Raise MergeError where an adapter's norm at a module (modules, n) is not finite."""
         found = norms.tolist()
-        for module, row in zip(batch.group.modules, found, strict=True):
+        for module, row in zip(modules, found, strict=True):
             for adapter, norm in zip(self.adapters, row, strict=True):
                 if not norm < float("inf"):
                     raise MergeError(
                         f"adapter '{adapter.name}', module '{module}': its factors hold values that are not finite; "
                         "the adapter is broken and cannot be merged"
                     )
-        self.report.input_norms.update(zip(batch.group.modules, found, strict=True))
+        self.report.input_norms.update(zip(modules, found, strict=True))
 
     def parts(self, prepared: Prepared) -> Iterator[Part]:
         """What a batch is merged by."""
@@ -300,6 +342,34 @@ class Job:
                 found.append([batch])
         return found
 
+    @cached_property
+    def _merged_together(self) -> list[list[Batch]]:
+        """The batches, those together that are cut at once: whole cores as one, others as far as what is merged fits."""
+        if self.space == "core" and self.spec.whole_modules:
+            return self._together
+        found: list[list[Batch]] = []
+        for batch in self.batches:
+            if found and self._fit_merged([*found[-1], batch]):
+                found[-1].append(batch)
+            else:
+                found.append([batch])
+        return found
+
+    def _fit_merged(self, batches: Sequence[Batch]) -> bool:
+        if self.space != "knots" or self.overview is not None or not self.workspace.holds:
+            return False
+        return self._merged_bytes(batches) <= self.workspace.room(max(batch.cost.scratch for batch in batches))
+
+    def _merged_bytes(self, batches: Sequence[Batch]) -> int:
+        """What batches take that are merged one after the other and cut at once."""
+        each = [(len(batch.group.modules), batch.cost) for batch in batches]
+        if len(batches) == 1:
+            return each[0][0] * each[0][1].total
+        if self.space == "core":
+            cores = self._cost_of_cores(batches[0].group.cored()).total
+            return sum(n * cores for n, _ in each) + max(n * cost.stack for n, cost in each)
+        return sum(n * cost.result for n, cost in each) + max(n * (cost.stack + cost.method) for n, cost in each)
+
     def _fit_together(self, batches: Sequence[Batch]) -> bool:
         groups = [batch.group for batch in batches]
         core, *others = (group.cored() for group in groups)
@@ -307,14 +377,17 @@ class Job:
             return False
         if self.overview is None and any(side_by_side.fits(self, group) for group in groups):
             return False
-        return sum(len(group.modules) for group in groups) <= self.workspace.modules_at_once(self._cost_of_cores(core))
+        # With the stack of the largest: cores are made of it, and what is cut is lifted with it.
+        each = [(len(batch.group.modules), batch.cost.stack) for batch in batches]
+        needed = sum(n for n, _ in each) * self._cost_of_cores(core).total + max(n * stack for n, stack in each)
+        return needed <= self.workspace.room(max(batch.cost.scratch for batch in batches))
 
     def _cost_of_cores(self, core: ModuleGroup) -> ModuleCost:
         return ModuleCost.of(core, "core", self.policy, whole_modules=True)
 
     def stack(self, prepared: Prepared) -> Stack:
         """The factors of a batch."""
-        return self._stacked(prepared.batch) if prepared.stack is None else prepared.stack
+        return self.stacked(prepared.batch) if prepared.stack is None else prepared.stack
 
     def _product(self, prepared: Prepared, statistics: Any) -> Prepared:
         """The batch as one task in `core`, the product of the A and the B that a method of space `factors` makes."""
@@ -325,31 +398,42 @@ class Job:
         return replace(prepared, product=stack, coordinates=coordinates("core", stack, Grams.of(stack), singular=False))
 
     def _merge_batches(self, batches: Sequence[Batch], statistics: Any) -> dict[str, LoraFactors]:
-        """The factors of batches that are merged as one."""
-        parts = [self.prepared(batch) for batch in batches]
-        if self.space == "factors":
-            parts = [self._product(one, statistics) for one in parts]
-        whole = parts[0]
-        if len(parts) > 1:
-            whole = Prepared.joined(parts, self._cost_of_cores(whole.batch.group.cored()))
-        cut, described, tall = self._cut(whole, statistics)
-        factors: dict[str, LoraFactors] = {}
-        start = 0
+        """The factors of batches that are cut at once."""
+        if len(batches) > 1 and self.space == "core":
+            each = [self.prepared(batch) for batch in batches]
+            whole = Prepared.joined(each, self._cost_of_cores(each[0].batch.group.cored()))
+            merged = [self._merged(whole, statistics, list(zip(batches, each, strict=True)))]
+        else:
+            merged = [self._merged_alone(batch, statistics, keep=len(batches) == 1) for batch in batches]
+        self.workspace.count(self._merged_bytes(batches), max(batch.cost.lifted for batch in batches))
+        if finite := [one.finite for one in merged if one.finite is not None]:
+            self._check_result([module for batch in batches for module in batch.group.modules], torch.cat(finite))
+        lifted: list[finish.Lifted] = []
+        for one, cut, described in self._cut(merged):
+            with self.timed("factors"):
+                start = 0
+                for batch, known in one.of:
+                    piece = slice(start, start + len(batch.group.modules))
+                    known = known or self.prepared(batch)
+                    lifted.append(finish.lifted(self, known, cut.of(piece), described.of(piece), one.tall))
+                    start = piece.stop
         with self.timed("factors"):
-            for one in parts:
-                piece = slice(start, start + len(one.batch.group.modules))
-                self.workspace.count(one.batch.cost.total * (piece.stop - start))
-                factors.update(finish.factors(self, one, cut.of(piece), described.of(piece), tall))
-                start = piece.stop
-        return factors
+            return finish.read(self, lifted)
 
-    def _cut(self, prepared: Prepared, statistics: Any) -> tuple[Truncated, Truncated, bool]:
-        """The merged coordinates cut to their rank, the same by singular vectors, and whether rows are their long side."""
+    def _merged_alone(self, batch: Batch, statistics: Any, *, keep: bool) -> Merged:
+        """One batch merged. keep: what is known of it is not made again, stack and all."""
+        known = self.prepared(batch)
+        if self.space == "factors":
+            known = self._product(known, statistics)
+        return self._merged(known, statistics, [(batch, known if keep else None)])
+
+    def _merged(self, prepared: Prepared, statistics: Any, of: Sequence[tuple[Batch, Prepared | None]]) -> Merged:
+        """The merged coordinates, held where there is room for them."""
         batch, space = prepared.batch, prepared.coordinates
         modules, _, rows, cols = space.shape
         tall = rows >= cols
         elects = getattr(statistics, "sign_conflict", None) is not None  # and counts itself what disagrees
-        self.workspace.count(batch.cost.total * modules)
+        finite = torch.ones(modules, dtype=torch.bool, device=self.device)
 
         def merged_parts() -> Iterator[tuple[Part, Tensor]]:
             for part in self.parts(prepared):
@@ -366,11 +450,17 @@ class Job:
                     values = self.spec.apply(tile, statistics, **tile.parameters, **self.parameters.per_recipe)
                 if not self.parameters.unscaled:
                     values = values * prepared.lam[part.modules, None, None].to(values.dtype)
-                self._check_result(batch, part, values)
+                finite[part.modules] &= values.sum((-1, -2), dtype=torch.float64).isfinite()
                 yield part, values
 
+        def checked_parts() -> Iterator[Tensor]:
+            for _, values in merged_parts():
+                yield values if tall else values.mT
+            self._check_result(batch.group.modules, finite)
+
         def strips_of(whole: Tensor) -> Iterator[Tensor]:
-            lines = max(1, self.workspace.tile_entries // (modules * min(rows, cols)))
+            entries = self.workspace.tile_entries * BYTES_PER_ENTRY // 8  # widened to float64 at most
+            lines = max(1, entries // (modules * min(rows, cols)))
             for start in range(0, max(rows, cols), lines):
                 self.step("truncate", batch.start)
                 piece = slice(start, start + lines)
@@ -378,27 +468,36 @@ class Job:
 
         if self.workspace.holds_merged(batch.cost):
             with self.timed("merge"):
-                pieces = merged_parts()
-                part, whole = next(pieces)
-                if whole.shape != (modules, rows, cols):
-                    first, whole = whole, torch.empty(modules, rows, cols, dtype=whole.dtype, device=self.device)
-                    whole[part.modules, part.rows, part.cols] = first
-                    for part, values in pieces:
-                        whole[part.modules, part.rows, part.cols] = values
-            strips: Callable[[], Iterator[Tensor]] = lambda: strips_of(whole)
-        else:
-            strips = lambda: (v if tall else v.mT for _, v in merged_parts())
-        with self.timed("truncate"):
-            sums = torch.tensor([sum(ranks) for ranks in batch.group.ranks], device=self.device)
-            cut = truncate(strips, min(rows, cols), self.policy, sums, self.seed)
-            described = cut
-            if self.overview is not None and not cut.singular:
-                described = truncate(strips, min(rows, cols), self.policy, sums, self.seed, singular=True)
-        return cut, described, tall
+                whole: Tensor | None = None
+                for part, values in merged_parts():
+                    if values.shape == (modules, rows, cols):
+                        whole = values
+                        continue
+                    if whole is None:
+                        whole = torch.empty(modules, rows, cols, dtype=values.dtype, device=self.device)
+                    whole[part.modules, part.rows, part.cols] = values
+                assert whole is not None
+                held = whole
+            return Merged(lambda: strips_of(held), finite, min(rows, cols), tall, of)
+        return Merged(checked_parts, None, min(rows, cols), tall, of)
 
-    def _check_result(self, batch: Batch, part: Part, values: Tensor) -> None:
-        finite = values.sum((-1, -2), dtype=torch.float64).isfinite().tolist()
-        for module, good in zip(batch.group.modules[part.modules], finite, strict=True):
+    def _cut(self, merged: Sequence[Merged]) -> Iterator[tuple[Merged, Truncated, Truncated]]:
+        """Each cut to its rank, and the same by singular vectors."""
+        alike: dict[int, list[Merged]] = defaultdict(list)
+        for one in merged:
+            alike[one.short].append(one)
+        for short, several in alike.items():
+            to_cut = [one.to_cut() for one in several]
+            cuts = truncate_each(to_cut, short, self.policy, self.seed)
+            for one, mine in zip(several, to_cut, strict=True):
+                with self.timed("truncate"):
+                    cut = described = next(cuts)
+                    if self.overview is not None and not cut.singular:
+                        described = next(truncate_each([mine], short, self.policy, self.seed, singular=True))
+                yield one, cut, described
+
+    def _check_result(self, modules: Sequence[str], finite: Tensor) -> None:
+        for module, good in zip(modules, finite.tolist(), strict=True):
             if not good:
                 raise MergeError(f"module '{module}': the merged weight change is not finite; check weights and lambda")
 

@@ -32,7 +32,7 @@ class JobPasses:
     @cached_property
     def entries(self) -> Tensor:
         """How many entries a task has at each module, (all modules,) int64."""
-        return torch.cat([self._job.prepared(batch).coordinates.entries for batch in self._job.batches])
+        return torch.cat([self._job.entries(batch) for batch in self._job.batches])
 
     @cached_property
     def lambdas(self) -> Tensor:

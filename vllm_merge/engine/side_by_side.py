@@ -34,7 +34,9 @@ def merged(job: Job, batches: Sequence[Batch]) -> Mapping[str, LoraFactors]:
     with job.timed("factors"):
         groups, cpu = [batch.group for batch in batches], torch.device("cpu")
         modules = [module for group in groups for module in group.modules]
-        shares = job.spec.coefficients(**job.parameters.tensors(modules, cpu), **job.parameters.per_recipe)
+        different = modules[:1] if job.parameters.alike else modules
+        shares = job.spec.coefficients(**job.parameters.tensors(different, cpu), **job.parameters.per_recipe)
+        shares = shares.expand(len(modules), -1)
         if not job.parameters.unscaled:
             shares = shares * job.parameters.lambdas(modules, cpu)[:, None]
         shares = _like_terms(job, shares)
@@ -88,7 +90,8 @@ def _terms(
 def _explain(job: Job, batches: Sequence[Batch], factors: Mapping[str, LoraFactors]) -> None:
     """Raise MergeError for factors that are not finite: an adapter's own, or merged ones that their dtype cannot hold."""
     for batch in batches:
-        job.check_inputs(batch, Grams.of(stack_group(batch.group, job.adapters, job.device)).norms)
+        stack = stack_group(batch.group, job.adapters, job.device)
+        job.check_inputs(batch.group.modules, Grams.of(stack, job.workspace.scratch_modules(batch.cost.gram)).norms)
     module = next(m for m, pair in factors.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all()))
     raise MergeError(f"module '{module}': the merged factors do not fit {job.dtype}; choose a wider dtype")
 

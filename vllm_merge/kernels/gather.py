@@ -84,7 +84,7 @@ def _gather(  # type: ignore[no-untyped-def]
 def gather(table: Tensor, out: Tensor, pieces: Pieces, pause: Callable[[], object]) -> None:
     """out[piece] = scale · source, zero where the source ends, computed in float32.
 
-    table: int64 on the GPU, `pieces.with_scales(…)`; its last number becomes 1 where a value is not finite in out's dtype.
+    table: int64 on the GPU, `pieces.table(…)`; its last number becomes 1 where a value is not finite in out's dtype.
     out: one run of elements. pause(): called before every launch.
     """
     narrow = next((columns for columns in _NARROW if pieces.widest <= columns), _WIDE)

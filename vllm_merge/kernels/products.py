@@ -21,6 +21,8 @@ _BINS = 256
 _DIGITS = (8, 8, 8, 7)  # of the 31 bits of a magnitude, highest first
 _COUNTS = ["first", "owners_per_module", "width", "n", "rows"]  # whose values are not worth a compilation each
 _SAMPLES = 4096  # entries of every module and task that the first guess is taken from
+_ENOUGH = 1 << 16  # of a batch; its modules give fewer where they are many
+_STEPS = (0.7548776662466927, 0.5698402909980532)  # to the next sample: 1/x and 1/x² of x³ = x + 1 spread them evenly
 _MARGIN = 6  # standard deviations that the guess may be wrong by
 _WIDEST = 1 << 20  # bit patterns between the bounds of a guess, each with a counter
 _FEW = 1 << 22  # entries of a task up to which no guess is made
@@ -139,53 +141,54 @@ def _between(  # type: ignore[no-untyped-def]
 def _elect(  # type: ignore[no-untyped-def]
     left, right, bounds, threshold, weight, majority, out, counts, undecided, n, rows, columns,
     lm, lr, lk, rm, rk, rc,
-    DECIDED: tl.constexpr, MEAN: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    VOTES_ALONE: tl.constexpr, DECIDED: tl.constexpr, MEAN: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """TIES from its thresholds: trim, elect, average."""
+    """TIES from its thresholds: trim, elect, average.
+
+    Every entry is made once: both signs are summed up until one is elected.
+    """
     module = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    largest = tl.zeros((ROWS, COLUMNS), tl.float32)
-    smallest = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for task in range(n):
-        entries = _product(
-            left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
-        )  # fmt: skip
-        least = tl.load(threshold + module * n + task)
-        kept = tl.where(tl.abs(entries) >= least, entries, 0.0) * tl.load(weight + module * n + task)
-        total += kept
-        largest = tl.maximum(largest, kept)
-        smallest = tl.minimum(smallest, kept)
-    sign = tl.where(total > 0, 1.0, tl.where(total < 0, -1.0, 0.0))
-    kept_by_any = (largest > 0) | (smallest < 0)
-    votes = tl.sum(sign.to(tl.int32))
-    if DECIDED:
-        sign = tl.where((total == 0) & kept_by_any, tl.load(majority + module), sign)
-    agreeing = tl.zeros((ROWS, COLUMNS), tl.float32)
-    divisor = tl.zeros((ROWS, COLUMNS), tl.float32)
+    above = tl.zeros((ROWS, COLUMNS), tl.float32)
+    below = tl.zeros((ROWS, COLUMNS), tl.float32)
+    weight_above = tl.zeros((ROWS, COLUMNS), tl.float32)
+    weight_below = tl.zeros((ROWS, COLUMNS), tl.float32)
     for task in range(n):
         entries = _product(
             left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
         )  # fmt: skip
         least = tl.load(threshold + module * n + task)
         mine = tl.load(weight + module * n + task)
-        kept = tl.where(tl.abs(entries) >= least, entries, 0.0) * mine * sign
-        agrees = kept > 0
-        agreeing += tl.where(agrees, kept, 0.0)
-        divisor += tl.where(agrees, tl.abs(mine), 0.0)
-    merged = agreeing * sign
-    if MEAN:
-        merged = merged / tl.where(divisor > 0, divisor, 1.0)
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    place = out + module * rows * columns + row[:, None].to(tl.int64) * columns + column[None, :]
-    tl.store(place, merged, mask=inside)
-    conflicts = (largest > 0) & (smallest < 0)
-    tl.atomic_add(counts + 3 * module, tl.sum(kept_by_any.to(tl.int32)).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts + 3 * module + 1, tl.sum(conflicts.to(tl.int32)).to(tl.int64), sem="relaxed")
+        kept = tl.where(tl.abs(entries) >= least, entries, 0.0) * mine
+        total += kept
+        if not VOTES_ALONE:
+            above += tl.maximum(kept, 0.0)
+            below += tl.minimum(kept, 0.0)
+            if MEAN:
+                weight_above += tl.where(kept > 0, tl.abs(mine), 0.0)
+                weight_below += tl.where(kept < 0, tl.abs(mine), 0.0)
+    sign = tl.where(total > 0, 1.0, tl.where(total < 0, -1.0, 0.0))
+    votes = tl.sum(sign.to(tl.int32))
     tl.atomic_add(counts + 3 * module + 2, votes.to(tl.int64), sem="relaxed")
-    if tl.sum(((total == 0) & kept_by_any).to(tl.int32)) > 0:
-        tl.store(undecided, 1)
+    if not VOTES_ALONE:
+        kept_by_any = (above > 0) | (below < 0)
+        if DECIDED:
+            sign = tl.where((total == 0) & kept_by_any, tl.load(majority + module), sign)
+        merged = tl.where(sign > 0, above, tl.where(sign < 0, below, 0.0))
+        if MEAN:
+            divisor = tl.where(sign > 0, weight_above, weight_below)
+            merged = merged / tl.where(divisor > 0, divisor, 1.0)
+        inside = (row[:, None] < rows) & (column[None, :] < columns)
+        place = out + module * rows * columns + row[:, None].to(tl.int64) * columns + column[None, :]
+        tl.store(place, merged, mask=inside)
+        conflicts = (above > 0) & (below < 0)
+        tl.atomic_add(counts + 3 * module, tl.sum(kept_by_any.to(tl.int32)).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts + 3 * module + 1, tl.sum(conflicts.to(tl.int32)).to(tl.int64), sem="relaxed")
+        if tl.sum(((total == 0) & kept_by_any).to(tl.int32)) > 0:
+            tl.store(undecided, 1)
 
 
 def kth_largest(passes: Callable[[], Iterable[Products]], counts: Tensor) -> Tensor:
@@ -203,23 +206,21 @@ def kth_largest(passes: Callable[[], Iterable[Products]], counts: Tensor) -> Ten
 
 def _kth_largest_by_guess(passes: Callable[[], Iterable[Products]], counts: Tensor) -> Tensor | None:
     """None where the sample was too small, or no help."""
-    generator = torch.Generator().manual_seed(0)
     values, weights, n = [], [], counts.shape[1]
+    total, square = 0.0, 0.0
     for products in passes():
-        modules, rows = products.left.shape[:2]
-        columns = products.right.shape[2]
-        row = torch.randint(rows, (_SAMPLES,), generator=generator).to(counts.device)
-        column = torch.randint(columns, (_SAMPLES,), generator=generator).to(counts.device)
-        terms = products.left[:, row] * products.right[:, :, column].mT
-        values.append(torch.stack([terms[:, :, slot].sum(-1) for slot in products.slots]).abs().view(n, -1))
-        weights += [rows * columns / _SAMPLES] * modules
-    weight = torch.tensor(weights, dtype=torch.float64, device=counts.device)
-    total = float(weight.sum()) * _SAMPLES
+        found = _sample(products)
+        entries, samples = products.left.shape[1] * products.right.shape[2], found.shape[1]
+        each = entries * products.left.shape[0] / samples
+        values.append(found)
+        weights.append(torch.full((samples,), each, dtype=torch.float64, device=counts.device))
+        total, square = total + each * samples, square + each**2 * samples
     if total <= _FEW:
         return None
     ordered, order = torch.cat(values, dim=1).sort(dim=1, descending=True)
-    ranks = weight.repeat_interleave(_SAMPLES)[order].cumsum(1)
-    margin = _MARGIN * float(weight.square().sum() * _SAMPLES) ** 0.5 / 2
+    ranks = torch.cat(weights)[order].cumsum(1)
+    share = counts[0, :, None] / total
+    margin = _MARGIN * (share * (1 - share)).clamp_min(0.01).sqrt() * square**0.5
     last = ordered.shape[1] - 1
     first = (ranks < counts[0, :, None] - margin).sum(1, keepdim=True)
     behind = (ranks < counts[0, :, None] + margin).sum(1, keepdim=True)
@@ -244,6 +245,22 @@ def _kth_largest_by_guess(passes: Callable[[], Iterable[Products]], counts: Tens
         return None
     place = width - 1 - (from_top < missing[:, None]).sum(1)
     return (lowest + place.int())[None].view(torch.float32)
+
+
+def _sample(products: Products) -> Tensor:
+    """Magnitudes of entries of every task, (n, samples), the same places of every module."""
+    modules, rows = products.left.shape[:2]
+    columns = products.right.shape[2]
+    samples = min(_SAMPLES, max(_SAMPLES // 8, _ENOUGH // modules))
+    index = torch.arange(samples, dtype=torch.float64, device=products.left.device)
+    row, column = ((index * step % 1 * size).long() for step, size in zip(_STEPS, (rows, columns), strict=True))
+    terms = products.left[:, row] * products.right[:, :, column].mT
+    widths = {slot.stop - slot.start for slot in products.slots}
+    if len(widths) == 1:  # all at once: a GPU waits for launches here
+        values = terms.reshape(modules, samples, len(products.slots), -1).sum(-1)
+    else:
+        values = torch.stack([terms[:, :, slot].sum(-1) for slot in products.slots], dim=2)
+    return values.abs().flatten(0, 1).mT.contiguous()
 
 
 def _kth_largest_by_digits(passes: Callable[[], Iterable[Products]], counts: Tensor) -> Tensor:
@@ -293,15 +310,30 @@ def elect(
     threshold, weight: (modules, n) float32. majority: (modules,) float32, the sign where a sum is exactly 0; without it
     the result is 0 there.
     """
+    shape = (*products.left.shape[:2], products.right.shape[2])
+    merged = torch.empty(shape, device=products.left.device)
+    counts, undecided = _elected(products, threshold, weight, merged, mean=mean, majority=majority)
+    return Elected(merged, counts[:, :2], counts[:, 2], undecided)
+
+
+def votes(products: Products, threshold: Tensor, weight: Tensor) -> Tensor:
+    """`elect`'s votes alone, (modules,) int64."""
+    return _elected(products, threshold, weight, None, mean=False, majority=None)[0][:, 2]
+
+
+def _elected(
+    products: Products, threshold: Tensor, weight: Tensor, merged: Tensor | None, *, mean: bool, majority: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Entries that are kept, conflicts and votes, (modules, 3) int64, and whether a sum is undecided, one int32."""
     modules, rows = products.left.shape[:2]
-    columns, n = products.right.shape[2], len(products.slots)
-    device = products.left.device
-    merged = torch.empty(modules, rows, columns, device=device)
+    columns, n, device = products.right.shape[2], len(products.slots), products.left.device
     counts = torch.zeros(modules, 3, dtype=torch.int64, device=device)
     undecided = torch.zeros(1, dtype=torch.int32, device=device)
     _elect[(*products.grid, modules)](
         products.left, products.right, products.bounds, threshold.contiguous(), weight.contiguous(),
-        threshold if majority is None else majority.contiguous(), merged, counts, undecided, n, rows, columns, *products.strides,
-        DECIDED=majority is not None, MEAN=mean, DEPTH=products.depth, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
+        threshold if majority is None else majority.contiguous(), threshold if merged is None else merged,
+        counts, undecided, n, rows, columns, *products.strides,
+        VOTES_ALONE=merged is None, DECIDED=majority is not None, MEAN=mean,
+        DEPTH=products.depth, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4 if merged is None else 8,
     )  # fmt: skip
-    return Elected(merged, counts[:, :2], counts[:, 2], undecided)
+    return counts, undecided

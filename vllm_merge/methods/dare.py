@@ -6,7 +6,7 @@ In space `knots` dare_ties is KnOTS-DARE-TIES (arXiv:2410.19735, §4), in `core`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -122,7 +122,7 @@ def dare(
     context: Context,
     *,
     density: Annotated[float, Gt(0), Le(1)] = 0.5,
-) -> list[dict[str, LoraFactors]]:
+) -> list[Mapping[str, LoraFactors]]:
     """B̃_i = B_i ⊙ Bernoulli(density) / density: every adapter keeps its rank, and E[B̃_i A_i] = ΔW_i.
 
     On factors, because dropping entries of ΔW itself leaves no LoRA.

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter
 from vllm_merge.algebra.bases import TOLERANCE
+from vllm_merge.algebra.coordinates import owners
 from vllm_merge.algebra.passes import MappedPasses
 from vllm_merge.algebra.selection import kth_largest
 from vllm_merge.algebra.tiles import Passes, Tile
 from vllm_merge.methods.do_orthogonalize import do_orthogonalize
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.preconditions import Context
-from vllm_merge.methods.registry import merge_method
+from vllm_merge.methods.registry import Lengths, merge_method
 from vllm_merge.methods.resolve import ResolvedParameters
 from vllm_merge.methods.ties import TiesStatistics, ties
 
@@ -81,6 +82,18 @@ class DoStatistics:
         return None if self.of_directions is None else self.of_directions.sign_conflict
 
 
+def lengths(*, magnitude_rule: Rule, direction_rule: Rule, **others: object) -> Lengths | None:
+    """The lengths that the columns of every ΔW_i get (MethodSpec.columns): merge(α) times their share; None with TIES."""
+    if "ties" in (magnitude_rule, direction_rule):
+        return None
+
+    def given(alpha: Tensor, *, weight: Tensor, **others: object) -> Tensor:
+        shares = weight if direction_rule == "sum" else weight / _divisor(weight)[:, None]
+        return _merged(alpha, weight.abs(), magnitude_rule)[:, None] * shares
+
+    return given
+
+
 def orthogonalized(
     adapters: Sequence[Adapter], context: Context, space: str, parameters: ResolvedParameters
 ) -> Sequence[Adapter]:
@@ -102,6 +115,7 @@ def orthogonalized(
     spaces=("knots", "delta"),
     reference="arXiv:2505.15875",
     statistics=DoStatistics,
+    columns=lengths,
     prepare=orthogonalized,
     iterative=True,
 )
@@ -127,6 +141,14 @@ def do_merging(
     the precondition do_orthogonalize. Directions are weighted by w_i, magnitudes by |w_i|.
     """
     alpha = magnitudes(tile)
+    given = lengths(magnitude_rule=magnitude_rule, direction_rule=direction_rule)
+    if given is not None:  # then no entry of a task alone is needed
+        there = alpha[:, :, 0] > 0
+        owner = owners(tile.slots).to(alpha.device, non_blocking=True)
+        unit = tile.right[:, :, tile.cols] / torch.where(there, alpha[:, :, 0], 1.0)[:, owner]
+        wanted = torch.where(there, given(alpha[:, :, 0], weight=weight[..., 0]), 0.0)
+        merged: Tensor = tile.left[:, tile.rows] @ (unit * wanted[:, owner])
+        return merged
     if magnitude_rule == "ties":
         assert statistics.threshold is not None
         kept = alpha >= statistics.threshold[tile.modules][:, :, None, None]
@@ -145,5 +167,10 @@ def _merged(values: Tensor, weight: Tensor, rule: Rule) -> Tensor:
 
 def _mean(values: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
     """Σ w_i x_i / Σ |w_i| over what is counted."""
-    divisor = (weight.abs() * counted).sum(1)
-    return (weight * values).sum(1) / torch.where(divisor > 0, divisor, 1.0)
+    return (weight * values).sum(1) / _divisor(weight * counted)
+
+
+def _divisor(weight: Tensor) -> Tensor:
+    """Σ |w_i|, or 1 where that is 0."""
+    divisor = weight.abs().sum(1)
+    return torch.where(divisor > 0, divisor, 1.0)

@@ -10,7 +10,7 @@ are those of the one known implementation (msjo91/OCap), which takes Adam.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,13 +20,23 @@ from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules
+from vllm_merge.algebra.bases import gram
 from vllm_merge.algebra.coordinates import owner_matrix
 from vllm_merge.algebra.symmetric import descending_eigh
-from vllm_merge.methods.preconditions import Context, change_stacks, precondition, stacks, unstack
+from vllm_merge.methods.preconditions import (
+    Context,
+    change_stacks,
+    held_factors,
+    precondition,
+    stacks,
+)
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
 _ARRAYS = 12  # float64 arrays of a stack's size alive at once
-_SMALL_ARRAYS = 12  # of a Gram matrix's size, in the descent
+_GRAM_ARRAYS = 3  # in the descent
+_SMALL_ARRAYS = 12  # of a Gram matrix's size there
+_SQUARINGS = 30
+LARGEST_IN_A_KERNEL = 128  # rows of a Gram matrix
 
 
 @precondition("do_orthogonalize")
@@ -39,7 +49,7 @@ def do_orthogonalize(
     gamma: Annotated[float, Ge(0)] = 1.0,
     norm_power: Literal[1, 2] = 2,
     lr_scale: Annotated[float, Gt(0)] = 0.01,
-) -> list[dict[str, LoraFactors]]:
+) -> list[Mapping[str, LoraFactors]]:
     """Turn the adapters' factors away from one another, staying near them.
 
     optimizer: descent takes steps of 1 / (curvature at the start), halved where the loss would rise; adam takes steps of
@@ -69,9 +79,9 @@ def _sides(stack: Stack) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _descend(
     adapters: Sequence[Adapter], context: Context, steps: int, power: int, gamma: float
-) -> list[dict[str, LoraFactors]]:
+) -> list[Mapping[str, LoraFactors]]:
     """Plain descent of modules of all shapes at once: it sees their Gram matrices alone, and these are K × K."""
-    result: list[dict[str, LoraFactors]] = [{} for _ in adapters]
+    changed: list[Stack] = []
     alike: dict[tuple[int, ...], list[ModuleGroup]] = {}
     for group in group_modules(adapters):
         alike.setdefault(tuple(slot.stop for slot in group.slots), []).append(group)
@@ -79,18 +89,27 @@ def _descend(
         pairs = _Pairs.of(groups[0], context.device, power, gamma)
         at_once = context.workspace_bytes // (2 * 8 * _SMALL_ARRAYS * groups[0].stacked_rank ** 2)
         for pieces in _pools(groups, max(1, at_once // 2)):
-            grams = [
-                side @ side.mT
-                for group in pieces
-                for stack in stacks(group, adapters, context, _ARRAYS)
-                for side, _ in _sides(stack)
+            found = [
+                _alive_grams(stack) for group in pieces for stack in stacks(group, adapters, context, _GRAM_ARRAYS)
             ]
+            grams = [gram for both, _ in found for gram in both]
             turns = iter(torch.split(pairs.descended(torch.cat(grams), steps), [len(gram) for gram in grams]))
+            alive = iter([there for _, there in found])
             for group in pieces:
-                for stack in stacks(group, adapters, context, _ARRAYS):
-                    a, b = (next(turns) @ side for side, _ in _sides(stack))
-                    unstack(stack.group, a, b.mT, result)
-    return result
+                for stack in stacks(group, adapters, context, _GRAM_ARRAYS):
+                    there = next(alive)[:, None, :]
+                    a, b = ((next(turns) * there).float() for _ in range(2))
+                    changed.append(Stack(stack.group, a @ stack.A, stack.B @ b.mT))
+    return held_factors(changed, len(adapters))
+
+
+def _alive_grams(stack: Stack) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """A Aᵀ and BᵀB (modules, K, K), float64, 0 for terms that are no part of ΔW; and which are, (modules, K) float64."""
+    grams = gram(stack.A.mT), gram(stack.B)
+    a, b = (each.diagonal(dim1=-2, dim2=-1) != 0 for each in grams)
+    there = (a & b).double()
+    outer = there[:, :, None] * there[:, None, :]
+    return (grams[0] * outer, grams[1] * outer), there
 
 
 def _pools(groups: Sequence[ModuleGroup], most: int) -> Iterator[list[ModuleGroup]]:
@@ -108,13 +127,14 @@ def _pools(groups: Sequence[ModuleGroup], most: int) -> Iterator[list[ModuleGrou
 class _Pairs:
     """The loss over pairs of adapters. owner: (n, K) float64, 1 where a rank-one term is an adapter's."""
 
+    slots: tuple[slice, ...]
     owner: Tensor
     power: int
     gamma: float
 
     @classmethod
     def of(cls, group: ModuleGroup, device: torch.device, power: int, gamma: float) -> _Pairs:
-        return cls(owner_matrix(group.slots).to(device).mT.contiguous(), power, gamma)
+        return cls(group.slots, owner_matrix(group.slots).to(device).mT.contiguous(), power, gamma)
 
     def norms(self, gram: Tensor) -> Tensor:
         """‖Â_i Â_jᵀ‖_F of i ≠ j, (modules, n, n), from Â Âᵀ (modules, K, K)."""
@@ -132,31 +152,67 @@ class _Pairs:
         return (self.owner.mT @ weights @ self.owner) * gram
 
     def descended(self, gram: Tensor, steps: int) -> Tensor:
-        """C (modules, K, K) with  = C A after `steps` of plain descent, from A Aᵀ (modules, K, K) float64."""
-        one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        c = one.expand_as(gram).clone()
+        """C (modules, K, K) with  = C A after `steps` of plain descent, from A Aᵀ (modules, K, K) float64.
+
+        A step of size s is C ← (1 − 2γs) C − s N C + 2γs, with N as in `pull`.
+        """
         norms = self.norms(gram)
         pairs = (norms > 0).sum((-1, -2)).clamp_min(1)
         stretch = (2 * self.power * norms.pow(self.power - 1)).sum((-1, -2)) / pairs
         mean = norms.sum((-1, -2)) / pairs
         # For p = 2, 12 λ_max + 2γ bounds the curvature at the start; for p = 1 it is of the order of a mean block's.
         slope = torch.where(mean > 0, stretch / mean, 0.0)
-        curvature = 3 * slope * descending_eigh(gram)[0][:, 0] + 2 * self.gamma
+        curvature = 3 * slope * _largest_eigenvalue(gram) + 2 * self.gamma
         size = torch.where(curvature > 0, 1 / curvature, 0.0)
-        now, loss = gram, self.overlap(norms)
+        if gram.is_cuda and gram.shape[-1] <= LARGEST_IN_A_KERNEL:
+            from vllm_merge.kernels import descent
+
+            return descent.descended(gram, self.slots, size, steps, power=self.power, gamma=self.gamma)
+        return self.stepped(gram, size, steps)
+
+    def stepped(self, gram: Tensor, size: Tensor, steps: int) -> Tensor:
+        """The steps of `descended`, the first of these sizes (modules,)."""
+        c = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
+        now, norms = gram, self.norms(gram)
+        loss, start = self.overlap(norms), _trace(gram)
         for _ in range(steps):
-            step = torch.baddbmm(c - one, self.pull(now, norms), c, beta=2 * self.gamma)
-            tried = c - size[:, None, None] * step
-            gram_tried = tried @ gram @ tried.mT
+            shift = (2 * self.gamma * size)[:, None]
+            turn = self.pull(now, norms).mul_(-size[:, None, None])
+            turn.diagonal(dim1=-2, dim2=-1).add_(1 - shift)
+            tried = turn @ c
+            tried.diagonal(dim1=-2, dim2=-1).add_(shift)
+            product = tried @ gram
+            gram_tried = product @ tried.mT
             norms_tried = self.norms(gram_tried)
-            moved = tried - one
-            loss_tried = self.overlap(norms_tried) + self.gamma * ((moved @ gram) * moved).sum((-1, -2))
+            # ‖δ‖² = tr (C − 1) G (C − 1)ᵀ
+            moved = start + _trace(gram_tried) - 2 * _trace(product)
+            loss_tried = self.overlap(norms_tried) + self.gamma * moved
             better = loss_tried <= loss
             there = better[:, None, None]
             c, now = torch.where(there, tried, c), torch.where(there, gram_tried, now)
             norms = torch.where(there, norms_tried, norms)
             loss, size = torch.where(better, loss_tried, loss), torch.where(better, size, size / 2)
         return c
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _largest_eigenvalue(gram: Tensor) -> Tensor:
+    """λ_max of positive semi-definite matrices, (modules,).
+
+    On a GPU Σ λᴺ⁺¹ / Σ λᴺ with N = 2³⁰, by squaring: to within K / eN of it, and without all the other eigenvalues.
+    """
+    if not gram.is_cuda:
+        return descending_eigh(gram)[0][:, 0]
+    power = gram
+    for step in range(_SQUARINGS + 1):
+        if step % 5 == 0:  # before λᴺ leaves the range of float64
+            power = power / _trace(power).clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
+        if step < _SQUARINGS:
+            power = power @ power
+    return (gram * power).sum((-1, -2))
 
 
 def _adam(start: Tensor, pairs: _Pairs, terms: Tensor, steps: int, lr_scale: float) -> Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from vllm_merge.methods.preconditions import Context, change_stacks, preconditio
 
 
 @precondition("pico")
-def pico(adapters: Sequence[Adapter], context: Context) -> list[dict[str, LoraFactors]]:
+def pico(adapters: Sequence[Adapter], context: Context) -> list[Mapping[str, LoraFactors]]:
     """B̃_i = (I + U diag(α − 1) Uᵀ) B_i with [B_1 … B_n] = U diag(σ) Vᵀ, α_j = 1 / (1 + (n − 1) σ_j² / Σ σ²).
 
     n counts the adapters that have the module: where one is alone nothing is shared and nothing changes. The method's

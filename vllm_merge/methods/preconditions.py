@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
+from vllm_merge.adapters.held import HeldStacks
 from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules, stack_group
 from vllm_merge.algebra.masks import mask_identity
 from vllm_merge.errors import UserInputError
@@ -132,17 +133,18 @@ def change_stacks(
     context: Context,
     change: Callable[[Stack], tuple[Tensor, Tensor]],
     arrays: int = _ARRAYS,
-) -> list[dict[str, LoraFactors]]:
+) -> list[Mapping[str, LoraFactors]]:
     """Run `change` over all modules in batches: a Stack to new A (modules, K, d_in) and B (modules, d_out, K).
 
-    Gives the factors of every adapter, float32 on the context's device, with scaling 1. arrays: how many float64 arrays
+    Gives the factors of every adapter, float32 on the context's device, with scaling 1, as views of stacks. arrays: how many float64 arrays
     of a stack's size `change` holds at once.
     """
-    result: list[dict[str, LoraFactors]] = [{} for _ in adapters]
-    for group in group_modules(adapters):
-        for stack in stacks(group, adapters, context, arrays):
-            unstack(stack.group, *change(stack), result)
-    return result
+    changed = [
+        in_float32(stack.group, *change(stack))
+        for group in group_modules(adapters)
+        for stack in stacks(group, adapters, context, arrays)
+    ]
+    return held_factors(changed, len(adapters))
 
 
 def stacks(group: ModuleGroup, adapters: Sequence[Adapter], context: Context, arrays: int = _ARRAYS) -> Iterator[Stack]:
@@ -152,11 +154,12 @@ def stacks(group: ModuleGroup, adapters: Sequence[Adapter], context: Context, ar
         yield stack_group(batch, adapters, context.device)
 
 
-def unstack(group: ModuleGroup, a: Tensor, b: Tensor, result: Sequence[dict[str, LoraFactors]]) -> None:
-    """Add each adapter's part of stacks, as float32, to its factors. They share the memory of the stacks."""
-    a, b = a.float().contiguous(), b.float().contiguous()
-    for index, (module, ranks) in enumerate(zip(group.modules, group.ranks, strict=True)):
-        for factors, slot, rank in zip(result, group.slots, ranks, strict=True):
-            if rank:
-                own = slice(slot.start, slot.start + rank)
-                factors[module] = LoraFactors(a[index, own], b[index, :, own])
+def in_float32(group: ModuleGroup, a: Tensor, b: Tensor) -> Stack:
+    """A stack as the engine has it."""
+    return Stack(group, a.float().contiguous(), b.float().contiguous())
+
+
+def held_factors(changed: Sequence[Stack], adapters: int) -> list[Mapping[str, LoraFactors]]:
+    """Each adapter's part of stacks of all modules."""
+    held = HeldStacks(changed)
+    return [held.of(index) for index in range(adapters)]

@@ -25,6 +25,7 @@ Apply = Callable[..., Any]  # Tensor, or in `factors` two of them
 Statistics = Callable[..., Any]
 Prepare = Callable[..., Sequence[Adapter]]
 Coefficients = Callable[..., Tensor]
+Lengths = Callable[..., Tensor]
 F = TypeVar("F", bound=Apply)
 
 ENTRY_POINTS = "vllm_merge.methods"
@@ -55,6 +56,9 @@ class MethodSpec:
     coefficients(**per-adapter parameters, each (modules, n) float64, **per-recipe ones) → (modules, n): the method is
     ΔW = Σ c_i ΔW_i in space `core`, so the factors can be put side by side, and it refuses by itself what `statistics`
     would, which then are not asked for; None for another method.
+    columns(**per-recipe parameters) → None, or lengths(α (modules, n, d_in), **per-adapter parameters, each (modules, n, 1))
+    → (modules, n, d_in), float32: with these parameters the method gives the columns of every ΔW_i, of length α_i, another
+    length each (negative: and the other direction) and adds them up. None for another method.
     prepare(adapters, context, space, parameters: ResolvedParameters) → adapters, what the method does to the factors
     before they are seen in its space; None when nothing.
     entrywise: the method touches single entries, so its result depends on the basis; `core` then uses the SVD bases.
@@ -78,6 +82,7 @@ class MethodSpec:
     prepare: Prepare | None = None
     on_the_fly: bool = False
     coefficients: Coefficients | None = None
+    columns: Callable[..., Lengths | None] | None = None
     most_adapters: int | None = None
     ordered: bool = False
     iterative: bool = False
@@ -205,6 +210,7 @@ def merge_method(
     default_lambda: float = 1.0,
     on_the_fly: bool = False,
     coefficients: Coefficients | None = None,
+    columns: Callable[..., Lengths | None] | None = None,
     most_adapters: int | None = None,
     ordered: bool = False,
     iterative: bool = False,
@@ -237,6 +243,7 @@ def merge_method(
                 prepare=prepare,
                 on_the_fly=on_the_fly,
                 coefficients=coefficients,
+                columns=columns,
                 most_adapters=most_adapters,
                 ordered=ordered,
                 iterative=iterative,

@@ -28,13 +28,19 @@ class ResolvedParameters:
         """Whether λ is 1 everywhere."""
         return not isinstance(self.lam[0], Mapping) and float(self.lam[0]) == 1.0
 
+    @property
+    def alike(self) -> bool:
+        """Whether no per-adapter parameter differs by module."""
+        return not any(isinstance(chain[0], Mapping) for chains in self.per_adapter.values() for chain in chains)
+
     def tensors(self, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """The per-adapter parameters at these modules, each (modules, n) float64."""
-        return {name: _table(chains, modules).to(device) for name, chains in self.per_adapter.items()}
+        found = {name: _table(chains, modules) for name, chains in self.per_adapter.items()}
+        return {name: table.to(device, non_blocking=True) for name, table in found.items()}
 
     def lambdas(self, modules: Sequence[str], device: torch.device) -> Tensor:
         """λ at these modules, (modules,) float64."""
-        return _table([self.lam], modules)[:, 0].to(device)
+        return _table([self.lam], modules)[:, 0].to(device, non_blocking=True)
 
 
 def _table(chains: Sequence[Sequence[Any]], modules: Sequence[str]) -> Tensor:

@@ -20,7 +20,7 @@ from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
 if TYPE_CHECKING:
-    from vllm_merge.kernels.products import Elected
+    from vllm_merge.kernels.products import Products
 
 
 class TiesStatistics:
@@ -28,11 +28,13 @@ class TiesStatistics:
 
     def __init__(self, passes: TilePasses, *, trim: str, normalize: bool) -> None:
         self._passes = passes
-        density, entries = passes.parameters["density"], passes.entries[:, None]
-        self._whole_model = trim == "global" and bool((density == density[:1]).all())
+        density = passes.parameters["density"]
+        given = density.cpu()  # read before there is other work to wait for
+        entries = passes.entries[:, None]
+        self._whole_model = trim == "global" and bool((given == given[:1]).all())
         if self._whole_model:
             entries, density = entries.sum(0, keepdim=True), density[:1]
-        if bool((density == 1).all()):
+        if bool((given == 1).all()):
             thresholds = torch.zeros_like(density, dtype=torch.float32)
         else:
             # As the original keeps |x| ≥ the (d − ⌊d·density⌋)-th smallest, it keeps ⌊d·density⌋ + 1 of d entries.
@@ -41,6 +43,7 @@ class TiesStatistics:
         self.threshold = thresholds.expand(modules, n)
         """Smallest magnitude that is kept, (all modules, n) float32."""
         self._counts = entries.new_zeros(modules, 2)
+        self._asked = False
 
     def _kth_largest(self, counts: Tensor) -> Tensor:
         if self._passes.on_the_fly:
@@ -58,7 +61,9 @@ class TiesStatistics:
         votes = self.threshold.new_zeros(self.threshold.shape[0], dtype=torch.float64)
         for tile in self._passes.tiles():
             if tile.values.is_meta:
-                votes[tile.modules] += self._elect(tile, normalize=False).votes
+                from vllm_merge.kernels import products as kernel
+
+                votes[tile.modules] += kernel.votes(*self._rule(tile))
             else:
                 votes[tile.modules] += _trimmed(tile, self).sum(1).sign().sum((-1, -2), dtype=torch.float64)
         return (votes.sum().expand_as(votes) if self._whole_model else votes).sign().float()
@@ -70,19 +75,21 @@ class TiesStatistics:
 
     def elected(self, tile: Tile, *, normalize: bool) -> Tensor:
         """The rule by the kernel that makes the entries on the fly."""
-        found = self._elect(tile, normalize=normalize)
-        if bool(found.undecided):
+        from vllm_merge.kernels.products import elect
+
+        products, *rule = self._rule(tile)
+        found = None if self._asked else elect(products, *rule, mean=normalize)
+        if found is None or bool(found.undecided):
+            self._asked = True  # once a sum was undecided, what follows is not tried without the majority
             majority = self.majority[tile.modules]
-            found = self._elect(tile, normalize=normalize, majority=torch.where(majority == 0, -1.0, majority))
+            majority = torch.where(majority == 0, -1.0, majority)
+            found = elect(products, *rule, mean=normalize, majority=majority)
         self._counts[tile.modules] += found.counts
         return found.merged
 
-    def _elect(self, tile: Tile, *, normalize: bool, majority: Tensor | None = None) -> Elected:
-        from vllm_merge.kernels import products
-
-        weight = tile.parameters["weight"][:, :, 0, 0]
-        threshold = self.threshold[tile.modules]
-        return products.elect(tile.products(), threshold, weight, mean=normalize, majority=majority)
+    def _rule(self, tile: Tile) -> tuple[Products, Tensor, Tensor]:
+        """The tile's entries as the kernels make them, the thresholds and weights, (modules, n) float32."""
+        return tile.products(), self.threshold[tile.modules], tile.parameters["weight"][:, :, 0, 0]
 
     @property
     def sign_conflict(self) -> Tensor:
