@@ -61,8 +61,8 @@ CASES = (
     Case("iso_cts", "iso_cts", "core", goal=0.040),
     Case("delta_dare_ties_r64", "dare_ties", "delta", rank=64, goal=1.5, workspace_goal=4 * GIB),
     Case("ctm", "ctm", "core", goal=0.150, closed=False),
-    Case("do_decouple", "do_merging", "knots", parameters={"orthogonalize": "none"}, goal=0.015),
-    Case("do_descent", "do_merging", "knots", goal=0.050, closed=False, steps_on="grams"),
+    Case("do_decouple", "do_merging", "knots", rank="auto", parameters={"orthogonalize": "none"}, goal=0.015),
+    Case("do_descent", "do_merging", "knots", rank="auto", goal=0.050, closed=False, steps_on="grams"),
     Case(
         "do_adam",
         "do_merging",

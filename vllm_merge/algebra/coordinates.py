@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm_merge.adapters.stacking import ModuleGroup, Stack
 from vllm_merge.algebra.bases import TOLERANCE, gram, orthonormal_basis
 from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky
+from vllm_merge.kernels import turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,9 @@ class Grams:
 
 def gram_pair(stack: Stack, at_a_time: int | None = None) -> tuple[Tensor, Tensor]:
     """A Aᵀ and BᵀB of a stack. at_a_time: see `Grams.of`."""
-    return gram(stack.A.mT, at_a_time), gram(stack.B, at_a_time)
+    pair = gram(stack.A.mT, at_a_time), gram(stack.B, at_a_time)
+    turns.between()
+    return pair
 
 
 def task_norm(gram_a: Tensor, gram_b: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from vllm_merge.kernels import turns
+
 LARGEST_AT_ONCE = 128  # rows
 LARGEST_ON_HOST = 512  # rows; larger matrices fill the GPU one by one
 
@@ -88,4 +90,5 @@ def inverse_cholesky_each(matrices: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     # ‖G⁻¹‖ ≤ ‖L⁻¹‖²_F and ‖G‖ ≤ tr G.
     condition = inverse.square().sum((-1, -2)) * matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+    turns.between()
     return inverse, (failed == 0) & (condition < 1e8)

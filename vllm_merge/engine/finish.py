@@ -14,6 +14,7 @@ from vllm_merge.adapters.factors import LoraFactors
 from vllm_merge.adapters.stacking import Stack
 from vllm_merge.algebra.truncation import Truncated
 from vllm_merge.errors import MergeError
+from vllm_merge.kernels import turns
 
 if TYPE_CHECKING:
     from vllm_merge.engine.job import Job, Prepared
@@ -59,6 +60,7 @@ def lifted(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, t
             b[piece].copy_(left)
             a[piece].copy_(right.mT)
         largest.append(torch.maximum(*(torch.linalg.vector_norm(x[piece], torch.inf, (1, 2)) for x in (b, a))))
+        turns.between()
     facts = [cut.ranks, cut.norm, cut.energy, cut.exact, _noise(prepared), torch.cat(largest)]
     return Lifted(group.modules, b, a, torch.stack([fact.double() for fact in facts], 1))
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_merge.kernels import turns
+
 
 @triton.jit(do_not_specialize=["new", "batch"])  # type: ignore[untyped-decorator]
 def _judge(  # type: ignore[no-untyped-def]
@@ -107,4 +109,5 @@ def descended(gram: Tensor, slots: Sequence[slice], size: Tensor, steps: int, *,
         torch.bmm(changes[new], gram, out=product)
         torch.bmm(product, changes[new].mT, out=grams[new])
         judge(new)
+        turns.between()
     return changes[steps % 2]

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_merge.kernels import turns
+
 _ROWS, _COLUMNS = 64, 64
 _BINS = 256
 _DIGITS = (8, 8, 8, 7)  # of the 31 bits of a magnitude, highest first
@@ -239,6 +241,7 @@ def _kth_largest_by_guess(passes: Callable[[], Iterable[Products]], counts: Tens
             n, rows, products.right.shape[2], *products.strides,
             DEPTH=products.depth, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
         )  # fmt: skip
+        turns.between()
     missing = counts[0] - above
     from_top = counters.flip(1).cumsum(1, dtype=torch.int64)
     if bool(((missing < 1) | (missing > from_top[:, -1])).any()):
@@ -336,4 +339,5 @@ def _elected(
         VOTES_ALONE=merged is None, DECIDED=majority is not None, MEAN=mean,
         DEPTH=products.depth, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4 if merged is None else 8,
     )  # fmt: skip
+    turns.between()
     return counts, undecided
