@@ -184,14 +184,9 @@ class Published:
         """Register the PEFT folder `folder` beside the file's adapters, at every API process; `move` says what it raises."""
         async with self._shared.turn() as before:
             assert before is not None
-            if name in before.names.names:
-                raise UserInputError(f"the name {name!r} is taken, by {before.names.names[name].kind} {name!r}")
+            _check_free(before, name)
             after = await self._with(before, added={**before.added, name: str(folder)})
-            known = after.names.names.get(name)
-            if known is None or known.digest is None:
-                raise UserInputError(known.reason if known is not None else f"adapter {name!r} cannot be read")
-            plan = after.names.plans[known.digest]
-            await self._front.ready(self._front.artifacts.setdefault(known.digest, Artifact(plan)))
+            await self._ready(after, name)
             await self._shared.propose(after)
             return after
 
@@ -212,8 +207,7 @@ class Published:
         """
         async with self._shared.turn() as before:
             assert before is not None
-            if (known := before.names.names.get(name)) is not None:
-                raise UserInputError(f"the name {name!r} is taken, by {known.kind} {name!r}")
+            _check_free(before, name)
             if len(before.added_recipes) >= MAX_ADDED:
                 raise UserInputError(
                     f"{MAX_ADDED} recipes were added already; remove one, or put them into the recipe file"
@@ -221,11 +215,7 @@ class Published:
             limits = Limits(self._front.links.all[0].facts["max_lora_rank"], MAX_ADAPTERS)
             check_written(written, before.names.recipes, default_registry(), check_precondition, limits)
             after = await self._with(before, added_recipes={**before.added_recipes, name: written.recipe})
-            known = after.names.names[name]
-            if known.digest is None:
-                raise UserInputError(f"recipe {name!r} has no artifact: {known.reason}")
-            plan = after.names.plans[known.digest]
-            await self._front.ready(self._front.artifacts.setdefault(known.digest, Artifact(plan)))
+            await self._ready(after, name)
             await self._shared.propose(after)
             logger.info("recipe %s was added: generation %d", name, after.generation)
             return after
@@ -242,6 +232,16 @@ class Published:
             after = await self._with(before, added_recipes=kept)
             await self._shared.propose(after)
             return after
+
+    async def _ready(self, after: State, name: str) -> None:
+        """Return once what was added can be served. Raises UserInputError where it has no artifact."""
+        known = after.names.names.get(name)
+        if known is None or known.digest is None:
+            raise UserInputError(
+                f"{name!r} cannot be served: {known.reason if known is not None else 'it cannot be read'}"
+            )
+        plan = after.names.plans[known.digest]
+        await self._front.ready(self._front.artifacts.setdefault(known.digest, Artifact(plan)))
 
     async def _with(
         self,
@@ -318,3 +318,9 @@ def _stamp(path: Path) -> Stamp | None:
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_free(state: State, name: str) -> None:
+    """Raises UserInputError where the state knows the name."""
+    if (known := state.names.names.get(name)) is not None:
+        raise UserInputError(f"the name {name!r} is taken, by {known.kind} {name!r}")

@@ -47,6 +47,11 @@ ABANDONED_SECONDS = 3600  # a folder without a record that is older was left by 
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FOLDER = re.compile(r"\.?[0-9a-f]{64}(\.\w+)?")  # of an entry, or what a writer that ended has left of one
+UNTOLD = (
+    OSError,
+    ValueError,
+    NotImplementedError,
+)  # of a place that does not say when a file changed, or of a torn file
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ class DiskTier:
         try:
             text = self._fs.cat_file(path)
             return float(text) if text else float(self._fs.modified(path).timestamp())  # empty: the place was full
-        except (OSError, ValueError, NotImplementedError):
+        except UNTOLD:
             return 0.0
 
     def _age(self, folder: str) -> float:
@@ -214,7 +219,7 @@ class DiskTier:
         try:
             files = self._fs.find(self._path(folder))
             return float(min(time.time() - self._fs.modified(path).timestamp() for path in files))
-        except (OSError, ValueError, NotImplementedError):
+        except UNTOLD:
             return 0.0
 
 
