@@ -145,7 +145,7 @@ class Settings:
         """What is made small, in words."""
         if self.objectives:
             return f"{', '.join(self.objectives)}: mean share of the start"
-        return str(self.objective)
+        return "share of answers missed" if self.objective == "accuracy" else str(self.objective)
 
 
 def tune_method(name: str) -> TuneMethod:
