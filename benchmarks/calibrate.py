@@ -23,7 +23,8 @@ from shapes import shape_of
 
 from vllm_merge import list_methods
 from vllm_merge.forecast import cost
-from vllm_merge.forecast.work import QUANTITIES, ModuleSize, case_key, quantities
+from vllm_merge.forecast.work import QUANTITIES, ModuleSize, case_key, quantities, works_in
+from vllm_merge.methods.registry import MethodSpec
 
 TARGET = Path(cost.__file__).with_name(cost.FILE)
 ENOUGH = 4  # rows that a way to merge needs for constants of its own
@@ -43,12 +44,25 @@ def modules_of(row: Row) -> list[ModuleSize]:
     return [ModuleSize(d_out, d_in, ranks, row["rank"]) for _, d_out, d_in in shape.modules()]
 
 
+def spec_of(row: Row) -> MethodSpec:
+    return next(spec for spec in list_methods() if spec.name == row["method"])
+
+
+def is_cut(row: Row) -> bool:
+    return bool(row["rank"] < min(row["n"] * row["r"], shape_of(row["shape"]).largest_rank))
+
+
+def space_of(row: Row) -> str:
+    """The space whose quantities the merge is made of."""
+    if row["asked_rank"] == "lossless":
+        return str(row["space"])
+    return works_in(spec_of(row), row["space"], row["parameters"], cut=is_cut(row))
+
+
 def key_of(row: Row) -> str:
-    spec = next(spec for spec in list_methods() if spec.name == row["method"])
-    cut = row["space"] == "delta" or row["rank"] < min(row["n"] * row["r"], shape_of(row["shape"]).largest_rank)
-    return case_key(
-        row["method"], row["space"], cut=cut, parameters=row["parameters"], defaults=spec.defaults(per_adapter=False)
-    )
+    space, defaults = space_of(row), spec_of(row).defaults(per_adapter=False)
+    cut = space == "delta" or is_cut(row)
+    return case_key(row["method"], space, cut=cut, parameters=row["parameters"], defaults=defaults)
 
 
 def nonnegative(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -81,7 +95,7 @@ def fit(rows: list[Row]) -> dict[str, dict[str, Any]]:
 
 def _constants(rows: list[Row]) -> dict[str, Any]:
     names = list(QUANTITIES)
-    work = np.array([[quantities(row["space"], modules_of(row))[name] for name in names] for row in rows])
+    work = np.array([[quantities(space_of(row), modules_of(row))[name] for name in names] for row in rows])
     seconds = nonnegative(work, np.array([seconds_of(row) for row in rows]))
     held = np.array([float(max(1, row["workspace_bytes"])) for row in rows])
     free = held < SATURATED
@@ -102,11 +116,11 @@ def _as_a_relative(
     """Too few rows: the constants of the way to merge in the same space whose times are most nearly proportional."""
     best: tuple[float, dict[str, Any]] | None = None
     for key, constants in own.items():
-        if by_key[key][0]["space"] != rows[0]["space"]:
+        if space_of(by_key[key][0]) != space_of(rows[0]):
             continue
         known = cost.Cost(**constants)
         even = {"call": 1.0, "bytes": 1.0, "operations": 1.0}
-        predicted = [known.predict(row["space"], modules_of(row), even) for row in rows]
+        predicted = [known.predict(space_of(row), modules_of(row), even) for row in rows]
         times = [seconds_of(row) / seconds for row, (seconds, _) in zip(rows, predicted, strict=True)]
         held = [max(1, row["workspace_bytes"]) / max(1.0, b) for row, (_, b) in zip(rows, predicted, strict=True)]
         spread = max(times) / min(times) + abs(math.log(geometric_mean(times)))
@@ -147,7 +161,7 @@ def check(content: dict[str, Any], calibration: cost.Calibration) -> tuple[int, 
         if row["part"] != "held_out":
             continue
         found = cost.DeviceCost(calibration, calibration.slower(None)).predict(
-            key_of(row), row["space"], modules_of(row)
+            key_of(row), space_of(row), modules_of(row)
         )
         if found is None:
             print(f"{row['case']:20} {row['shape']:>8} n={row['n']} r={row['r']}: no constants")

@@ -5,10 +5,11 @@
     python benchmarks/stall.py --quick                                            # does it run here? also on a CPU
 
 Starts a vLLM server with dummy weights of the shape and eight random adapters of rank 16, and records the time between
-tokens of 16 streams (base and adapters mixed) in windows of equal length: idle; requests for an artifact that is served
-already (what any new request costs the streams, merge or not); request-time merges of each kind (every recipe is new: cold,
-then used once); vLLM's own loading of an adapter of rank 16 and of the merges' rank; idle again. The streams start anew for
-each window, so that all of them see contexts of the same length. In a window the requests start evenly, or back to back
+tokens of 16 streams (base and adapters mixed): idle; request-time merges of each kind (every recipe is new: cold, then used
+once); idle again, all in windows of equal length. In windows of a third, with a third of the acts: requests for an artifact that
+is served already (what any new request costs the streams, merge or not), and vLLM's own loading of an adapter of rank 16 and of
+the merges' rank. A new prompt takes a step of its own length: with fewer than one act in 140 steps such steps are not the 99th
+percentile. The streams start anew for each window, so that all of them see contexts of the same length. In a window the requests start evenly, or back to back
 where one takes longer than its share, and then the window is up to twice as long; those under way at its end are waited for,
 and their gaps count. The files are in the page cache. The result is written after every phase.
 """
@@ -43,6 +44,7 @@ from plots import plot_stall
 from shapes import SHAPES
 
 SERVED = "served_requests"
+SHORT = 3  # which part of a window, and of the acts, what no goal's quantiles are about gets
 Act = Callable[[int], Awaitable[float]]
 Row = dict[str, Any]
 
@@ -66,11 +68,11 @@ class Stall:
             await asyncio.sleep(2)  # what runs for the first time
         await self._phase("idle", None)
         await self._client.first_token("linear-0")
-        await self._phase(SERVED, lambda index: self._client.first_token("linear-0"))
+        await self._phase(SERVED, lambda index: self._client.first_token("linear-0"), SHORT)
         await self._phase("merge_linear", self._merge("linear", first=1))  # linear-0 is served already
         await self._phase("merge_knots_ties", self._merge("knots-ties", first=0))
-        await self._phase("vllm_load_r128", self._load(SUM))
-        await self._phase("vllm_load_r16", self._load(RANK))
+        await self._phase("vllm_load_r128", self._load(SUM), SHORT)
+        await self._phase("vllm_load_r16", self._load(RANK), SHORT)
         await self._phase("idle_again", None)
         await self._merges()
         rows: list[Row] = self.report["rows"]
@@ -90,13 +92,14 @@ class Stall:
 
         return load
 
-    async def _phase(self, name: str, act: Act | None) -> None:
-        """One window. The seconds of every act are until its first token."""
+    async def _phase(self, name: str, act: Act | None, part: int = 1) -> None:
+        """One window, or the `part`-th of one. The seconds of every act are until its first token."""
+        window = self._window / part
         async with self._streaming() as streams:
             streams.phase = name
             started = time.perf_counter()
-            seconds = [] if act is None else await self._evenly(act, started)
-            await asyncio.sleep(max(0.0, started + self._window - time.perf_counter()))
+            seconds = [] if act is None else await self._evenly(act, started, window, -(-self._acts // part))
+            await asyncio.sleep(max(0.0, started + window - time.perf_counter()))
             lasted = time.perf_counter() - started
             streams.phase = None
             streams.check()
@@ -111,18 +114,18 @@ class Stall:
         self.report["against_idle"] = against(rows, "idle")
         self.report["against_served_requests"] = against(rows, SERVED)
         save(self._out, self.report)
-        told = {key: value for key, value in row.items() if key not in ("act_seconds", "phase")}
+        told = {key: value for key, value in row.items() if key not in ("act_seconds", "phase", "by_length", "slow")}
         print(f"stall {name:17} {told} first tokens {row['act_seconds'][:3]} … {row['act_seconds'][-3:]}", flush=True)
         for base in ("idle", SERVED):
             if values := self.report[f"against_{base}"].get(name):
                 print(f"      {'':17} against {base}: {values}", flush=True)
 
-    async def _evenly(self, act: Act, started: float) -> list[float]:
-        """The seconds of --acts acts spread over the window, or of as many as begin within twice the window."""
+    async def _evenly(self, act: Act, started: float, window: float, acts: int) -> list[float]:
+        """The seconds of these acts spread over the window, or of as many as begin within twice the window."""
         seconds: list[float] = []
-        for index in range(self._acts):
-            await asyncio.sleep(max(0.0, started + index * self._window / self._acts - time.perf_counter()))
-            if time.perf_counter() > started + 2 * self._window:
+        for index in range(acts):
+            await asyncio.sleep(max(0.0, started + index * window / acts - time.perf_counter()))
+            if time.perf_counter() > started + 2 * window:
                 break
             seconds.append(await act(index))
         return seconds

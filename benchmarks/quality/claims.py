@@ -5,17 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from scipy.stats import spearmanr
-
-from benchmarks.quality.grid import FIRST, LOSSLESS, PREDICTED
+from benchmarks.quality.grid import FIRST, LOSSLESS
 from benchmarks.quality.scores import Family, Interval, Scores
 
 HELD, FAILED, UNDECIDED, UNMEASURED = "held", "failed", "undecided", "not measured yet"
-STRONG = 0.3  # a rank correlation under this is of no use to anybody
-DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,9 @@ def _above(scores: Scores, text: str, source: str, one: Family, two: Family) -> 
     difference = scores.difference(one, two)
     if difference is None:
         return Claim(text, source, UNMEASURED, "")
-    both = f"{100 * scores.score(one).value:.1f} against {100 * scores.score(two).value:.1f}"
+    seeds = scores.common_seeds((one, two))
+    own, other = scores.score(one, seeds, beside=two), scores.score(two, seeds, beside=one)
+    both = f"{100 * own.value:.1f} against {100 * other.value:.1f}"
     return Claim(text, source, _verdict(difference), f"{difference.in_words(sign=True)}; {both}")
 
 
@@ -121,49 +117,3 @@ def _reaches(scores: Scores, text: str, goal: float, size: int, rank: str) -> Cl
     score = scores.score(best)
     verdict = HELD if score.value >= goal else FAILED
     return Claim(text, "goal", verdict, f"{score.in_words()}, {best.method} in {best.space}")
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """How a number of the interference report goes with the loss of merging two adapters: Spearman's ρ over the pairs."""
-
-    number: str
-    method: str
-    pairs: int
-    correlation: Interval
-    verdict: str
-
-
-def predictors(scores: Scores) -> list[Predictor]:
-    """Of every number of the report that varies, for the methods that were measured on pairs."""
-    found = []
-    for method, space in PREDICTED:
-        rows = [
-            row
-            for row in scores.merges
-            if (row["set"], row["method"], row["space"], row["rank"]) == ("plain", method, space, LOSSLESS)
-            and len(row["tasks"]) == 2
-            and row["report"]
-        ]
-        if len(rows) < 10:
-            continue
-        losses = np.array([scores.loss(row) for row in rows])
-        for number in rows[0]["report"]:
-            values = [row["report"][number] for row in rows]
-            if None in values or len(set(values)) < 3:
-                continue
-            found.append(_correlated(number, f"{method} {space}", np.array(values), losses))
-    return found
-
-
-def _correlated(number: str, method: str, values: Any, losses: Any) -> Predictor:
-    rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(DRAWS):
-        chosen = rng.integers(len(values), size=len(values))
-        if len(set(values[chosen])) > 1 and len(set(losses[chosen])) > 1:
-            drawn.append(spearmanr(values[chosen], losses[chosen]).statistic)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    correlation = Interval(float(spearmanr(values, losses).statistic), float(low), float(high))
-    clear = (low > 0 or high < 0) and abs(correlation.value) >= STRONG
-    return Predictor(number, method, len(values), correlation, "predicts" if clear else "does not")

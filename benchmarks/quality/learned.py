@@ -24,9 +24,10 @@ import torch
 import yaml
 
 from benchmarks.quality.grid import LOSSLESS
+from benchmarks.quality.learning import METHODS
 from benchmarks.quality.prepare import Bench, validation
 from benchmarks.quality.records import Row, Writer, key, read_rows
-from benchmarks.quality.run import Places, places_of, with_options
+from benchmarks.quality.run import Places, places_of, record_call, with_options
 from benchmarks.quality.scoring import joint_norm
 from benchmarks.quality.served import Best
 from benchmarks.quality.sweep import TRIALS, Sweep
@@ -42,8 +43,6 @@ from vllm_merge.tuning.methods import Settings, tune_method
 from vllm_merge.tuning.record import Request
 from vllm_merge.tuning.tune import tune
 
-# The quick ones first. MergeAlign is no method of its own but a safety set beside the data; these tasks have none.
-METHODS = ("ssr", "regmean", "adamerging", "adamerging++", "nsc", "lorahub", "enmp")
 LABELLED = ("lorahub", "enmp")  # the others get prompts alone
 SUM, TIES = ("task_arithmetic", "core"), ("ties", "knots")
 START = "start"
@@ -229,6 +228,7 @@ def main() -> None:
         work = [(places, left[index::jobs], seconds, f"rows-learned-{index}", jobs) for index in range(jobs)]
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
             done = sum(pool.starmap(learn, work, chunksize=1))
+    record_call(places.results, "learners", began, max(1, jobs))
     print(f"learned {done} of {len(left)}; {len(everything) - len(left)} were there", flush=True)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.quality.grid import FIRST, LOSSLESS
 from benchmarks.quality.scores import Family, Scores
 
+COLOURS = 10  # before they come again
 SHOWN = 24  # rows of a plot that would have one for every method
 
 
@@ -53,11 +54,18 @@ def _of(scores: Scores, kind: str, rank: str) -> list[Family]:
 def _seconds(axis: Any, scores: Scores) -> bool:
     """Score against the time of the merge, lossless."""
     those = _of(scores, "plain", LOSSLESS)
+    for several, colour in ((True, "tab:red"), (False, "tab:blue")):
+        mine = [family for family in those if (len(scores.families[family]) > 1) is several]
+        places = [(scores.seconds(family), 100 * scores.score(family).value) for family in mine]
+        if places:
+            label = "several seeds" if several else "one seed"
+            axis.scatter(*zip(*places, strict=True), color=colour, s=18, label=label)
+            axis.legend(fontsize=7)
     for place, family in enumerate(those):
         x, y = scores.seconds(family), 100 * scores.score(family).value
-        axis.scatter(x, y, color="tab:red" if (family.method, family.space) in FIRST else "tab:blue", s=18)
         if place < SHOWN // 2 or (family.method, family.space) in FIRST:
             axis.annotate(_named(family), (x, y), fontsize=7, xytext=(3, 2), textcoords="offset points")
+    axis.margins(x=0.2)  # room for the names
     axis.set(
         xscale="log", xlabel="seconds of the merge", ylabel="score, %", title=f"{len(scores.tasks)} tasks, lossless"
     )
@@ -67,7 +75,7 @@ def _seconds(axis: Any, scores: Scores) -> bool:
 def _ranks(axis: Any, scores: Scores) -> bool:
     """Score against the rank of the result, of the first seed; at the right end lossless."""
     seed = min((seed for seeds in scores.families.values() for seed in seeds), default=0)
-    drawn = False
+    drawn, lines = 0, ("o-", "s--", "^:")
     for method, space in FIRST:
         those = {
             family.rank: 100 * scores.score(family, [seed]).value
@@ -78,12 +86,12 @@ def _ranks(axis: Any, scores: Scores) -> bool:
         ranks = sorted(int(rank) for rank in those if rank != LOSSLESS)
         names = [*map(str, ranks), *([LOSSLESS] if LOSSLESS in those else [])]
         if len(names) > 1:
-            axis.plot(names, [those[name] for name in names], marker="o", label=f"{method} {space}")
-            drawn = True
+            axis.plot(names, [those[name] for name in names], lines[drawn // COLOURS], label=f"{method} {space}")
+            drawn += 1
     axis.set(xlabel="rank of the result", ylabel="score, %", title=f"{len(scores.tasks)} tasks, one seed")
     if drawn:
         axis.legend(fontsize=7)
-    return drawn
+    return drawn > 0
 
 
 def _norms(axis: Any, scores: Scores) -> bool:
@@ -108,7 +116,9 @@ def _osrm(axis: Any, scores: Scores) -> bool:
     """Each method with plain and with OSRM adapters."""
     those = [f for f in _of(scores, "osrm", LOSSLESS) if f.other(set="plain") in scores.families][:SHOWN][::-1]
     for place, family in enumerate(those):
-        plain, lifted = (100 * scores.score(f).value for f in (family.other(set="plain"), family))
+        both = family.other(set="plain"), family
+        seeds = scores.common_seeds(both)
+        plain, lifted = (100 * scores.score(*of).value for of in ((both[0], seeds, both[1]), (both[1], seeds, both[0])))
         axis.plot([plain, lifted], [place, place], color="grey", linewidth=1)
         axis.scatter(plain, place, color="tab:blue", s=22, label="plain" if place == 0 else None)
         axis.scatter(lifted, place, color="tab:red", s=22, label="OSRM" if place == 0 else None)

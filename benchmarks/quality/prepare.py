@@ -92,27 +92,25 @@ def opened(
     return Bench(settings, data, weights, results, device, tasks, model, tokenizer)
 
 
-def prepare_set(bench: Bench, kind: str) -> None:
-    """Train the adapters of a set, all seeds, and measure each on its task; for `plain`, all tasks, and the gate."""
+def prepare_set(bench: Bench, kind: str, seeds: Sequence[int]) -> None:
+    """Train the adapters of a set at these seeds, and measure each on its task; for `plain`, all tasks, and the gate.
+
+    What is recorded of other seeds stays, wherever their weights are.
+    """
     everyone = list(bench.tasks) if kind == "plain" else bench.counted()
-    missing = [
-        (task, seed)
-        for seed in bench.settings.seeds
-        for task in everyone
-        if not bench.adapter(kind, seed, task).is_dir()
-    ]
+    missing = [(task, seed) for seed in seeds for task in everyone if not bench.adapter(kind, seed, task).is_dir()]
     if missing:
         _train(bench, kind, everyone, missing)
-    _name_weights(bench, kind)
-    _measure(bench, kind, everyone)
+    _name_weights(bench, kind, seeds)
+    _measure(bench, kind, everyone, seeds)
     if kind == "plain":
         _gate(bench)
 
 
-def _name_weights(bench: Bench, kind: str) -> None:
+def _name_weights(bench: Bench, kind: str, seeds: Sequence[int]) -> None:
     """In run.json, so that rows of other weights are left out."""
     content = read_run(bench.results)
-    names = {place_of(kind, seed): bench.identity(kind, seed) for seed in bench.settings.seeds}
+    names = {place_of(kind, seed): bench.identity(kind, seed) for seed in seeds}
     content[WEIGHTS] = {**content.get(WEIGHTS, {}), BASE: identity(bench.weights), **names}
     if BASE in content:
         content[BASE]["kept_in"] = str(kept_in(bench.weights)).removeprefix("torch.")
@@ -250,12 +248,12 @@ def validation(bench: Bench, task: Task) -> list[Example]:
     return random.Random(0).sample(list(task.valid), min(bench.settings.validation, len(task.valid)))
 
 
-def _measure(bench: Bench, kind: str, names: Sequence[str]) -> None:
+def _measure(bench: Bench, kind: str, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Each adapter of the set on its own task."""
     writer, done = Writer(bench.results), {key(row) for row in read_rows(bench.results)}
     weights = Weights(bench.model)
     tests = {name: questions(bench, [asked(bench, name, TEST)]) for name in names}
-    for seed in bench.settings.seeds:
+    for seed in seeds:
         identity = bench.identity(kind, seed)
         for name in names:
             row: Row = {"kind": "single", "weights": identity, "set": kind, "seed": seed, "task": name}
@@ -275,7 +273,9 @@ def _measure(bench: Bench, kind: str, names: Sequence[str]) -> None:
 
 def _gate(bench: Bench) -> None:
     """Which tasks count: those whose adapters are far enough above the base's few-shot; spares come last."""
-    weights = {place_of("plain", seed): bench.identity("plain", seed) for seed in bench.settings.seeds}
+    named = read_run(bench.results)[WEIGHTS]
+    places = [place_of("plain", seed) for seed in bench.settings.seeds]
+    weights = {place: named[place] for place in places if place in named}
     if read_run(bench.results).get("gate", {}).get(WEIGHTS) == weights:
         return
     singles = [row for row in read_rows(bench.results) if row["kind"] == "single" and row["set"] == "plain"]

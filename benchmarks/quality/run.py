@@ -61,23 +61,25 @@ def run(
     jobs: int = 1,
     methods: Sequence[str] | None = None,
     stages: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> int:
-    """All of it until time.monotonic() is `until`; how many merges are left."""
+    """All of it, or what these allow, until time.monotonic() is `until`; how many merges are left."""
+    chosen = places.settings.seeds if seeds is None else seeds
     bench = places.open()
     with _measuring(places, bench, jobs) as measured:
-        prepare_set(bench, "plain")
+        prepare_set(bench, "plain", chosen)
         tasks = bench.counted()
         print(f"{len(tasks)} of {len(bench.tasks)} tasks count: {', '.join(tasks)}", flush=True)
         least = min(LEAST_TASKS, places.settings.tasks)
         if len(tasks) < least:
             raise SystemExit(f"at least {least} tasks must count; see `gate` of {places.results}/run.json")
-        configs = plan(places.settings, tasks, methods, stages)
+        configs = [config for config in plan(places.settings, tasks, methods, stages) if config.seed in chosen]
         left = _left(places, configs)
         seconds = estimate(left, read_rows(places.results), bench.device.type, jobs)
         print(f"{len(configs)} merges, {len(left)} left: about {seconds / 60:.0f} minutes with {jobs} jobs", flush=True)
         ready = {"plain"}
         while left and time.monotonic() < until:
-            prepare_set(bench, left[0].set)
+            prepare_set(bench, left[0].set, chosen)
             ready.add(left[0].set)
             part = next((place for place, config in enumerate(left) if config.set not in ready), len(left))
             end = time.time() + until - time.monotonic()  # on a clock that other processes have too
@@ -153,6 +155,7 @@ def main() -> None:
     with_options(parser)
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--stages", nargs="+", help="only these, such as 'all tasks' osrm mixed '4 tasks' pairs ranks")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these; the weights of others need not be here")
     parser.add_argument("--anew", action="store_true", help="first forget all rows; the base and its record stay")
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
@@ -162,16 +165,23 @@ def main() -> None:
         begin_anew(results)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `repeatable` needs before the first product
     began = time.monotonic()
-    left = run(places, until=until, jobs=args.jobs, methods=args.methods, stages=args.stages)
-    content = read_run(results)
-    call = {"device": content["device"], "minutes": round((time.monotonic() - began) / 60, 2), "jobs": args.jobs}
-    write_run(results, {**content, "calls": [*content.get("calls", []), call]})
+    left = run(places, until=until, jobs=args.jobs, methods=args.methods, stages=args.stages, seeds=args.seeds)
+    record_call(results, "merges", began, args.jobs)
     if left:
         print(f"{left} merges left; the same command goes on, and benchmarks.quality.report shows what is there")
         return
-    from benchmarks.quality.report import write_report
+    from benchmarks.quality.report import PAGE, TUNING, write_report
 
-    write_report(results, ROOT / "docs" / "evidence.md" if args.preset == "full" else places.weights / "evidence.md")
+    full = args.preset == "full"
+    write_report(results, PAGE if full else places.weights / "evidence.md", TUNING if full else None)
+
+
+def record_call(results: Path, what: str, began: float, jobs: int) -> None:
+    """In run.json: the minutes that a call took, from time.monotonic() at its start."""
+    content = read_run(results)
+    minutes = round((time.monotonic() - began) / 60, 2)
+    call = {"what": what, "device": content["device"], "minutes": minutes, "jobs": jobs}
+    write_run(results, {**content, "calls": [*content.get("calls", []), call]})
 
 
 def with_options(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of merges with bootstrap intervals.
 
-The score of a merge is the mean over its tasks of (accuracy − chance) / (accuracy of the task's own adapter − chance). A draw
-takes seeds and test examples with replacement, the same ones for every merge and adapter, so that differences are paired.
+The score of a merge is the mean over its tasks of (accuracy − chance) / (accuracy of the task's own adapter − chance), of the
+tasks whose own adapter, of that set and seed, is clearly above chance: an adapter that hardly learnt is no measure for a merge.
+A draw takes seeds and test examples with replacement, the same ones for every merge and adapter, so that differences are paired.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 
 from benchmarks.quality.grid import groups
 from benchmarks.quality.records import Row, unpacked
+from benchmarks.quality.settings import Settings
 
 DRAWS = 1000
-LEAST = 0.05  # above chance: an adapter that learnt less is no measure for a merge
 
 Array = NDArray[np.float64]
 Bits = NDArray[np.bool_]
@@ -63,17 +64,37 @@ class _Found:
     draws: Array
     accuracies: Array
 
+    def of(self, tasks: Collection[str]) -> _Found:
+        """That of some tasks only."""
+        kept = [task in tasks for task in self.tasks]
+        return replace(
+            self,
+            tasks=tuple(task for task in self.tasks if task in tasks),
+            points=self.points[kept],
+            draws=self.draws[kept],
+        )
+
+
+@dataclass(frozen=True, order=True)
+class LeftOut:
+    """An adapter that no score is measured by. above: its accuracy over chance."""
+
+    set: str
+    seed: int
+    task: str
+    above: float
+
 
 class Scores:
-    """All rows of a run, arranged. tasks: those that count, in order."""
+    """All rows of a run, arranged. tasks: those that count, in order; gate: how far above chance an adapter must be."""
 
-    def __init__(self, rows: Sequence[Row], tasks: Sequence[str]) -> None:
-        self.tasks = tuple(tasks)
+    def __init__(self, rows: Sequence[Row], tasks: Sequence[str], gate: float = Settings.gate) -> None:
+        self.tasks, self.gate = tuple(tasks), gate
         self.errors = [row for row in rows if row["kind"] == "merge" and "error" in row]
         self.singles = {(r["weights"], r["task"]): r for r in rows if r["kind"] == "single"}
         self.merges = [row for row in rows if row["kind"] == "merge" and "error" not in row and self._measurable(row)]
         self._draws: dict[tuple[str, str], tuple[float, Array]] = {}
-        self._found: dict[tuple[Family, int], _Found | None] = {}
+        self._found: dict[tuple[Family, int], _Found] = {}
 
     @cached_property
     def families(self) -> dict[Family, dict[int, list[Row]]]:
@@ -90,24 +111,33 @@ class Scores:
             if (kept := {s: mine for s, mine in seeds.items() if len(mine) == len(groups(self.tasks, family.size))})
         }
 
-    def score(self, family: Family, seeds: Sequence[int] | None = None) -> Interval:
-        """The score of a family, of these seeds or all of its own."""
-        return _interval(*self._seeds(family, seeds or sorted(self.families[family])))
+    @cached_property
+    def left_out(self) -> list[LeftOut]:
+        """Of the tasks that count, the adapters that learnt too little to measure by."""
+        mine = [row for row in self.singles.values() if row["task"] in self.tasks]
+        found = [LeftOut(row["set"], row["seed"], row["task"], self._above(row)) for row in mine]
+        return sorted(one for one in found if one.above < self.gate)
+
+    def score(self, family: Family, seeds: Sequence[int] | None = None, beside: Family | None = None) -> Interval:
+        """The score of a family, of these seeds or all of its own; beside another one, of the tasks that both have."""
+        return _interval(*self._seeds(family, seeds or sorted(self.families[family]), beside))
+
+    def common_seeds(self, *pairs: tuple[Family, Family]) -> list[int]:
+        """The seeds that all have, and at which the two of each pair have a task in common."""
+        seeds = set.intersection(*(set(self.families.get(family, {})) for pair in pairs for family in pair))
+        shared = lambda seed: all(set(self._of(a, seed).tasks) & set(self._of(b, seed).tasks) for a, b in pairs)
+        return sorted(seed for seed in seeds if shared(seed))
 
     def difference(self, one: Family, two: Family) -> Interval | None:
-        """How much better `one` is, over the seeds that both have; None without any."""
-        seeds = sorted(self.families.get(one, {}).keys() & self.families.get(two, {}).keys())
-        if not seeds:
-            return None
-        (first, first_draws), (second, second_draws) = self._seeds(one, seeds), self._seeds(two, seeds)
-        return _interval(first - second, first_draws - second_draws)
+        """How much better `one` is, over the seeds and tasks that both have; None without any."""
+        return self.mean_difference([(one, two)])
 
     def mean_difference(self, pairs: Sequence[tuple[Family, Family]]) -> Interval | None:
-        """The mean of the differences of these pairs, over the seeds that all have."""
-        seeds = sorted(set.intersection(*(set(self.families[f]) for pair in pairs for f in pair))) if pairs else []
+        """The mean of the differences of these pairs, over the seeds that all have, each of the tasks that both have."""
+        seeds = self.common_seeds(*pairs) if pairs else []
         if not seeds:
             return None
-        parts = [(self._seeds(one, seeds), self._seeds(two, seeds)) for one, two in pairs]
+        parts = [(self._seeds(one, seeds, two), self._seeds(two, seeds, one)) for one, two in pairs]
         points = np.mean([one[0] - two[0] for one, two in parts], axis=0)
         return _interval(points, np.mean([one[1] - two[1] for one, two in parts], axis=0))
 
@@ -141,9 +171,12 @@ class Scores:
         those = [f for f in self.families if all(getattr(f, name) == value for name, value in fixed.items())]
         return max(those, key=self.validation, default=None)
 
-    def _seeds(self, family: Family, seeds: Sequence[int]) -> tuple[Array, Array]:
+    def _seeds(self, family: Family, seeds: Sequence[int], beside: Family | None = None) -> tuple[Array, Array]:
         """Points (seeds,), draws (DRAWS,): seeds are drawn too."""
         parts = [self._of(family, seed) for seed in seeds]
+        if beside is not None:
+            others = [self._of(beside, seed).tasks for seed in seeds]
+            parts = [part.of(tasks) for part, tasks in zip(parts, others, strict=True)]
         points = np.array([part.points.mean() for part in parts])
         draws = np.array([part.draws.mean(0) for part in parts])
         chosen = np.random.default_rng(0).integers(len(seeds), size=(len(seeds), DRAWS))
@@ -152,9 +185,7 @@ class Scores:
     def _of(self, family: Family, seed: int) -> _Found:
         if (family, seed) not in self._found:
             self._found[family, seed] = self._row(self.families[family][seed])
-        found = self._found[family, seed]
-        assert found is not None
-        return found
+        return self._found[family, seed]
 
     def _row(self, rows: Sequence[Row]) -> _Found:
         tasks, points, draws, accuracies = [], [], [], []
@@ -163,19 +194,22 @@ class Scores:
                 single = self.singles[row["weights"], task]
                 own, own_draws = self._accuracy(task, single["bits"])
                 value, value_draws = self._accuracy(task, bits)
-                above = own - single["chance"]
                 accuracies.append(value)
-                if above < LEAST:
+                if self._above(single) < self.gate:
                     continue
                 tasks.append(task)
-                points.append((value - single["chance"]) / above)
-                draws.append((value_draws - single["chance"]) / np.maximum(own_draws - single["chance"], LEAST / 2))
+                points.append((value - single["chance"]) / (own - single["chance"]))
+                least = self.gate / 4  # of a draw, so that none divides by next to nothing
+                draws.append((value_draws - single["chance"]) / np.maximum(own_draws - single["chance"], least))
         return _Found(tuple(tasks), np.array(points), np.array(draws), np.array(accuracies))
 
     def _measurable(self, row: Row) -> bool:
         """Whether any of its adapters learnt enough to measure by."""
-        singles = [self.singles[row["weights"], task] for task in row["tasks"]]
-        return any(unpacked(single["bits"]).mean() - single["chance"] >= LEAST for single in singles)
+        return any(self._above(self.singles[row["weights"], task]) >= self.gate for task in row["tasks"])
+
+    def _above(self, single: Row) -> float:
+        """How far an adapter is above chance on its task."""
+        return round(float(unpacked(single["bits"]).mean()) - float(single["chance"]), 6)
 
     def _accuracy(self, task: str, packed: str) -> tuple[float, Array]:
         """Of all examples, and of each draw."""
@@ -200,7 +234,7 @@ def _interval(points: Array, draws: Array) -> Interval:
 
 
 def adapters(scores: Scores) -> dict[str, Mapping[str, float]]:
-    """Accuracy of each task's own adapter, by set, the mean over seeds; and under `norm` the adapters' norms."""
+    """Accuracy of each task's own adapter, by set, the mean over seeds."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in scores.singles.values():
         if row["task"] in scores.tasks:

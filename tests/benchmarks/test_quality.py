@@ -180,7 +180,8 @@ def test_the_page_has_tables_and_verdicts(done: Done, tmp_path: Path) -> None:
     assert text.endswith("by hand below\n")
     assert "old" not in text
     assert "| kinds | " in text
-    assert "| **ctm** | core | " in text
+    assert "| ctm | core | " in text
+    assert "## Not measured" in text
     verdicts = {claim["text"]: claim["verdict"] for claim in summary["claims"]}
     assert verdicts["KnOTS-TIES is above TIES"] in ("held", "failed", "undecided")
     assert verdicts["Iso-CTS is above KnOTS-TIES"] == "not measured yet"
@@ -286,19 +287,22 @@ class Likelihoods:
         self.model, self.completions = model, self
 
     def create(self, *, prompt: list[list[int]], **options: Any) -> Any:
-        assert (options["echo"], options["max_tokens"]) == (True, 1)
+        assert options["max_tokens"] == 1
         choices = []
         for index, ids in enumerate(prompt):
             with torch.no_grad():
                 each = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             found = [None, *(float(each[place, token]) for place, token in enumerate(ids[1:])), -1.0]
-            choices.append(SimpleNamespace(index=index, logprobs=SimpleNamespace(token_logprobs=found)))
+            values, tokens = each[-1].topk(options["logprobs"])
+            top = {f"token_id:{token}": value for token, value in zip(tokens.tolist(), values.tolist(), strict=True)}
+            told = SimpleNamespace(token_logprobs=found if options.get("echo") else found[-1:], top_logprobs=[top])
+            choices.append(SimpleNamespace(index=index, logprobs=told))
         return SimpleNamespace(choices=choices[::-1])
 
 
 def test_what_is_served_is_compared_with_what_was_recorded(done: Done) -> None:
     scores = Scores(done.rows, done.bench.counted())
-    [one] = served.best_recipes(scores, 0, 1, 12, 12)
+    one = next(one for one in served.best_recipes(scores, 0, 1, 12, 12) if one.row["rank"] == "lossless")
     sweep = Sweep(done.bench)
     config = grid.Config(
         **{n: one.row[n] for n in ("set", "seed", "method", "space", "rank")}, tasks=tuple(one.row["tasks"])
@@ -312,10 +316,16 @@ def test_what_is_served_is_compared_with_what_was_recorded(done: Done) -> None:
     weights.set({})
     row = served.compare(one, found)
     assert (row["examples"], row["within_noise"], row["agreement"]) == (60, True, 1.0)
+    assert row["difference"] == 0
+    assert (
+        row["low"] == -row["high"] == pytest.approx(-1.96 / 60, abs=1e-4)
+    )  # none of 60 differs: that is not certainty
     assert row["served"] == row["offline"]
     assert served.compare(one, {task: ~bits for task, bits in found.items()})["agreement"] == 0
     wrong = {task: np.zeros_like(bits) for task, bits in found.items()}
-    assert served.compare(one, wrong)["within_noise"] is (row["offline"] == 0)
+    worse = served.compare(one, wrong)
+    assert worse["within_noise"] is (row["offline"] == 0)
+    assert worse["low"] <= worse["difference"] == -row["offline"] <= worse["high"]
 
 
 def test_learned_merges_stand_beside_the_others(done: Done, tmp_path: Path) -> None:
@@ -415,6 +425,31 @@ def test_rows_of_other_weights_do_not_count(done: Done, tmp_path: Path) -> None:
     records.begin_anew(results)
     assert records.read_rows(results) == []
     assert records.read_run(results) == {name: before[name] for name in ("settings", "device", "versions", "base")}
+
+
+def test_seeds_whose_weights_are_elsewhere_stay_as_they_are_recorded(done: Done, tmp_path: Path) -> None:
+    """Some seeds go on without the adapters of the others, which are neither trained again nor forgotten."""
+    results = tmp_path / "results"
+    shutil.copytree(done.places.results, results)
+    lines = (results / "rows.jsonl").read_text().splitlines()
+    moved = [
+        {**row, "seed": 1, "weights": "elsewhere"} for line in lines if (row := json.loads(line)).get("set") == "plain"
+    ]
+    kept = [line for line in lines if json.loads(line).get("method") != "ctm"]
+    (results / "rows.jsonl").write_text("\n".join([*kept, *map(json.dumps, moved)]) + "\n")
+    before = records.read_run(results)
+    named = {**before["weights"], "plain/1": "elsewhere"}
+    gate = {**before["gate"], "weights": {**before["gate"]["weights"], "plain/1": "elsewhere"}}
+    records.write_run(results, {**before, "weights": named, "gate": gate})
+    places = replace(done.places, results=results, settings=replace(SETTINGS, seeds=(0, 1)))
+    left = run.run(places, until=time.monotonic() + 600, methods=("ctm",), stages=("all tasks",), seeds=(0,))
+    assert left == 0
+    after = records.read_rows(results)
+    assert [row for row in after if row.get("seed") == 1] == moved
+    assert {row["rank"] for row in after if row.get("method") == "ctm" and row["seed"] == 0} == {"lossless", 4}
+    assert records.read_run(results)["weights"] == named
+    assert records.read_run(results)["gate"] == gate
+    assert not done.bench.adapter("plain", 1, "kinds").exists()
 
 
 def test_jobs_measure_what_one_does(done: Done, tmp_path: Path) -> None:

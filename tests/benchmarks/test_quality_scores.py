@@ -4,15 +4,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
+from itertools import combinations, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.quality import claims, grid, records, report
-from benchmarks.quality.scores import Family, Scores
+from benchmarks.quality import claims, grid, pages, records, report, served
+from benchmarks.quality.learning import METHODS, Learned, learned_goals, with_learned
+from benchmarks.quality.predictors import Predictor, _corrected, predictors
+from benchmarks.quality.scores import Family, Interval, Scores
 from benchmarks.quality.settings import Settings
+from benchmarks.quality.tasks import Example, Task
+from benchmarks.quality.unmeasured import unmeasured
 from vllm_merge import list_methods
 
 TASKS = ("a", "b")
@@ -73,12 +80,45 @@ def test_score_and_interval() -> None:
     assert scores.score(KNOTS) == found
 
 
-def test_a_task_that_nobody_learnt_is_no_measure() -> None:
-    found = rows({("ties", "knots", "lossless"): 0.7})
-    for row in found:
-        if row["kind"] == "single" and row["task"] == "b":
-            row["bits"] = bits(0.52, 3)
-    assert set(Scores(found, TASKS).by_task(KNOTS)) == {"a"}
+def relearnt(found: list[records.Row], task: str, share: float, **fields: Any) -> list[records.Row]:
+    """The rows, with the accuracy of some adapters on their own task changed."""
+    those = lambda row: row["kind"] == "single" and row["task"] == task and fields.items() <= row.items()
+    return [{**row, "bits": bits(share, 3)} if those(row) else row for row in found]
+
+
+def test_a_task_that_was_not_learnt_is_no_measure() -> None:
+    """At the gate an adapter counts, right under it no longer: what the merge gets right there changes nothing."""
+    made = rows({("ties", "knots", "lossless"): 0.7})
+    at_gate, under = (Scores(relearnt(made, "b", share), TASKS, gate=0.2) for share in (0.7, 0.6975))
+    assert at_gate.by_task(KNOTS) == {"a": pytest.approx(0.5), "b": pytest.approx(1)}
+    assert at_gate.left_out == []
+    assert under.by_task(KNOTS) == {"a": pytest.approx(0.5)}
+    assert under.score(KNOTS).value == pytest.approx(0.5)
+    assert [(one.set, one.seed, one.task) for one in under.left_out] == [("plain", 0, "b"), ("plain", 1, "b")]
+    assert under.left_out[0].above == pytest.approx(0.1975)
+    assert Scores(relearnt(made, "b", 0.6975), TASKS, gate=0.1).score(KNOTS).value > 0.7
+    nothing = Scores(relearnt(relearnt(made, "a", 0.5), "b", 0.5), TASKS)
+    assert nothing.families == {}
+    assert len(nothing.left_out) == 4
+
+
+def test_sets_are_compared_on_the_tasks_that_both_learnt() -> None:
+    """An adapter of one set and seed that failed takes its task out of both sides, at that seed only."""
+    mine = {("ties", "knots", "lossless"): 0.8}
+    plain, lifted = rows(mine), rows(mine, "osrm")
+    for row in lifted:
+        if row["kind"] == "merge":
+            row["bits"] = {"a": bits(0.8, 0), "b": bits(0.6, 0)}
+    made = [*plain, *relearnt(lifted, "b", 0.55, seed=1)]
+    scores, osrm = Scores(made, TASKS), KNOTS.other(set="osrm")
+    gain = scores.difference(osrm, KNOTS)
+    assert gain is not None
+    assert gain.value == pytest.approx(((0 + (0.6 - 0.8) / 0.4) / 2 + 0) / 2)  # both tasks at seed 0, one at seed 1
+    own = scores.score(osrm, beside=KNOTS).value - scores.score(KNOTS, beside=osrm).value
+    assert gain.value == pytest.approx(own)
+    assert scores.score(KNOTS, [1], beside=osrm).value == pytest.approx(0.75)
+    neither = Scores([*relearnt(plain, "a", 0.5), *relearnt(lifted, "b", 0.5)], TASKS)
+    assert neither.difference(osrm, KNOTS) is None
 
 
 @pytest.mark.parametrize(
@@ -128,46 +168,40 @@ def test_goals_go_by_what_is_best_on_validation() -> None:
     assert goals["four tasks: the best reaches 85 %"].verdict == claims.UNMEASURED
 
 
-def test_the_report_as_a_predictor() -> None:
-    made, rng = [], np.random.default_rng(0)
-    for index in range(15):
-        pair = [f"t{index}", f"u{index}"]
-        share = 0.55 + 0.02 * index
-        made += [
-            {
-                "kind": "single",
-                "weights": "w",
-                "set": "plain",
-                "seed": 0,
-                "task": task,
-                "chance": 0.5,
-                "bits": bits(0.95, 0),
-            }
-            for task in pair
-        ]
-        row = {
-            "kind": "merge",
-            "weights": "w",
-            "set": "plain",
-            "seed": 0,
-            "tasks": pair,
-            "stage": "pairs",
-            "rank": "lossless",
-        }
+def paired(tasks: str) -> list[records.Row]:
+    """All pairs of these tasks, the loss of each foretold by one number of the report, not by the others."""
+    rng = np.random.default_rng(0)
+    common: dict[str, Any] = {"weights": "w", "set": "plain", "seed": 0}
+    made = [{"kind": "single", **common, "task": task, "chance": 0.5, "bits": bits(0.95, 0)} for task in tasks]
+    for index, pair in enumerate(combinations(tasks, 2)):
+        share = 0.55 + 0.015 * index
+        merged = {"tasks": list(pair), "method": "tsv_m", "space": "core", "rank": "lossless", "stage": "pairs"}
         numbers = {"cosine": 1 - share, "noise": float(rng.random()), "flat": 1.0}
-        made.append(
-            {
-                **row,
-                "method": "tsv_m",
-                "space": "core",
-                "bits": {task: bits(share, index) for task in pair},
-                "report": numbers,
-            }
-        )
-    found = {one.number: one for one in claims.predictors(Scores(made, TASKS))}
+        right = {task: bits(share, index) for task in pair}
+        made.append({"kind": "merge", **common, **merged, "bits": right, "report": numbers})
+    return made
+
+
+def test_the_report_as_a_predictor() -> None:
+    made = paired("abcdefg")
+    found = {one.number: one for one in predictors(Scores(made, "abcdefg"))}
     assert set(found) == {"cosine", "noise"}
     assert (found["cosine"].verdict, found["noise"].verdict) == ("predicts", "does not")
     assert found["cosine"].correlation.value == pytest.approx(1)
+    assert found["cosine"].p < 0.01 < found["noise"].p
+    assert found["noise"].correlation.low < found["noise"].correlation.value < found["noise"].correlation.high
+    assert predictors(Scores(made[:-1], "abcdefg")) == []  # a pair is missing
+    assert predictors(Scores(paired("abcd"), "abcd")) == []  # too few
+
+
+def test_many_numbers_are_corrected_for() -> None:
+    """One of many that is a little sure by itself is not sure among the others."""
+    one = Predictor("x", "m", 28, Interval(0.5, 0.1, 0.8), 0.02)
+    assert [found.verdict for found in _corrected([one])] == ["predicts"]
+    found = _corrected([one, *(replace(one, p=0.5) for _ in range(9))])
+    assert {other.verdict for other in found} == {"does not"}
+    assert found[0].p == pytest.approx(0.2)
+    assert _corrected([replace(one, correlation=Interval(0.2, 0.1, 0.3))])[0].verdict == "does not"
 
 
 def test_the_plan_covers_the_registry() -> None:
@@ -204,6 +238,146 @@ def test_nothing_is_said_of_what_was_not_measured(tmp_path: Path) -> None:
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_what_is_not_measured_is_named() -> None:
+    run: dict[str, Any] = {"settings": asdict(Settings()), "gate": {"counted": list("abcdefgh")}}
+    configs = grid.plan(Settings(), tuple("abcdefgh"))
+    learners = [
+        {
+            "kind": "learned",
+            "set": "plain",
+            "seed": seed,
+            "tasks": list("abcdefgh"),
+            "method": method,
+            "rank": "lossless",
+        }
+        for seed in (0, 1, 2)
+        for method in METHODS
+    ]
+    everything = [*(config.row() for config in configs), *learners]
+    assert list(unmeasured(run, everything)) == []
+    without = [row for row in everything if row["method"] != "pcb" and (row["method"], row.get("seed")) != ("enmp", 1)]
+    text = "\n".join(unmeasured(run, without))
+    assert "pcb core, pcb delta, pcb knots." in text
+    assert "Learners, seed 1: all but enmp." in text
+    assert "seed 0" not in text
+    planned = [c for c in configs if (c.set, len(c.tasks), c.rank) == ("plain", 8, 16)]
+    gone = sum(config.method == "pcb" for config in planned)
+    assert f"| plain | 8 | 16 | {len(planned) - gone} | {len(planned)} |" in text
+    assert "Learners, seed 2: none." in "\n".join(unmeasured(run, [r for r in everything if r["seed"] != 2]))
+
+
+class Chain:
+    """A tokenizer of words, and a client whose model looks at the last token alone; it tells the TOP likeliest."""
+
+    WORDS = ("<end>", "yes", "no", "maybe", "so", "not", *(f"w{index}" for index in range(60)))
+    eos_token_id = 0
+
+    def __init__(self) -> None:
+        logits = np.random.default_rng(0).normal(size=(len(self.WORDS), len(self.WORDS)))
+        logits[:, 0] += 8  # a label that began ends soon
+        self.log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        self.log_p[:, 3] -= 9  # never among those that are told
+        self.completions, self.whole = self, 0
+
+    def __call__(self, text: Any) -> dict[str, Any]:
+        ids = lambda one: [self.WORDS.index(word) for word in one.split() if word in self.WORDS]
+        return {"input_ids": ids(text) if isinstance(text, str) else [ids(one) for one in text]}
+
+    def create(self, *, prompt: list[list[int]], logprobs: int, **options: Any) -> Any:
+        self.whole += len(prompt) if options.get("echo") else 0
+        choices = []
+        for index, ids in enumerate(prompt):
+            own = [None, *(float(self.log_p[a, b]) for a, b in pairwise(ids)), -1.0]
+            likeliest = np.argsort(-self.log_p[ids[-1]])[:logprobs]
+            top = {f"token_id:{token}": float(self.log_p[ids[-1], token]) for token in likeliest}
+            told = SimpleNamespace(token_logprobs=own, top_logprobs=[top])
+            choices.append(SimpleNamespace(index=index, logprobs=told))
+        return SimpleNamespace(choices=choices[::-1])
+
+
+def test_the_likeliest_label_is_found_without_reading_all() -> None:
+    chain = Chain()
+    labels = ("yes", "yes so", "no", "no not so", "maybe", *(f"w{index}" for index in range(12)))
+    examples = [Example(f"w{index}", index % len(labels)) for index in range(60)]
+    task = Task("made up", labels, (), (), examples)
+    ends = [[*chain(label)["input_ids"], 0] for label in labels]
+    totals = [[sum(chain.log_p[a, b] for a, b in pairwise([6 + i, *end])) for end in ends] for i in range(60)]
+    expected = np.argmax(totals, axis=1) == [example.label for example in examples]
+    assert np.array_equal(served.right_answers(chain, chain, "x", task, 60), expected)
+    assert 0 < expected.sum() < 60
+    assert chain.whole < 0.5 * 60 * len(labels)
+
+
+def test_what_was_served_is_on_the_page_if_the_weights_are_those(tmp_path: Path) -> None:
+    row = {"recipe": "tsv-m", "offline": 0.5, "served": 0.51, "difference": 0.01, "low": -0.01, "high": 0.03}
+    row |= {"within_noise": True, "agreement": 0.99, "examples": 800, "weights": "x"}
+    (tmp_path / "served.json").write_text(json.dumps([row, {**row, "recipe": "stale", "weights": "y"}]))
+    text = "\n".join(report._served(tmp_path, {"weights": {"plain/0": "x"}}))
+    assert "| tsv-m | 50.0 | 51.0 | +1.0 (-1.0 to +3.0) | yes | 99.0 | 800 |" in text
+    assert "stale" not in text
+    assert list(report._served(tmp_path, {"weights": {"plain/0": "z"}})) == []
+
+
+def test_pages_of_methods_say_what_they_gained(tmp_path: Path) -> None:
+    for name in pages.TUNING:
+        (tmp_path / f"{name}.md").write_text(f"above\n{pages.BEGIN}\nold\n{pages.END}\nbelow {pages.END}\n")
+    score = Interval(0.54, 0.5, 0.58)
+    run = Learned("ssr", "lossless", False, score, Interval(0.08, 0.04, 0.12), "tsv_m in core", 1, 45.2, 4)
+    learned = [
+        run,
+        replace(run, method="nsc", gain=Interval(-0.2, -0.3, -0.1)),
+        replace(run, method="enmp", labels=True, gain=Interval(0.01, -0.1, 0.1)),
+    ]
+    pages.write_tuning(tmp_path, learned, 8)
+    found = {name: (tmp_path / f"{name}.md").read_text() for name in pages.TUNING}
+    assert all(text.startswith("above\n") and text.endswith(f"below {pages.END}\n") for text in found.values())
+    assert not any("old" in text for text in found.values())
+    words = "| ssr | lossless | for λ | 54.0 (50.0 to 58.0) | +8.0 (+4.0 to +12.0) | yes | tsv_m in core | 1 | 45 |"
+    assert words in found["ssr"]
+    assert words in found["index"]
+    assert "| no | tsv_m" in found["nsc"]
+    assert "| used |" in found["enmp"]
+    assert "| undecided | tsv_m" in found["enmp"]
+    assert "Not measured yet: regmean." in found["regmean"]
+    assert "Not measured yet: regmean, adamerging, adamerging++, lorahub." in found["index"]
+    assert "Not measured" not in found["ssr"]
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [([0.05, 0.06], "held"), ([0.05, 0.01], "undecided"), ([0.05, -0.05], "failed"), ([], "not measured yet")],
+)
+def test_the_goal_of_learners_goes_by_intervals(gains: list[float], verdict: str) -> None:
+    made = rows({("tsv_m", "core", "lossless"): 0.7})
+    merges = [row for row in made if row["kind"] == "merge"][: len(gains)]
+    extra = [
+        {**merges[0], "kind": "learned", "method": f"m{index}", "seconds": 1.0, "labels": False}
+        for index in range(len(gains))
+    ]
+    every = with_learned([*made, *extra], TASKS, 0.2)
+    score = Interval(0.6, 0.5, 0.7)
+    learned = [
+        Learned(
+            f"m{index}", "lossless", False, score, Interval(gain, gain - 0.02, gain + 0.02), "tsv_m in core", 1, 1, 1
+        )
+        for index, gain in enumerate(gains)
+    ]
+    *_, claim = learned_goals(every, learned, 16)
+    assert claim.verdict == verdict
+
+
+def test_the_pages_of_methods_are_those_of_the_recorded_rows() -> None:
+    recorded = json.loads((report.RESULTS / "summary.json").read_text(encoding="utf-8"))["learned"]
+    for name, methods in pages.TUNING.items():
+        page = (report.TUNING / f"{name}.md").read_text(encoding="utf-8")
+        for one in recorded:
+            score = Interval(**one["score"]).in_words()
+            assert (f"| {one['method']} | {one['rank']} | " in page) == (one["method"] in methods)
+            assert (one["method"] not in methods) or f" | {score} | " in page
+        absent = [method for method in methods if method not in {one["method"] for one in recorded}]
+        assert (f"Not measured yet: {', '.join(absent)}." in page) == bool(absent)
+
+
 def test_the_page_says_what_is_recorded() -> None:
     page = report.PAGE.read_text(encoding="utf-8")
     summary = report.RESULTS / "summary.json"
@@ -213,3 +387,14 @@ def test_the_page_says_what_is_recorded() -> None:
     found = json.loads(summary.read_text(encoding="utf-8"))
     for claim in found["claims"]:
         assert f"| {claim['text']} | {claim['source']} | **{claim['verdict']}** | {claim['found']} |" in page
+    [osrm] = [
+        claim["found"] for claim in found["claims"] if claim["text"] == "OSRM adapters give at least 5 points more"
+    ]
+    figure = osrm.partition(",")[0]
+    by_hand = page.partition(report.BEGIN)[0]
+    assert f"{figure} points" in by_hand
+    assert f"{figure} points" in (report.ROOT / "docs" / "osrm.md").read_text(encoding="utf-8")
+    for one in found["left_out"]:
+        assert f"| {one['set']} | {one['seed']} | {one['task']} | {100 * one['above']:+.1f} | " in page
+    foretold = sum(one["verdict"] == "predicts" for one in found["predictors"])
+    assert f"**{foretold or 'None'} of {len(found['predictors'])} " in page

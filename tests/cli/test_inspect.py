@@ -57,6 +57,13 @@ def test_the_table_has_the_report(run: Run, merged: Path) -> None:
     assert "keep under 90% of their energy" in err
 
 
+def test_nothing_is_promised_of_accuracy(run: Run) -> None:
+    """The numbers did not foretell losses where that was measured (docs/evidence.md)."""
+    code, out, _ = run("inspect", "--help")
+    assert code == 0
+    assert "they do not foretell how much a task loses" in " ".join(out.split())
+
+
 def test_a_brief_report_is_shown_as_far_as_it_goes(run: Run, tmp_path: Path) -> None:
     merge(three(), merge_method="ties", report="brief").save_pretrained(tmp_path / "brief")
     code, out, _ = run("inspect", tmp_path / "brief", "--plots", tmp_path / "plots")

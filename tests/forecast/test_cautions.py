@@ -48,7 +48,7 @@ def test_what_is_right_is_silent(tmp_path: Path) -> None:
 def test_norms(tmp_path: Path) -> None:
     (found,) = warned([X, scaled(Y, 12, "big")], tmp_path)
     assert found.startswith("adapter 'big' changes the weights 1")
-    assert found.endswith("and will outweigh it; balance them with `weight`")
+    assert found.endswith("and is most of their sum; balance them with `weight`")
 
 
 def test_opposed_unless_the_weights_say_so(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what an adapter holds: modules, ranks, scalings, norms of the weight changes, bytes; and a merge's report:
-    how the adapters lie to each other and to the result, effective ranks, sign conflict, energy kept.
+    how the adapters lie to each other and to the result, effective ranks, sign conflict, energy kept. These are facts
+    about weights: they do not foretell how much a task loses.
 
     \b
     Examples:

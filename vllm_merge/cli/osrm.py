@@ -94,7 +94,8 @@ def osrm(
     json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
     """Write an adapter for each task to be trained on from, in the directions that the inputs of the other tasks use
-    least (OSRM, arXiv:2505.22934), so that the trained adapters disturb each other less when they are merged.
+    least (OSRM, arXiv:2505.22934). It is meant to let the trained adapters disturb each other less when they are
+    merged.
 
     A few texts of every task go through the base model; neither labels nor gradients are needed. A is the OSRM
     initialisation and B is 0: load a folder with PEFT's PeftModel.from_pretrained(…, is_trainable=True) and train.

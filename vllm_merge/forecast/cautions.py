@@ -35,8 +35,8 @@ def _norms(overlap: Overlap) -> Iterator[str]:
     if norms[largest] > LARGER_NORM * norms[smallest]:
         yield (
             f"adapter {largest!r} changes the weights {norms[largest] / norms[smallest]:.0f} times as much as "
-            f"{smallest!r} (norms {norms[largest]:.3g} and {norms[smallest]:.3g}) and will outweigh it; "
-            "balance them with `weight`"
+            f"{smallest!r} (norms {norms[largest]:.3g} and {norms[smallest]:.3g}) and is most of "
+            "their sum; balance them with `weight`"
         )
 
 

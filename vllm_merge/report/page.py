@@ -16,7 +16,7 @@ CAPTIONS = {
     "similarity": "How the adapters lie to each other over the whole model. Cosine: of the weight changes, the result "
     "beside them. Overlap: ‖U<sub>i</sub>ᵀU<sub>j</sub>‖² / min(r<sub>i</sub>, r<sub>j</sub>) of their output and input "
     "spaces, 1 where one lies within the other.",
-    "norms": "A layer in which one adapter is much larger than the others is decided by it.",
+    "norms": "In a layer where one adapter is much larger than the others, most of their sum is its.",
     "modules": "Every module by kind and layer. Effective rank: how many directions the result spreads its weight over. "
     "Sign conflict: the share of entries on which adapters disagree.",
 }

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done before adapters are trained so that they merge better afterwards: the OSRM initialisation."""
+"""What is done before adapters are trained so that they may merge better afterwards: the OSRM initialisation."""

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generated parts of pages: between two markers, everything else is left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.quality.grid import LOSSLESS
+from benchmarks.quality.learning import METHODS, Learned, sign_of
+
+BEGIN, END = "<!-- generated: make evidence -->", "<!-- end of generated -->"
+TUNING = {  # page of docs/tuning: the methods it is about
+    "adamerging": ("adamerging", "adamerging++"),
+    "enmp": ("enmp",),
+    "lorahub": ("lorahub",),
+    "nsc": ("nsc",),
+    "regmean": ("regmean",),
+    "ssr": ("ssr",),
+    "index": METHODS,
+}
+
+
+def renewed(page: str, block: str) -> str:
+    """The page with another block between its markers."""
+    start, _, rest = page.partition(BEGIN)
+    return f"{start}{BEGIN}\n\n{block}\n\n{END}{rest.partition(END)[2]}"
+
+
+def write_tuning(folder: Path, learned: Sequence[Learned], tasks: int) -> None:
+    """What each method gained, into its page and into the index."""
+    for name, methods in TUNING.items():
+        path = folder / f"{name}.md"
+        mine = [one for method in methods for one in learned if one.method == method]
+        missing = [method for method in methods if not any(one.method == method for one in mine)]
+        block = "\n".join(_lines(mine, missing, tasks)).rstrip()
+        path.write_text(renewed(path.read_text(encoding="utf-8"), block), encoding="utf-8")
+
+
+def _lines(learned: Sequence[Learned], missing: Sequence[str], tasks: int) -> Iterator[str]:
+    if learned:
+        yield f"{tasks} tasks; score and gain in %, with 95 % intervals; gain over the best recipe of the same rank that learns nothing, on the same seeds.\n"
+        yield "| method | rank | labels | score | gain | beats | over | seeds | seconds on the GPU |\n|---|---|---|---|---|---|---|---|---|"
+        for one in sorted(learned, key=lambda one: (one.rank != LOSSLESS, -one.score.value)):
+            gain, over = (one.gain.in_words(sign=True), one.over) if one.gain else ("", "")
+            yield (
+                f"| {one.method} | {one.rank} | {'used' if one.labels else 'for λ'} | {one.score.in_words()} | {gain} | "
+                f"{sign_of(one)} | {over} | {one.seeds} | {one.seconds:.0f} |"
+            )
+        jobs = max(one.jobs for one in learned)
+        if jobs > 1:
+            yield f"\nUp to {jobs} learners shared the GPU, so alone they are quicker."
+    if missing:
+        yield f"{chr(10) if learned else ''}Not measured yet: {', '.join(missing)}."
