@@ -328,6 +328,7 @@ def test_a_merge_leaves_nothing_for_the_cycle_collector(monkeypatch: pytest.Monk
             ("linear", "core"),
             ("ties", "knots"),
             ("ties", "delta"),
+            ("dare_ties", "delta"),
             ("tsv_m", "core"),
             ("ctm", "core"),
         ):

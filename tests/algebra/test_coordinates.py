@@ -6,9 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.adapters_in_memory import random_adapter, three
-from vllm_merge import Adapter, LoraFactors
+from tests.adapters_in_memory import distance, random_adapter, three
+from vllm_merge import Adapter, LoraFactors, merge
 from vllm_merge.adapters.stacking import group_modules, stack_group
+from vllm_merge.algebra import bases, symmetric
+from vllm_merge.algebra import coordinates as coordinates_module
 from vllm_merge.algebra.coordinates import Coordinates, Grams, coordinates
 
 EVERYTHING = slice(None)
@@ -74,6 +76,46 @@ def test_knots_support_of_copies() -> None:
     for found, _, _ in all_coordinates([x, x], "knots"):
         assert found.shape[2] == 4
         assert found.entries.tolist() == [4 * found.group.shape[1]] * 2
+
+
+def opposite() -> Adapter:
+    return Adapter("opposite", {m: LoraFactors(f.A, -f.B, f.scaling) for m, f in three()[0].factors.items()})
+
+
+def take_another_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvectors have no sign: another solver gives others, and rounds otherwise."""
+    generator, solve = torch.Generator().manual_seed(0), symmetric.descending_eigh
+
+    def other(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, vectors = solve(matrices * (1 + 1e-15))
+        flips = torch.randint(2, (len(vectors), 1, vectors.shape[2]), generator=generator, dtype=vectors.dtype)
+        return values, vectors * (2 * flips - 1)
+
+    for module in (coordinates_module, bases):
+        monkeypatch.setattr(module, "descending_eigh", other)
+
+
+@pytest.mark.parametrize("space", ["knots", "core"])
+@pytest.mark.parametrize("case", ["mixed ranks", "missing modules", "copies", "opposite"])
+def test_directions_are_not_the_solvers_choice(space: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = [*three(), opposite()] if case == "opposite" else CASES[case]
+    expected = all_coordinates(adapters, space)
+    take_another_solver(monkeypatch)
+    for (found, _, _), (before, _, _) in zip(all_coordinates(adapters, space), expected, strict=True):
+        for part in ("left", "right", "left_transform", "right_transform"):
+            one, two = getattr(found, part), getattr(before, part)
+            assert one is two is None or torch.allclose(one, two, rtol=1e-4, atol=1e-5), part
+
+
+@pytest.mark.parametrize("space", ["knots", "core"])
+def test_sums_that_cancel_do_not_tell_of_the_solver(space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x and −x: every entry takes the sign that most sums have, which is one of the coordinates."""
+    adapters = [three()[0], opposite()]
+    expected = merge(adapters, merge_method="ties", space=space, rank="lossless")
+    assert all(expected.delta(module).norm() > 0.1 for module in expected.factors)
+    for _ in range(3):
+        take_another_solver(monkeypatch)
+        assert distance(merge(adapters, merge_method="ties", space=space, rank="lossless"), expected) < 1e-5
 
 
 def test_knots_rows_are_the_singular_directions() -> None:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.spectral import Triples, isotropic, polar, polar_of_full_rank, triples_of
+from vllm_merge.algebra import spectral
+from vllm_merge.algebra.spectral import (
+    Triples,
+    isotropic,
+    polar,
+    polar_by_products,
+    polar_of_full_rank,
+    triples_of,
+)
 
 
 def with_singular_values(values: Tensor, rows: int, count: int = 2) -> tuple[Tensor, Tensor]:
@@ -34,6 +42,28 @@ def test_a_singular_value_that_is_too_small_is_told() -> None:
     nearly, lacking = with_singular_values(torch.tensor([1, 1, 1, 1, 1, 1e-6]).double(), 8)[0]
     matrix[1], matrix[2], matrix[3] = nearly, 0, torch.cat([lacking[:, :5], lacking[:, :1]], -1)
     assert polar_of_full_rank(matrix)[1].tolist() == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("rows", [24, 40])
+def test_nearly_singular_ones_take_more_products(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that lack a dimension beside them, or all, the eigenvalue solver."""
+    left: list[int] = []
+    on_support = spectral._polar_on_support
+
+    def counting(matrix: Tensor) -> Tensor:
+        left.append(len(matrix))
+        return on_support(matrix)
+
+    monkeypatch.setattr(spectral, "_polar_on_support", counting)
+    several = [with_singular_values(torch.tensor([1.0] * 23 + [least]).double(), rows, 1) for least in (1, 1e-5, 5e-6)]
+    lacking = torch.stack(
+        [with_singular_values(torch.tensor([1.0] * 23 + [least]).double(), rows, 1)[0][0] for least in (1e-6, 0)]
+    )
+    matrix = torch.cat([*(one for one, _ in several), lacking, torch.zeros(1, rows, 24).double()])
+    found = polar_by_products(matrix)
+    torch.testing.assert_close(found[:3], torch.cat([factor for _, factor in several]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(found[3:], on_support(matrix[3:]), rtol=0, atol=0)
+    assert left == [3]
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (6, 8), (6, 6)])

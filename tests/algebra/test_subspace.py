@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise, starmap
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,9 +88,14 @@ def test_what_it_cannot_find_is_not_called_right(exact: Tensor, way: Way) -> Non
     assert not settled(followed(exact, near.expand(len(exact), -1, -1), way)[1]).any()
 
 
+def slots_of(widths: list[int]) -> list[slice]:
+    ends = list(accumulate(widths, initial=0))
+    return list(starmap(slice, pairwise(ends)))
+
+
 def problem(
     count: int, alike: float = 0.0, decay: float = 0.0, tasks: int = 4, rank: int = 6
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[slice]]:
     """Tasks of `rank` as shared_bases takes them, alike to one another, with singular values that decay by decades."""
     generator = torch.Generator().manual_seed(5)
     size = tasks * rank
@@ -98,7 +105,7 @@ def problem(
         own = torch.randn(count, 4 * size, size, generator=generator).double()
         both = (alike * common + (1 - alike**2) ** 0.5 * own) * torch.logspace(0, -decay, rank).double().repeat(tasks)
         sides.append(torch.linalg.qr(both).R)
-    return sides[0], sides[1].mT, torch.kron(torch.eye(tasks), torch.ones(rank, rank)).double()
+    return sides[0], sides[1].mT, slots_of([rank] * tasks)
 
 
 @pytest.mark.parametrize(("alike", "decay"), [(0.0, 0.0), (0.0, 1.0), (0.3, 0.3), (0.9, 0.5)])
@@ -107,9 +114,9 @@ def test_shared_bases_are_those_of_the_eigenvalue_solver(
     alike: float, decay: float, ranks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Iteration for iteration, with one module of zeros among them."""
-    left, right, same = problem(4, alike, decay)
+    left, right, slots = problem(4, alike, decay)
     right[1] = 0
-    given = (left, right, same, torch.tensor([*ranks, 6]), 1e-6)
+    given = (left, right, slots, torch.tensor([*ranks, 6]), 1e-6)
     found = tucker.shared_bases(*given)
     monkeypatch.setattr(tucker, "WAYS", ())
     expected = tucker.shared_bases(*given)
@@ -118,6 +125,18 @@ def test_shared_bases_are_those_of_the_eigenvalue_solver(
         assert torch.equal(here.abs().sum(1) > 0, there.abs().sum(1) > 0)
         torch.testing.assert_close(projector(here), projector(there), rtol=0, atol=1e-7)
         torch.testing.assert_close(here.abs(), there.abs(), rtol=0, atol=1e-5)  # each vector, strongest first
+
+
+def test_tasks_of_unlike_width_are_those_of_one_width_with_zeros() -> None:
+    left, right, slots = problem(3)
+    left[:, :, 1:6] = 0  # all of the first task but one term
+    right[:, 8:12] = 0  # all of the second but two
+    used = [0, *range(6, 8), *range(12, 24)]
+    ranks = torch.full((3,), 6)
+    expected = shared_bases(left, right, slots, ranks, 1e-9)
+    found = shared_bases(left[:, :, used], right[:, used], slots_of([1, 2, 6, 6]), ranks, 1e-9)
+    for here, there in zip(found, expected, strict=True):
+        torch.testing.assert_close(projector(here), projector(there), rtol=0, atol=1e-7)
 
 
 def test_most_halves_need_no_eigenvalue_solver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,12 +148,12 @@ def test_most_halves_need_no_eigenvalue_solver(monkeypatch: pytest.MonkeyPatch) 
         return exact(matrices, ranks, width)
 
     monkeypatch.setattr(tucker, "_exact", counting)
-    left, right, same = problem(3)
-    tucker.shared_bases(left, right, same, torch.full((3,), 6), 1e-9)
+    left, right, slots = problem(3)
+    tucker.shared_bases(left, right, slots, torch.full((3,), 6), 1e-9)
     few = sum(halves)
     halves.clear()
     monkeypatch.setattr(tucker, "WAYS", ())
-    tucker.shared_bases(left, right, same, torch.full((3,), 6), 1e-9)
+    tucker.shared_bases(left, right, slots, torch.full((3,), 6), 1e-9)
     assert few < sum(halves) / 4
 
 
@@ -156,9 +175,9 @@ def test_shared_bases_are_the_same_on_a_gpu() -> None:
     decay = torch.logspace(0, -2, rank, dtype=torch.float64).repeat(tasks)
     left = torch.randn(count, size, size, generator=generator, dtype=torch.float64) * decay
     right = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
-    same = torch.kron(torch.eye(tasks), torch.ones(rank, rank)).double()
-    given = (left, right, same, torch.full((count,), rank))
-    expected = shared_bases(*given, 1e-6)
-    found = shared_bases(*(part.cuda() for part in given), 1e-6)
+    slots = slots_of([rank] * tasks)
+    ranks = torch.full((count,), rank)
+    expected = shared_bases(left, right, slots, ranks, 1e-6)
+    found = shared_bases(left.cuda(), right.cuda(), slots, ranks.cuda(), 1e-6)
     for here, there in zip(expected, found, strict=True):
         torch.testing.assert_close(there.cpu() @ there.cpu().mT, here @ here.mT, rtol=0, atol=1e-7)

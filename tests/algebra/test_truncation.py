@@ -95,3 +95,34 @@ def test_batches_that_are_cut_at_once_are_cut_as_each_alone(rank: int | str | di
         assert found.long.shape == alone.long.shape
         torch.testing.assert_close(found.long @ found.short.mT.float(), alone.long @ alone.short.mT.float())
     assert together[-1].ranks.tolist() == [0]
+
+
+def test_what_is_not_cut_needs_no_spectrum() -> None:
+    """Nor where columns are zero; but where they are dependent."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(5, 40, 12, generator=generator)
+    x[1, :, [0, 5, 11]] = 0
+    x[2] = 0
+    x[3, :, 3] *= 1e-2
+    x[4, :, 7] = x[4, :, 6]
+    policy = RankPolicy(None)
+
+    def batch(some: Tensor) -> Batch:
+        return Batch(lambda: iter([some[:, :24], some[:, 24:]]), torch.full((len(some),), 12))
+
+    grams = [x[part].double().mT @ x[part].double() for part in (slice(4), slice(3, 5))]
+    transform, nothing = truncation._uncut([batch(x[:4]), batch(x[3:])], grams, policy)
+    assert nothing is None
+    assert transform is not None
+    found, expected = (
+        truncation._turned(batch(x[:4]).strips, grams[0], transform),
+        truncate(batch(x[:4]).strips, 12, policy, torch.full((4,), 12), 0),
+    )
+    assert found.ranks.tolist() == expected.ranks.tolist() == [12, 9, 0, 12]
+    torch.testing.assert_close(found.long.double() @ found.short.mT, x[:4].double(), rtol=0, atol=1e-6)
+    for name in ("norm", "energy", "exact"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=0)
+    for side in (found.long, found.short):
+        beyond = torch.arange(12) >= found.ranks[:, None]
+        assert torch.equal((side == 0).all(1), beyond)
+    torch.testing.assert_close(found.long.double().norm(dim=(1, 2)), found.short.norm(dim=(1, 2)), rtol=1e-5, atol=0)

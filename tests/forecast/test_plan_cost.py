@@ -77,6 +77,30 @@ def test_each_way_to_merge_has_constants_of_its_own(stage: Stage, max_rank: int 
     assert plan_cost(plan, SHAPES, on({"another": 1.0})) is None
 
 
+@pytest.mark.parametrize("space", ["knots", "delta"])
+@pytest.mark.parametrize(
+    ("parameters", "rank", "max_rank", "key"),
+    [
+        ({}, "auto", None, "do_merging/core/whole"),
+        ({}, 8, None, "do_merging/core/whole"),
+        ({"orthogonalize": "none"}, "auto", 8, "do_merging/core/whole/orthogonalize=none"),
+        ({}, 7, None, "do_merging/{space}/cut"),
+        ({}, "lossless", None, "do_merging/{space}/whole"),
+        ({"direction_rule": "ties"}, 8, None, "do_merging/{space}/{full}/direction_rule=ties"),
+    ],
+)
+def test_columns_that_are_scaled_and_not_cut_have_no_entries(
+    space: str, parameters: dict[str, Any], rank: int | str, max_rank: int | None, key: str
+) -> None:
+    key = key.format(space=space, full="cut" if space == "delta" else "whole")
+    plan = a_plan(a_stage("s", ADAPTERS, "do_merging", space, parameters=parameters, rank=rank), max_rank=max_rank)
+    entries = Cost({"entries": 1.0}, {}, 1e12)
+    calibration = Calibration("Some GPU", "cuda", Speed(1, 1, 1), {key: entries})
+    found = plan_cost(plan, SHAPES, DeviceCost(calibration, calibration.slower(None)))
+    assert found is not None
+    assert (found.seconds > 0) == (f"/{space}/" in key)
+
+
 def test_preconditions_are_not_forecast() -> None:
     plan = a_plan(a_stage("s", ADAPTERS, precondition=({"norm_cap": {}},)))
     assert plan_cost(plan, SHAPES, on({"ties/knots/whole": 1.0})) is None

@@ -17,10 +17,14 @@ SHAPES = {
 }
 
 
-def columns(rows: int, wide: int, seed: int = 0) -> Tensor:
-    """Columns of unlike size, neither orthogonal nor nearly dependent, the last but one of zeros where there are three."""
+def columns(rows: int, wide: int, seed: int = 0, least: float = 1e-9) -> Tensor:
+    """Columns of unlike size, neither orthogonal nor nearly dependent, the last but one of zeros where there are three.
+
+    least: size of the last, where that of the first is 1.
+    """
     generator = torch.Generator().manual_seed(seed)
-    made = torch.randn(3, rows, wide, generator=generator, dtype=torch.float64) * torch.logspace(0, -9, wide).double()
+    made = torch.randn(3, rows, wide, generator=generator, dtype=torch.float64)
+    made *= least ** torch.linspace(0, 1, wide, dtype=torch.float64)
     if wide > 2:
         made[:, :, -2] = 0
     return made
@@ -56,7 +60,8 @@ def check_a_step_of_subspace_iteration(device: str) -> None:
     from vllm_merge.kernels.orthonormal import advance
 
     for rows, wide in SHAPES[device]:
-        given, root = columns(rows, wide), columns(rows, rows, 1)
+        # Eigenvalues that decay further would make the columns of the image nearly dependent: no algorithm has their span.
+        given, root = columns(rows, wide), columns(rows, rows, 1, least=1e-2)
         matrix = root @ root.mT
         found, measured = torch.empty_like(given).to(device), torch.empty(4, 3, dtype=torch.float64, device=device)
         advance(given.to(device), (matrix @ given).to(device), found, measured)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_merge.adapters.stacking import ModuleGroup, Stack
-from vllm_merge.algebra.bases import TOLERANCE, gram, orthonormal_basis
+from vllm_merge.algebra.bases import TOLERANCE, Basis, gram, orthonormal_basis
 from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky
 from vllm_merge.kernels import turns
 
@@ -196,17 +196,36 @@ def knots_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
     padding = torch.where(support, 0.0, -square.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True))
     _, rotation = descending_eigh(square + torch.diag_embed(padding))
     transform = (support_basis @ rotation)[:, :, :rows] * support[:, None, :rows]
-    left = (transform.mT @ basis.R).float()
-    return Bases(left, None, basis.T @ transform, None, support.sum(-1), None)
+    left = transform.mT @ basis.R
+    sign = _direction(left)
+    return Bases((sign * left).float(), None, basis.T @ transform * sign.mT, None, support.sum(-1), None)
 
 
 def core_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
     """M_i = R_B,i R_A,iᵀ from B = Q_B R_B and Aᵀ = Q_A R_A."""
     left = orthonormal_basis(grams.B, core.shape[0], singular=singular)
     right = orthonormal_basis(grams.A, core.shape[1], singular=singular)
+    if singular:
+        left, right = _directed(left), _directed(right)
     sums = torch.tensor([sum(ranks) for ranks in core.ranks]).to(grams.A.device, non_blocking=True)
     rows, cols = (sums.clamp_max(size) for size in core.shape)
     return Bases(left.R, right.R.mT, left.T, right.T, rows, cols)
+
+
+def _direction(rows: Tensor) -> Tensor:
+    """1 or −1 for each basis vector u, (modules, k, 1), from uᵀX, rows (modules, k, K): one of the two that a solver may give.
+
+    The first entry that is nearly the largest is made positive: copies of a column, and its negative, have entries of one
+    magnitude, of which rounding would choose the largest. Rules that break ties by a sign would see which it was.
+    """
+    magnitude = rows.abs()
+    first = (magnitude >= 0.7 * magnitude.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+    return torch.where(rows.gather(-1, first) < 0, -1.0, 1.0).to(rows.dtype)
+
+
+def _directed(basis: Basis) -> Basis:
+    sign = _direction(basis.R)
+    return Basis(basis.T * sign.mT, sign * basis.R, basis.rank)
 
 
 def owners(slots: Sequence[slice]) -> Tensor:

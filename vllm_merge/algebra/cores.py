@@ -62,11 +62,6 @@ class Cores:
         """Σ M_i, (modules, rows, cols)."""
         return self.left @ self.right
 
-    def same_task(self) -> Tensor:
-        """(K, K) float64: 1 where both columns of left are of one task, else 0."""
-        owner = owners(self.slots)
-        return (owner[:, None] == owner).to(self.left)
-
     def norms(self) -> Tensor:
         """‖M_i‖_F = ‖ΔW_i‖_F, (modules, n) float64; exactly 0 where it is within rounding of 0."""
         return task_norms(self.right @ self.right.mT, self.left.mT @ self.left, self.slots)

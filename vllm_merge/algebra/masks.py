@@ -59,7 +59,12 @@ def keep_mask(keys: Tensor, density: Tensor, rows: slice, cols: slice) -> Tensor
     col = torch.arange(cols.start, cols.stop, device=keys.device).mul_(_STEP)
     state = _mixed(keys[:, :, None, None] + row[:, None])
     bits = _mixed(state + col) >> (64 - _BITS)  # uniform in −2⁵² … 2⁵² − 1
-    return bits < (density.double() * (1 << _BITS)).long() - (1 << (_BITS - 1))
+    return bits < mask_limits(density)
+
+
+def mask_limits(density: Tensor) -> Tensor:
+    """The number, int64, below which a hash of a mask of this density is."""
+    return (density.double() * (1 << _BITS)).long() - (1 << (_BITS - 1))
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -65,14 +65,8 @@ class Overview:
     def count_signs(self, tile: Tile, first: int, modules: int) -> None:
         """Count the entries of a tile at which tasks differ in sign. first, modules: of the batch it is a part of."""
         if not self._signs:
-            self._signs.append(tile.values.new_zeros(modules, 2, dtype=torch.float64))
-        weight = tile.parameters.get("weight")
-        values = tile.values
-        if weight is not None and bool((weight < 0).any()):
-            values = values * weight.sign().to(values.dtype)
-        positive, negative = values.amax(1) > 0, values.amin(1) < 0
-        counts = [(positive & negative).sum((-1, -2)), (positive | negative).sum((-1, -2))]
-        self._signs[0][tile.modules.start - first : tile.modules.stop - first] += torch.stack(counts, dim=1)
+            self._signs.append(tile.left.new_zeros(modules, 2, dtype=torch.float64))
+        self._signs[0][tile.modules.start - first : tile.modules.stop - first] += _signs(tile)
 
     def add(self, stack: Stack, grams: Grams, left: Tensor, right: Tensor) -> None:
         """The batch, or its next modules, whose result is left (modules, d_out, k) @ rightᵀ (modules, d_in, k), in factors √σ u and √σ v."""
@@ -113,6 +107,20 @@ class Overview:
         means = [part.nanmean(0, keepdim=True) for part in (columns, rows, effective[:, 0])]
         counts = signs.nansum(0, keepdim=True)
         return by_module, findings(*sums, *means, counts[:, 0] / counts[:, 1])
+
+
+def _signs(tile: Tile) -> Tensor:
+    """At how many entries tasks differ in sign, and at how many one is not zero, (modules, 2)."""
+    weight, values = tile.parameters.get("weight"), tile.values
+    if values.is_meta:
+        from vllm_merge.kernels import products
+
+        given = tile.left.new_ones(values.shape[:2]) if weight is None else weight[:, :, 0, 0]
+        return products.signs(tile.products(), given)
+    if weight is not None and bool((weight <= 0).any()):
+        values = values * weight.sign().to(values.dtype)
+    positive, negative = values.amax(1) > 0, values.amin(1) < 0
+    return torch.stack([(positive & negative).sum((-1, -2)), (positive | negative).sum((-1, -2))], dim=1)
 
 
 def _overlaps(grams: Tensor, group: ModuleGroup, owner: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class MappedPasses:
 
     @property
     def on_the_fly(self) -> bool:
-        """Never: what changes a tile changes its values."""
-        return False
+        """As in `passes`; there `change` takes tiles without values."""
+        return self.passes.on_the_fly
 
     def tiles(self) -> Iterator[Tile]:
         """Start a new pass over changed tiles."""

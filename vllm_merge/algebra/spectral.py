@@ -7,8 +7,9 @@ is zero columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from vllm_merge.algebra.bases import TOLERANCE, gram, orthonormal_basis
 from vllm_merge.algebra.symmetric import descending_eigh
 
 LEAST_SINGULAR_VALUE = 1e-5  # that Newton–Schulz steps are made for, relative to a bound of the largest
+NEARLY_SINGULAR = 2e-6  # and for which more of them are; above TOLERANCE, under which there is no singular vector
 POLAR_ERROR = 1e-12  # of orthonormality
 
 
@@ -100,10 +102,16 @@ def polar(matrix: Tensor) -> Tensor:
     """
     if not matrix.is_cuda:
         return _polar_on_support(matrix)
-    if matrix.shape[1] < matrix.shape[2]:
-        return polar(matrix.mT).mT
+    return polar_by_products(matrix) if matrix.shape[1] >= matrix.shape[2] else polar_by_products(matrix.mT).mT
+
+
+def polar_by_products(matrix: Tensor) -> Tensor:
+    """`polar` without eigenvalues, which take a GPU longer, where the rank is full. matrix: rows ≥ cols."""
     found, right = polar_of_full_rank(matrix)
     others = (~right).nonzero()[:, 0]
+    if len(others):
+        found[others], right = polar_of_full_rank(found[others], _lifted(NEARLY_SINGULAR) / matrix.shape[2] ** 0.25)
+        others = others[~right]
     if len(others):
         found[others] = _polar_on_support(matrix[others])
     return found
@@ -114,9 +122,9 @@ def _polar_on_support(matrix: Tensor) -> Tensor:
     return triples.U @ triples.V.mT
 
 
-def polar_of_full_rank(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def polar_of_full_rank(matrix: Tensor, least: float = LEAST_SINGULAR_VALUE) -> tuple[Tensor, Tensor]:
     """`polar` by Newton–Schulz steps, which are products alone, and for which it is right (modules,): not where a singular
-    value is too small.
+    value is less than `least`, relative to a bound of the largest, (Σ σ⁴)^¼. There it is a step towards it.
 
     matrix: (modules, rows, cols), rows ≥ cols. X ← ρX (3 − ρ²XᵀX) / 2 lets the singular vectors be and takes [l, 1], where
     the singular values are, into [l′, 1], l′ = ρl (3 − ρ²l²) / 2, for ρ² = 3 / (1 + l + l²): small ones grow 2.6-fold (Chen
@@ -125,16 +133,29 @@ def polar_of_full_rank(matrix: Tensor) -> tuple[Tensor, Tensor]:
     # ‖XᵀX‖_F ≥ σ₁², and nearer to it than ‖X‖²_F.
     size = torch.linalg.matrix_norm(matrix.mT @ matrix).sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
     guess = matrix / size[:, None, None]
-    least = LEAST_SINGULAR_VALUE
+    for once, thrice in _newton_schulz(least):
+        guess = torch.baddbmm(guess, guess, guess.mT @ guess, beta=once, alpha=-thrice)
+    one = torch.eye(matrix.shape[2], dtype=matrix.dtype, device=matrix.device)
+    return guess, (guess.mT @ guess - one).abs().amax((-1, -2)) < POLAR_ERROR
+
+
+def _newton_schulz(least: float) -> Iterator[tuple[float, float]]:
+    """a and b of the steps X ← a X − b X XᵀX."""
     while True:
         square = 3 / (1 + least + least * least)
         root = square**0.5
-        guess = torch.baddbmm(guess, guess, guess.mT @ guess, beta=1.5 * root, alpha=-0.5 * root * square)
+        yield 1.5 * root, 0.5 * root * square
         if (1 - least) ** 2 < POLAR_ERROR / 100:  # what is left after this step
-            break
+            return
         least *= root * (3 - square * least * least) / 2
-    one = torch.eye(matrix.shape[2], dtype=matrix.dtype, device=matrix.device)
-    return guess, (guess.mT @ guess - one).abs().amax((-1, -2)) < POLAR_ERROR
+
+
+@cache
+def _lifted(value: float) -> float:
+    """What `polar_of_full_rank` makes of a singular value that is less than it is made for."""
+    for once, thrice in _newton_schulz(LEAST_SINGULAR_VALUE):
+        value = once * value - thrice * value**3
+    return value
 
 
 def isotropic(matrix: Tensor) -> Tensor:

@@ -16,13 +16,15 @@ FAINT = 1e-8  # eigenvalues, relative to the largest, whose vectors the iteratio
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """`steps` times two products by M^(2^squarings), with columns made orthonormal after each."""
+    """`steps` times so many products by M^(2^squarings), with columns made orthonormal after each."""
 
     squarings: int
+    products: int
     steps: int
 
 
-WAYS = (Way(2, 1), Way(2, 4))  # tried in turn
+# Tried in turn. A squaring takes a GPU as long as two or three products.
+WAYS = (Way(1, 3, 1), Way(2, 2, 4), Way(3, 2, 12))
 
 
 def follow(matrices: Tensor, near: Tensor, way: Way, found: Tensor, measured: Tensor) -> None:
@@ -35,7 +37,9 @@ def follow(matrices: Tensor, near: Tensor, way: Way, found: Tensor, measured: Te
     for _ in range(way.squarings):
         power = torch.bmm(power, power)
     for step in range(way.steps):
-        near = torch.bmm(power, torch.bmm(power, near if step == 0 else _orthonormal(near)))
+        near = near if step == 0 else _orthonormal(near)
+        for _ in range(way.products):
+            near = torch.bmm(power, near)
     image = torch.bmm(matrices, near)
     if _has_kernel(near):
         from vllm_merge.kernels.orthonormal import advance

@@ -86,6 +86,7 @@ def inverse_cholesky(matrices: Tensor) -> Tensor | None:
 def inverse_cholesky_each(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """L⁻¹ of G = L Lᵀ (batch, k, k), float64, and of which it can be trusted (batch,): see `inverse_cholesky`."""
     factor, failed = torch.linalg.cholesky_ex(matrices)
+    turns.between()
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     # ‖G⁻¹‖ ≤ ‖L⁻¹‖²_F and ‖G‖ ≤ tr G.

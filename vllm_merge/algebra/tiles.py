@@ -69,7 +69,8 @@ class Tile:
         """The tile's entries as what the GPU's kernels make them from."""
         from vllm_merge.kernels.products import Products
 
-        return Products(self.left[:, self.rows], self.right[:, :, self.cols], self.slots, self.modules)
+        corner = self.rows.start, self.cols.start
+        return Products(self.left[:, self.rows], self.right[:, :, self.cols], self.slots, self.modules, corner)
 
 
 class TilePasses(Protocol):
@@ -141,6 +142,8 @@ def parts(coordinates: Coordinates, limit: int, *, whole: bool = False) -> Itera
         return
     length = max(rows, cols)
     strip = max(1, limit // (n * min(rows, cols)))
+    if strip > _ALIGNED:  # where a GPU's kernels can read several entries at once, in every strip
+        strip -= strip % _ALIGNED
     for module in range(modules):
         for start in range(0, length, strip):
             piece = slice(start, min(start + strip, length))
@@ -154,5 +157,6 @@ def default_tile_entries(device: torch.device, workspace_bytes: int) -> int:
     return min(share, 1 << 20) if device.type == "cpu" else min(share, 1 << 26)
 
 
+_ALIGNED = 16  # lines
 BYTES_PER_ENTRY = 32
 """Bound on a method's live bytes per entry of a tile: the entries in float32 and its temporaries."""

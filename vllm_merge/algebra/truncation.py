@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vllm_merge.algebra.ranks import RankPolicy, numerical_rank
 from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky_each
+from vllm_merge.kernels import turns
 
 Strips = Callable[[], Iterator[Tensor]]
 """Starts a pass over the strips X[:, rows], each (modules, rows, short), in order."""
@@ -107,7 +108,8 @@ def truncate_each(
             yield from _cut([batch], spectrum, policy)
         return
     grams = [_gram(batch.strips, torch.float64) for batch in batches]
-    whole = [None] * len(batches) if singular else _uncut(batches, grams, policy)
+    quick = grams[0].is_cuda and not singular
+    whole = _uncut(batches, grams, policy) if quick else [None] * len(batches)
     cuts: Iterator[Truncated] = iter(())
     if some := [index for index, found in enumerate(whole) if found is None]:
         spectrum = _full_spectrum(torch.cat([grams[index] for index in some]) if len(some) > 1 else grams[some[0]])
@@ -154,13 +156,14 @@ def _times(strips: Strips, transform: Tensor) -> Tensor:
 
 
 def _uncut(batches: Sequence[Batch], grams: Sequence[Tensor], policy: RankPolicy) -> list[Tensor | None]:
-    """On a GPU, L⁻ᵀ of XᵀX / tr XᵀX = L Lᵀ for batches where nothing is to be cut and every X has full rank, else None.
+    """L⁻ᵀ of XᵀX / tr XᵀX = L Lᵀ for batches where nothing is to be cut and every X has full rank, else None.
 
-    X = (X L⁻ᵀ) Lᵀ takes no spectrum; eigenvalues take the GPU much longer than they take a CPU.
+    X = (X L⁻ᵀ) Lᵀ takes no spectrum; eigenvalues take a GPU much longer than they take a CPU. Columns of zeros, which
+    entrywise rules leave, are left out, and there are as many columns of zeros at the end.
     """
     found: list[Tensor | None] = [None] * len(batches)
     short = grams[0].shape[-1]
-    if not grams[0].is_cuda or policy.energy is not None or short > EXACT_LIMIT:
+    if policy.energy is not None or short > EXACT_LIMIT:
         return found
     limits = [policy.limits(batch.rank_sums) for batch in batches]
     whole = [index for index, limit in enumerate(limits) if limit is None or not bool((limit < short).any())]
@@ -170,7 +173,11 @@ def _uncut(batches: Sequence[Batch], grams: Sequence[Tensor], policy: RankPolicy
     for index in whole:
         total = grams[index].diagonal(dim1=-2, dim2=-1).sum(-1)
         scaled.append(grams[index] / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None, None])
-    inverse, regular = inverse_cholesky_each(torch.cat(scaled))
+    every = torch.cat(scaled)
+    lacking = every.diagonal(dim1=-2, dim2=-1) == 0
+    inverse, regular = inverse_cholesky_each(every + torch.diag_embed(lacking.to(every)))
+    order = lacking.byte().argsort(dim=-1, stable=True)
+    inverse = inverse.masked_fill_(lacking[:, :, None], 0.0).gather(1, order[:, :, None].expand_as(inverse))
     sizes = [len(gram) for gram in scaled]
     good = torch.stack([some.all() for some in torch.split(regular, sizes)]).tolist()
     for index, lower, fits in zip(whole, torch.split(inverse, sizes), good, strict=True):
@@ -181,14 +188,14 @@ def _uncut(batches: Sequence[Batch], grams: Sequence[Tensor], policy: RankPolicy
 
 def _turned(strips: Strips, gram: Tensor, transform: Tensor) -> Truncated:
     """X = (X T) (XᵀX T)ᵀ, with columns of equal length in both factors, as √σ would have on average."""
-    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    short = gram.shape[-1]
-    root = (total / short).pow(0.25)[:, None, None]
-    transform = transform / total.sqrt()[:, None, None]
-    one = torch.ones_like(total)
-    ranks = torch.full(total.shape, short, device=total.device)
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    ranks, norm = squares.count_nonzero(-1), squares.sum(-1).sqrt()
+    size = torch.where(norm > 0, norm, 1.0)
+    root = (size.square() / ranks.clamp_min(1)).pow(0.25)[:, None, None]
+    transform = transform / size[:, None, None]
+    one = torch.ones_like(norm)
     long = _times(strips, transform * root)
-    return Truncated(long, gram @ transform / root, ranks, one > 0, total.sqrt(), one, singular=False)
+    return Truncated(long, gram @ transform / root, ranks, one > 0, norm, one, singular=False)
 
 
 def _gram(strips: Strips, dtype: torch.dtype) -> Tensor:
@@ -196,6 +203,7 @@ def _gram(strips: Strips, dtype: torch.dtype) -> Tensor:
     for strip in strips():
         wide = strip.to(dtype)
         gram = wide.mT @ wide if gram is None else gram.baddbmm_(wide.mT, wide)
+        turns.between()
     assert gram is not None
     return gram
 

@@ -9,12 +9,14 @@ which its residual is too large are left to the eigenvalue solver.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vllm_merge.algebra.bases import TOLERANCE
+from vllm_merge.algebra.coordinates import owners
 from vllm_merge.algebra.subspace import WAYS, Way, follow, settled
 from vllm_merge.algebra.symmetric import descending_eigh
 from vllm_merge.kernels import turns
@@ -27,24 +29,33 @@ ROOM = 4  # at most, for the vectors of these iterations: times that of M_i
 
 @dataclass(frozen=True, slots=True)
 class _Tasks:
-    """M_i = left_i @ right_i of some modules, Σ ‖M_i‖² = 1; the arguments of `shared_bases`."""
+    """M_i = out_iᵀ @ into_i of some modules, Σ ‖M_i‖² = 1. out: (modules, K, rows), into: (modules, K, cols), contiguous.
 
-    left: Tensor
-    right: Tensor
+    same_task: (K, K), as in `shared_bases`; width: the terms of each task, None where they differ.
+    """
+
+    out: Tensor
+    into: Tensor
     same_task: Tensor
+    width: int | None
     ranks: Tensor
 
     def some(self, which: Tensor) -> _Tasks:
-        return _Tasks(self.left[which], self.right[which], self.same_task, self.ranks[which])
+        return replace(self, out=self.out[which], into=self.into[which], ranks=self.ranks[which])
 
     def outer(self, v: Tensor) -> Tensor:
         """Σ_i M_i V Vᵀ M_iᵀ, (modules, rows, rows)."""
-        inner = torch.bmm(self.right, v)
-        return _within(self.left, torch.bmm(inner, inner.mT), self.same_task)
+        inner = torch.bmm(self.into, v)
+        if self.width is None:
+            return _within(self.out.mT, torch.bmm(inner, inner.mT), self.same_task)
+        # W Wᵀ, W = [M_1 V … M_n V]: one product of full size in place of two.
+        one, other = (part.view(-1, self.width, part.shape[2]) for part in (inner, self.out))
+        products = torch.bmm(one.mT, other).view(len(v), -1, self.out.shape[2])
+        return torch.bmm(products.mT, products)
 
     def turned(self) -> _Tasks:
-        """M_iᵀ = right_iᵀ @ left_iᵀ."""
-        return _Tasks(self.right.mT, self.left.mT, self.same_task, self.ranks)
+        """M_iᵀ = into_iᵀ @ out_i."""
+        return replace(self, out=self.into, into=self.out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +67,26 @@ class _Path:
 
 
 def shared_bases(
-    left: Tensor, right: Tensor, same_task: Tensor, ranks: Tensor, tolerance: float
+    left: Tensor, right: Tensor, slots: Sequence[slice], ranks: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """U (modules, rows, k) and V (modules, cols, k) for tasks M_i = left_i @ right_i, k = max ranks, strongest first.
 
-    left: (modules, rows, K), right: (modules, K, cols), float64; same_task: (K, K), 1 where both columns of left are of
-    one task, else 0. A module stops when the error ‖M − U Uᵀ M V Vᵀ‖ / ‖M‖ of all its tasks changes by less than
-    tolerance. Columns beyond its rank, ranks (modules,), or outside the support are zero.
+    left: (modules, rows, K), right: (modules, K, cols), float64; slots: the terms, of K, of each task. A module stops when
+    the error ‖M − U Uᵀ M V Vᵀ‖ / ‖M‖ of all its tasks changes by less than tolerance. Columns beyond its rank, ranks
+    (modules,), or outside the support are zero.
     """
-    squares = ((left.mT @ left) * (right @ right.mT) * same_task).sum((-1, -2))
+    owner = owners(slots)
+    same_task = (owner[:, None] == owner).to(left.device, left.dtype, non_blocking=True)
+    products = (left.mT @ left) * same_task
+    squares = (products * (right @ right.mT)).sum((-1, -2))
     sizes = torch.where(squares > 0, squares, 1.0).sqrt()[:, None, None]
-    every = _Tasks(left / sizes, right, same_task, ranks)
+    widths = {slot.stop - slot.start for slot in slots}
+    every = _Tasks(
+        (left / sizes).mT.contiguous(), right.contiguous(), same_task, widths.pop() if len(widths) == 1 else None, ranks
+    )
     width = int(ranks.max())
-    made_of, _ = _exact(_within(right.mT, every.left.mT @ every.left, same_task), ranks, width)  # what u is
+    # What u is made of. Its size is of no matter.
+    made_of, _ = _exact(torch.bmm(torch.bmm(right.mT, products), right), ranks, width)
     v = made_of.clone()
     u = left.new_zeros(*left.shape[:2], min(width, left.shape[1]))
     open_ = squares.nonzero()[:, 0]
@@ -92,13 +110,14 @@ def shared_bases(
         stops[-1] |= iteration >= MAX_ITERATIONS
         at = stops.any(0).nonzero()[:, 0]
         if len(at):
-            last, here = stops[:, at].to(torch.int8).argmax(0).to(u.device), at.to(u.device)
+            last = stops[:, at].to(torch.int8).argmax(0).to(u.device, non_blocking=True)
+            here = at.to(u.device, non_blocking=True)
             made_of[open_[here]] = torch.cat([v_now[None], path.v])[last, here]
             u[open_[here]], v[open_[here]] = path.u[last, here], path.v[last, here]
         going = (~stops.any(0)).nonzero()[:, 0]
         u_now, v_now, error = path.u[-1], path.v[-1], errors[-1]
         if len(at):
-            on = going.to(u.device)
+            on = going.to(u.device, non_blocking=True)
             open_, tasks, u_now, v_now, error = open_[on], tasks.some(on), u_now[on], v_now[on], error[going]
     u = _resolved(every.outer(made_of), u, ranks)
     return u, _resolved(every.turned().outer(u), v, ranks)
@@ -131,7 +150,7 @@ def _walk(tasks: _Tasks, u: Tensor, v: Tensor, count: int, ways: tuple[Way, ...]
         return path, kept, len(u)
     unsettled = (~settled(told.movedim(2, 0)).all(0).all(0)).nonzero()[:, 0]
     if len(unsettled):
-        here = unsettled.to(u.device)
+        here = unsettled.to(u.device, non_blocking=True)
         again, kept[:, unsettled], _ = _walk(tasks.some(here), u[here], v[here], count, ways[1:])
         path.u[:, here], path.v[:, here] = again.u, again.v
     return path, kept, len(u) - len(unsettled)

@@ -445,7 +445,7 @@ class Job:
                         tile: Tile | Cores = self.cores(prepared, part)
                     else:
                         tile = self.tile(prepared, part)
-                        if self.overview is not None and not (elects or self.on_the_fly):
+                        if self.overview is not None and not elects:
                             self.overview.count_signs(tile, batch.start, modules)
                     values = self.spec.apply(tile, statistics, **tile.parameters, **self.parameters.per_recipe)
                 if not self.parameters.unscaled:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_merge.forecast.cost import DeviceCost
-from vllm_merge.forecast.work import ModuleSize, case_key
+from vllm_merge.forecast.work import ModuleSize, case_key, works_in
 from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe.bounds import FULL_RANK_SPACES, Shapes, input_shapes
 from vllm_merge.recipe.plan import EnergyRank, Plan, Stage
@@ -37,7 +37,7 @@ def plan_cost(plan: Plan, adapters: Mapping[str, Shapes], on: DeviceCost) -> Pla
             ModuleSize(d_out, d_in, tuple(shapes[name][2] if name in shapes else 0 for shapes in inputs), rank)
             for name, (d_out, d_in, rank) in result.items()
         ]
-        found = on.predict(_key(stage, modules), stage.space, modules)
+        found = on.predict(*_way(stage, modules), modules)
         if found is None:
             return None
         seconds += found[0]
@@ -45,10 +45,14 @@ def plan_cost(plan: Plan, adapters: Mapping[str, Shapes], on: DeviceCost) -> Pla
     return PlanCost(seconds, round(workspace), on.calibration.device)
 
 
-def _key(stage: Stage, modules: list[ModuleSize]) -> str:
-    if stage.space in FULL_RANK_SPACES:
-        cut = stage.rank != "lossless" and not isinstance(stage.rank, EnergyRank)
-    else:
-        cut = any(module.rank < min(sum(module.ranks), module.d_out, module.d_in) for module in modules)
-    defaults = default_registry().get(stage.merge_method).defaults(per_adapter=False)
-    return case_key(stage.merge_method, stage.space, cut=cut, parameters=stage.parameters, defaults=defaults)
+def _way(stage: Stage, modules: list[ModuleSize]) -> tuple[str, str]:
+    """The name of the way to merge, and the space of its quantities."""
+    spec, space = default_registry().get(stage.merge_method), stage.space
+    bounded = stage.rank != "lossless" and not isinstance(stage.rank, EnergyRank)
+    cut = any(module.rank < min(sum(module.ranks), module.d_out, module.d_in) for module in modules)
+    if bounded:
+        space = works_in(spec, space, stage.parameters, cut=cut)
+    if space in FULL_RANK_SPACES:
+        cut = bounded
+    defaults = spec.defaults(per_adapter=False)
+    return case_key(stage.merge_method, space, cut=cut, parameters=stage.parameters, defaults=defaults), space

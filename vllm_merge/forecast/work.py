@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from vllm_merge.methods.registry import MethodSpec
+
 Scale = Literal["call", "bytes", "operations"]
 
 QUANTITIES: Mapping[str, Scale] = {
@@ -57,6 +59,13 @@ def quantities(space: str, modules: Sequence[ModuleSize]) -> dict[str, float]:
             total["products"] += k * size
             total["sketch"] += module.rank * size
     return total
+
+
+def works_in(spec: MethodSpec, space: str, parameters: Mapping[str, object], *, cut: bool) -> str:
+    """The space whose quantities a merge of a bounded rank is made of: `core` for columns that are scaled and nothing cut,
+    which takes Gram matrices and the factors, and no entry of a ΔW_i.
+    """
+    return "core" if not cut and spec.scales_columns(parameters) else space
 
 
 def case_key(

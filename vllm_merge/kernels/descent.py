@@ -15,8 +15,10 @@ from torch import Tensor
 
 from vllm_merge.kernels import turns
 
+LARGEST = 128  # K
 
-@triton.jit(do_not_specialize=["new", "batch"])  # type: ignore[untyped-decorator]
+
+@triton.jit(do_not_specialize=["new", "batch", "n", "k"], do_not_specialize_on_alignment=["bounds"])  # type: ignore[untyped-decorator]
 def _judge(  # type: ignore[no-untyped-def]
     grams, changes, product, turn, losses, sizes, shift, traces, gamma_at, sums, weights, owner, bounds, new, batch, n, k,
     POWER: tl.constexpr, N: tl.constexpr, TASKS: tl.constexpr, DEPTH: tl.constexpr,
@@ -92,7 +94,9 @@ def descended(gram: Tensor, slots: Sequence[slice], size: Tensor, steps: int, *,
     product.copy_(gram)
     size, shift, loss = size.clone(), torch.empty_like(size), torch.full_like(size, torch.inf)
     trace, gamma_at = gram.diagonal(dim1=-2, dim2=-1).sum(-1), torch.full_like(size[:1], gamma)
-    padded, tasks, depth = (max(2, int(triton.next_power_of_2(number))) for number in (k, n, widest))
+    # Few different ones, each of which is compiled: as for n adapters of one rank that fill K.
+    tasks = max(8, int(triton.next_power_of_2(n)))
+    padded, depth = LARGEST, max(2, LARGEST // tasks, int(triton.next_power_of_2(widest)))
     warps = max(4, min(16, max(padded, tasks**2) * depth // 512))  # 16 numbers of a task's rows a thread, and copies
 
     def judge(new: int) -> None:

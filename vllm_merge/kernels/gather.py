@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _TILE = 2048
 _NARROW = (16, 64, 256)  # columns of a tile, of matrices that are no wider than the widest slot
+_UNALIGNED = _NARROW[1:]  # where a thread writes one element at a time
 _WIDE = 1024  # of the others
 _TILES_EACH = 8  # that a program copies of the largest matrix, one after the other
 
@@ -87,7 +88,8 @@ def gather(table: Tensor, out: Tensor, pieces: Pieces, pause: Callable[[], objec
     table: int64 on the GPU, `pieces.table(…)`; its last number becomes 1 where a value is not finite in out's dtype.
     out: one run of elements. pause(): called before every launch.
     """
-    narrow = next((columns for columns in _NARROW if pieces.widest <= columns), _WIDE)
+    widths = _NARROW if pieces.aligned else _UNALIGNED
+    narrow = next((columns for columns in widths if pieces.widest <= columns), _WIDE)
     split = max(1, pieces.largest // (_TILE * _TILES_EACH))
     for dtype, first, last in pieces.launches:
         pause()

@@ -16,13 +16,16 @@ LARGEST = (
     8192  # entries, rows and columns rounded up to powers of two: two such matrices fit into a program's registers
 )
 _ENTRIES_OF_A_WARP = 512
+# What is not worth a compilation each: sizes, and whether a matrix of odd size begins at an even place.
+_NUMBERS = ["batch", "rows", "wide"]
+_MATRICES = ["columns", "image", "found", "measured"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gram_schmidt(x, y, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """X of orthonormal columns, and Y, to whose columns the same is done."""
+def _gram_schmidt(x, y, wide, P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """X of orthonormal columns, and Y, to whose columns the same is done; columns from `wide` on are padding."""
     index = tl.arange(0, P)
-    for j in range(P):
+    for j in range(wide):
         here = index[None, :] == j
         column = tl.sum(tl.where(here, x, 0.0), 1)
         other = tl.sum(tl.where(here, y, 0.0), 1)
@@ -36,18 +39,18 @@ def _gram_schmidt(x, y, P: tl.constexpr):  # type: ignore[no-untyped-def]
     return x, y
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_MATRICES)  # type: ignore[untyped-decorator]
 def _orthonormalize(columns, found, rows, wide, N: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.arange(0, N)[:, None]
     index = tl.arange(0, P)[None, :]
     place = tl.program_id(0).to(tl.int64) * rows * wide + row * wide + index
     inside = (row < rows) & (index < wide)
     x = tl.load(columns + place, mask=inside, other=0.0)
-    x, _ = _gram_schmidt(x, x, P)
+    x, _ = _gram_schmidt(x, x, wide, P)
     tl.store(found + place, x, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_MATRICES)  # type: ignore[untyped-decorator]
 def _advance(  # type: ignore[no-untyped-def]
     columns, image, found, measured, batch, rows, wide, N: tl.constexpr, P: tl.constexpr
 ):
@@ -58,11 +61,11 @@ def _advance(  # type: ignore[no-untyped-def]
     inside = (row < rows) & (index[None, :] < wide)
     y = tl.load(columns + place, mask=inside, other=0.0)
     z = tl.load(image + place, mask=inside, other=0.0)
-    y, z = _gram_schmidt(y, z, P)
+    y, z = _gram_schmidt(y, z, wide, P)
     values = tl.sum(y * z, 0)
     least = tl.min(tl.where(tl.sum(y * y, 0) > 0.0, values, float("inf")), 0)
     away = tl.sum(values * 0.0, 0)
-    for j in range(P):
+    for j in range(wide):
         column = tl.sum(tl.where(index[None, :] == j, z, 0.0), 1)
         rest = column - tl.sum(y * tl.sum(y * column[:, None], 0)[None, :], 1)
         away += tl.sum(rest * rest, 0)
@@ -70,7 +73,7 @@ def _advance(  # type: ignore[no-untyped-def]
     tl.store(measured + batch + program, tl.sqrt(away))
     tl.store(measured + 2 * batch + program, tl.max(values, 0))
     tl.store(measured + 3 * batch + program, least)
-    z, _ = _gram_schmidt(z, z, P)
+    z, _ = _gram_schmidt(z, z, wide, P)
     tl.store(found + place, z, mask=inside)
 
 
@@ -101,6 +104,6 @@ def advance(columns: Tensor, image: Tensor, found: Tensor, measured: Tensor) -> 
 
 
 def _sizes(rows: int, wide: int) -> tuple[int, int, int]:
-    """Rows and columns in registers, and the warps that hold them."""
-    n, p = max(16, int(triton.next_power_of_2(rows))), max(2, int(triton.next_power_of_2(wide)))
+    """Rows and columns in registers, and the warps that hold them; few different ones, each of which is compiled."""
+    n, p = (max(16, int(triton.next_power_of_2(size))) for size in (rows, wide))
     return n, p, max(1, min(16, n * p // _ENTRIES_OF_A_WARP))

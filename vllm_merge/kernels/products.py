@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entrywise rules over products left_i @ right_i that are never stored: every entry is made where it is used.
 
-The products are float32 sums in the order of the terms (no TF32), by the same code in every kernel here, so that a
-threshold that one kernel finds is met exactly by the entries that another makes.
+The products are float32 sums in the order of the terms (no TF32), by the same code in every kernel here and in `selection`, so
+that a threshold that one kernel finds is met exactly by the entries that another makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,30 +17,27 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_merge.kernels import turns
+from vllm_merge.kernels.masks import keep
 
-_ROWS, _COLUMNS = 64, 64
-_BINS = 256
-_DIGITS = (8, 8, 8, 7)  # of the 31 bits of a magnitude, highest first
-_COUNTS = ["first", "owners_per_module", "width", "n", "rows"]  # whose values are not worth a compilation each
-_SAMPLES = 4096  # entries of every module and task that the first guess is taken from
-_ENOUGH = 1 << 16  # of a batch; its modules give fewer where they are many
-_STEPS = (0.7548776662466927, 0.5698402909980532)  # to the next sample: 1/x and 1/x² of x³ = x + 1 spread them evenly
-_MARGIN = 6  # standard deviations that the guess may be wrong by
-_WIDEST = 1 << 20  # bit patterns between the bounds of a guess, each with a counter
-_FEW = 1 << 22  # entries of a task up to which no guess is made
+TILE_ROWS, TILE_COLUMNS = 64, 64
+# Numbers whose values, and pointers whose alignment, are not worth a compilation each: of `left`, terms are read one by one.
+COUNTS = ["first", "owners_per_module", "low", "digit_width", "width", "n", "rows", "first_row", "first_column"]
+COUNTS += ["lm", "lr"]
+ANYWHERE = ["left", "weight", "factor", "least", "most", "keys", "limits", "majority"]
 
 
 @dataclass(frozen=True)
 class Products:
     """n products per module. left: (modules, rows, K), right: (modules, K, columns), float32; task i has slots[i] of K.
 
-    modules: where these stand among all modules of a merge.
+    modules: where these stand among all modules of a merge. corner: where their first row and column stand in a module.
     """
 
     left: Tensor
     right: Tensor
     slots: Sequence[slice]
     modules: slice
+    corner: tuple[int, int] = (0, 0)
 
     @cached_property
     def bounds(self) -> Tensor:
@@ -57,7 +54,7 @@ class Products:
     @property
     def grid(self) -> tuple[int, int]:
         """Blocks of rows and of columns."""
-        return triton.cdiv(self.left.shape[1], _ROWS), triton.cdiv(self.right.shape[2], _COLUMNS)
+        return triton.cdiv(self.left.shape[1], TILE_ROWS), triton.cdiv(self.right.shape[2], TILE_COLUMNS)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -65,8 +62,35 @@ class Products:
         return (*self.left.stride(), *self.right.stride())
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Which entries of a task are kept at a module, and what they are multiplied with; each (modules, n).
+
+    weight: float32. scale: float32, beside the weight, None for 1. least, most: float32, of a magnitude that is kept, None
+    for no bound. keys, limits: int64, of a mask (`algebra.masks`), None where nothing is dropped at random.
+    """
+
+    weight: Tensor
+    scale: Tensor | None = None
+    least: Tensor | None = None
+    most: Tensor | None = None
+    keys: Tensor | None = None
+    limits: Tensor | None = None
+
+    @property
+    def factor(self) -> Tensor:
+        """What is kept is multiplied with."""
+        return (self.weight if self.scale is None else self.weight * self.scale).contiguous()
+
+    @property
+    def kept(self) -> tuple[Tensor | None, ...]:
+        """What the kernels are told of it, contiguous."""
+        parts = (self.least, self.most, self.keys, self.limits)
+        return tuple(None if part is None else part.contiguous() for part in parts)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _product(  # type: ignore[no-untyped-def]
+def product(  # type: ignore[no-untyped-def]
     left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH: tl.constexpr
 ):
     """Entries (row, column) of one task at one module, zero outside."""
@@ -87,66 +111,31 @@ def _product(  # type: ignore[no-untyped-def]
     return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
 
 
-@triton.jit(do_not_specialize=_COUNTS)  # type: ignore[untyped-decorator]
-def _digits(  # type: ignore[no-untyped-def]
-    left, right, bounds, prefix, histogram, first, owners_per_module, n, rows, columns,
-    lm, lr, lk, rm, rk, rc,
-    LOW: tl.constexpr, WIDTH: tl.constexpr, TOP: tl.constexpr,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BINS: tl.constexpr,
-):  # fmt: skip
-    """Count one digit of the magnitudes whose higher digits are the prefix."""
-    module = (tl.program_id(2) // n).to(tl.int64)
-    task = tl.program_id(2) % n
-    owner = (first + module) * owners_per_module * n + task  # of one histogram per task, or per module and task
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    entries = _product(
-        left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
-    )  # fmt: skip
-    bits = tl.abs(entries).to(tl.int32, bitcast=True)
-    counted = (row[:, None] < rows) & (column[None, :] < columns)
-    if not TOP:
-        counted = counted & ((bits >> (LOW + WIDTH)) == tl.load(prefix + owner))
-    digit = (bits >> LOW) & ((1 << WIDTH) - 1)
-    # What does not count goes to a bin behind those of the digit.
-    counts = tl.histogram(tl.ravel(tl.where(counted, digit, BINS)), 2 * BINS)
-    bins = tl.arange(0, 2 * BINS)
-    tl.atomic_add(
-        histogram + owner * BINS + bins, counts.to(tl.int64), mask=(counts > 0) & (bins < BINS), sem="relaxed"
-    )
+@triton.jit
+def _kept(entries, least, most, keys, limits, place, row, column):  # type: ignore[no-untyped-def]
+    """The entries of a task that its rule keeps, zero elsewhere. place: of the task's numbers at the module."""
+    if least is not None:
+        entries = tl.where(tl.abs(entries) >= tl.load(least + place), entries, 0.0)
+    if most is not None:
+        entries = tl.where(tl.abs(entries) <= tl.load(most + place), entries, 0.0)
+    if keys is not None:
+        entries = tl.where(keep(tl.load(keys + place), tl.load(limits + place), row, column), entries, 0.0)
+    return entries
 
 
-@triton.jit(do_not_specialize=_COUNTS)  # type: ignore[untyped-decorator]
-def _between(  # type: ignore[no-untyped-def]
-    left, right, bounds, lowest, highest, above, counters, width, n, rows, columns,
-    lm, lr, lk, rm, rk, rc,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Count the magnitudes above a task's bounds, and those within them by bit pattern."""
-    module = (tl.program_id(2) // n).to(tl.int64)
-    task = tl.program_id(2) % n
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    entries = _product(
-        left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
-    )  # fmt: skip
-    bits = tl.abs(entries).to(tl.int32, bitcast=True)
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    least = tl.load(lowest + task)
-    most = tl.load(highest + task)
-    tl.atomic_add(above + task, tl.sum((inside & (bits > most)).to(tl.int32)).to(tl.int64), sem="relaxed")
-    counted = inside & (bits >= least) & (bits <= most)
-    tl.atomic_add(counters + task * width + (bits - least), 1, mask=counted, sem="relaxed")
+@triton.jit
+def _times(entries, factor):  # type: ignore[no-untyped-def]
+    """Rounded before anything is added to it: in one step with a sum, x and −x would not cancel."""
+    return tl.fma(entries, factor, 0.0)
 
 
-@triton.jit(do_not_specialize=_COUNTS)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANYWHERE)  # type: ignore[untyped-decorator]
 def _elect(  # type: ignore[no-untyped-def]
-    left, right, bounds, threshold, weight, majority, out, counts, undecided, n, rows, columns,
-    lm, lr, lk, rm, rk, rc,
-    VOTES_ALONE: tl.constexpr, DECIDED: tl.constexpr, MEAN: tl.constexpr,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    left, right, bounds, weight, factor, least, most, keys, limits, majority, out, counts, undecided,
+    n, rows, columns, first_row, first_column, lm, lr, lk, rm, rk, rc,
+    MEAN: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """TIES from its thresholds: trim, elect, average.
+    """TIES from its thresholds or masks: trim, elect, average; without `out`, vote alone.
 
     Every entry is made once: both signs are summed up until one is elected.
     """
@@ -159,33 +148,33 @@ def _elect(  # type: ignore[no-untyped-def]
     weight_above = tl.zeros((ROWS, COLUMNS), tl.float32)
     weight_below = tl.zeros((ROWS, COLUMNS), tl.float32)
     for task in range(n):
-        entries = _product(
+        entries = product(
             left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
         )  # fmt: skip
-        least = tl.load(threshold + module * n + task)
-        mine = tl.load(weight + module * n + task)
-        kept = tl.where(tl.abs(entries) >= least, entries, 0.0) * mine
+        place = module * n + task
+        kept = _kept(entries, least, most, keys, limits, place, first_row + row, first_column + column)
+        kept = _times(kept, tl.load(factor + place))
         total += kept
-        if not VOTES_ALONE:
+        if out is not None:
             above += tl.maximum(kept, 0.0)
             below += tl.minimum(kept, 0.0)
             if MEAN:
+                mine = tl.load(weight + place)
                 weight_above += tl.where(kept > 0, tl.abs(mine), 0.0)
                 weight_below += tl.where(kept < 0, tl.abs(mine), 0.0)
     sign = tl.where(total > 0, 1.0, tl.where(total < 0, -1.0, 0.0))
     votes = tl.sum(sign.to(tl.int32))
     tl.atomic_add(counts + 3 * module + 2, votes.to(tl.int64), sem="relaxed")
-    if not VOTES_ALONE:
+    if out is not None:
         kept_by_any = (above > 0) | (below < 0)
-        if DECIDED:
-            sign = tl.where((total == 0) & kept_by_any, tl.load(majority + module), sign)
+        sign = tl.where((total == 0) & kept_by_any, tl.load(majority + module), sign)
         merged = tl.where(sign > 0, above, tl.where(sign < 0, below, 0.0))
         if MEAN:
             divisor = tl.where(sign > 0, weight_above, weight_below)
             merged = merged / tl.where(divisor > 0, divisor, 1.0)
         inside = (row[:, None] < rows) & (column[None, :] < columns)
-        place = out + module * rows * columns + row[:, None].to(tl.int64) * columns + column[None, :]
-        tl.store(place, merged, mask=inside)
+        there = out + module * rows * columns + row[:, None].to(tl.int64) * columns + column[None, :]
+        tl.store(there, merged, mask=inside)
         conflicts = (above > 0) & (below < 0)
         tl.atomic_add(counts + 3 * module, tl.sum(kept_by_any.to(tl.int32)).to(tl.int64), sem="relaxed")
         tl.atomic_add(counts + 3 * module + 1, tl.sum(conflicts.to(tl.int32)).to(tl.int64), sem="relaxed")
@@ -193,104 +182,72 @@ def _elect(  # type: ignore[no-untyped-def]
             tl.store(undecided, 1)
 
 
-def kth_largest(passes: Callable[[], Iterable[Products]], counts: Tensor) -> Tensor:
-    """What `algebra.selection.kth_largest` gives, for entries that are finite: exactly, over all products of a pass.
-
-    counts: (all modules, n) int64 selects within every module and task, (1, n) within every task over all modules. The
-    latter takes one pass where a sample tells well enough where to look.
-    """
-    if counts.shape[0] == 1:
-        found = _kth_largest_by_guess(passes, counts)
-        if found is not None:
-            return found
-    return _kth_largest_by_digits(passes, counts)
-
-
-def _kth_largest_by_guess(passes: Callable[[], Iterable[Products]], counts: Tensor) -> Tensor | None:
-    """None where the sample was too small, or no help."""
-    values, weights, n = [], [], counts.shape[1]
-    total, square = 0.0, 0.0
-    for products in passes():
-        found = _sample(products)
-        entries, samples = products.left.shape[1] * products.right.shape[2], found.shape[1]
-        each = entries * products.left.shape[0] / samples
-        values.append(found)
-        weights.append(torch.full((samples,), each, dtype=torch.float64, device=counts.device))
-        total, square = total + each * samples, square + each**2 * samples
-    if total <= _FEW:
-        return None
-    ordered, order = torch.cat(values, dim=1).sort(dim=1, descending=True)
-    ranks = torch.cat(weights)[order].cumsum(1)
-    share = counts[0, :, None] / total
-    margin = _MARGIN * (share * (1 - share)).clamp_min(0.01).sqrt() * square**0.5
-    last = ordered.shape[1] - 1
-    first = (ranks < counts[0, :, None] - margin).sum(1, keepdim=True)
-    behind = (ranks < counts[0, :, None] + margin).sum(1, keepdim=True)
-    bits = ordered.contiguous().view(torch.int32)
-    highest = torch.where(first > 0, bits.gather(1, (first - 1).clamp(0, last)), 0x7F7FFFFF)[:, 0].contiguous()
-    lowest = torch.where(behind < last, bits.gather(1, behind.clamp(0, last)), 0)[:, 0].contiguous()
-    width = int((highest - lowest).amax()) + 1
-    if width > _WIDEST:
-        return None
-    above = torch.zeros(n, dtype=torch.int64, device=counts.device)
-    counters = torch.zeros(n, width, dtype=torch.int32, device=counts.device)
-    for products in passes():
-        modules, rows = products.left.shape[:2]
-        _between[(*products.grid, modules * n)](
-            products.left, products.right, products.bounds, lowest, highest, above, counters, width,
-            n, rows, products.right.shape[2], *products.strides,
-            DEPTH=products.depth, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANYWHERE)  # type: ignore[untyped-decorator]
+def _add(  # type: ignore[no-untyped-def]
+    left, right, bounds, factor, least, most, keys, limits, out, n, rows, columns, first_row, first_column,
+    lm, lr, lk, rm, rk, rc,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sum of what the tasks keep."""
+    module = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for task in range(n):
+        entries = product(
+            left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
         )  # fmt: skip
-        turns.between()
-    missing = counts[0] - above
-    from_top = counters.flip(1).cumsum(1, dtype=torch.int64)
-    if bool(((missing < 1) | (missing > from_top[:, -1])).any()):
-        return None
-    place = width - 1 - (from_top < missing[:, None]).sum(1)
-    return (lowest + place.int())[None].view(torch.float32)
+        place = module * n + task
+        kept = _kept(entries, least, most, keys, limits, place, first_row + row, first_column + column)
+        total += _times(kept, tl.load(factor + place))
+    there = out + module * rows * columns + row[:, None].to(tl.int64) * columns + column[None, :]
+    tl.store(there, total, mask=(row[:, None] < rows) & (column[None, :] < columns))
 
 
-def _sample(products: Products) -> Tensor:
-    """Magnitudes of entries of every task, (n, samples), the same places of every module."""
-    modules, rows = products.left.shape[:2]
-    columns = products.right.shape[2]
-    samples = min(_SAMPLES, max(_SAMPLES // 8, _ENOUGH // modules))
-    index = torch.arange(samples, dtype=torch.float64, device=products.left.device)
-    row, column = ((index * step % 1 * size).long() for step, size in zip(_STEPS, (rows, columns), strict=True))
-    terms = products.left[:, row] * products.right[:, :, column].mT
-    widths = {slot.stop - slot.start for slot in products.slots}
-    if len(widths) == 1:  # all at once: a GPU waits for launches here
-        values = terms.reshape(modules, samples, len(products.slots), -1).sum(-1)
-    else:
-        values = torch.stack([terms[:, :, slot].sum(-1) for slot in products.slots], dim=2)
-    return values.abs().flatten(0, 1).mT.contiguous()
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANYWHERE)  # type: ignore[untyped-decorator]
+def _magnitudes(  # type: ignore[no-untyped-def]
+    left, right, bounds, least, most, keys, limits, sums, n, rows, columns, first_row, first_column,
+    lm, lr, lk, rm, rk, rc,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sums of all magnitudes of a block, and of those that are kept, for every block, module and task."""
+    module = (tl.program_id(2) // n).to(tl.int64)
+    task = tl.program_id(2) % n
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    entries = product(
+        left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
+    )  # fmt: skip
+    kept = _kept(entries, least, most, keys, limits, module * n + task, first_row + row, first_column + column)
+    block = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    there = sums + 2 * (block * tl.num_programs(2) + tl.program_id(2))
+    tl.store(there, tl.sum(tl.abs(entries)))
+    tl.store(there + 1, tl.sum(tl.abs(kept)))
 
 
-def _kth_largest_by_digits(passes: Callable[[], Iterable[Products]], counts: Tensor) -> Tensor:
-    """A histogram of one digit a pass, from the most significant one."""
-    all_modules, n = counts.shape
-    prefix = torch.zeros_like(counts, dtype=torch.int32)
-    remaining = counts.clone()
-    low = sum(_DIGITS)
-    for width in _DIGITS:
-        low -= width
-        histogram = torch.zeros(all_modules, n, _BINS, dtype=torch.int64, device=counts.device)
-        for products in passes():
-            modules = products.left.shape[0]
-            rows, columns = products.left.shape[1], products.right.shape[2]
-            _digits[(*products.grid, modules * n)](
-                products.left, products.right, products.bounds, prefix, histogram,
-                products.modules.start, int(all_modules > 1), n, rows, columns, *products.strides,
-                LOW=low, WIDTH=width, TOP=low + width == sum(_DIGITS),
-                DEPTH=products.depth, ROWS=_ROWS, COLUMNS=_COLUMNS, BINS=_BINS, num_warps=4,
-            )  # fmt: skip
-        digits = 1 << width
-        from_top = histogram[..., :digits].flip(-1).cumsum(-1)
-        above = (from_top < remaining[..., None]).sum(-1).clamp_max(digits - 1)
-        before = from_top.gather(-1, (above - 1).clamp_min(0)[..., None])[..., 0]
-        remaining = remaining - torch.where(above > 0, before, 0)
-        prefix = (prefix << width) | (digits - 1 - above).int()
-    return prefix.view(torch.float32)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANYWHERE)  # type: ignore[untyped-decorator]
+def _signs(  # type: ignore[no-untyped-def]
+    left, right, bounds, weight, counts, n, rows, columns, lm, lr, lk, rm, rk, rc,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Count where tasks differ in sign, and where any is not zero."""
+    module = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    most = tl.zeros((ROWS, COLUMNS), tl.float32)
+    least = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for task in range(n):
+        entries = product(
+            left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
+        )  # fmt: skip
+        mine = tl.load(weight + module * n + task)
+        entries *= tl.where(mine > 0, 1.0, tl.where(mine < 0, -1.0, 0.0))
+        most = tl.maximum(most, entries)
+        least = tl.minimum(least, entries)
+    differ = tl.sum(((most > 0) & (least < 0)).to(tl.int32))
+    some = tl.sum(((most > 0) | (least < 0)).to(tl.int32))
+    tl.atomic_add(counts + 2 * module, differ.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 2 * module + 1, some.to(tl.int64), sem="relaxed")
 
 
 @dataclass(frozen=True)
@@ -305,39 +262,81 @@ class Elected:
     undecided: Tensor
 
 
-def elect(
-    products: Products, threshold: Tensor, weight: Tensor, *, mean: bool, majority: Tensor | None = None
-) -> Elected:
-    """Keep entries of at least the threshold, times the weight; elect the sign of their sum; average (or add) those of it.
+def elect(products: Products, rule: Rule, *, mean: bool, majority: Tensor | None = None) -> Elected:
+    """Keep what the rule keeps, times its factor; elect the sign of the sum; average (or add) what has it.
 
-    threshold, weight: (modules, n) float32. majority: (modules,) float32, the sign where a sum is exactly 0; without it
-    the result is 0 there.
+    majority: (modules,) float32, the sign where a sum is exactly 0; without it the result is 0 there.
     """
-    shape = (*products.left.shape[:2], products.right.shape[2])
-    merged = torch.empty(shape, device=products.left.device)
-    counts, undecided = _elected(products, threshold, weight, merged, mean=mean, majority=majority)
+    merged = _empty(products)
+    counts, undecided = _elected(products, rule, merged, mean=mean, majority=majority)
     return Elected(merged, counts[:, :2], counts[:, 2], undecided)
 
 
-def votes(products: Products, threshold: Tensor, weight: Tensor) -> Tensor:
+def votes(products: Products, rule: Rule) -> Tensor:
     """`elect`'s votes alone, (modules,) int64."""
-    return _elected(products, threshold, weight, None, mean=False, majority=None)[0][:, 2]
+    return _elected(products, rule, None, mean=False, majority=None)[0][:, 2]
+
+
+def add(products: Products, rule: Rule) -> Tensor:
+    """The sum of what the rule keeps, times its factor, (modules, rows, columns) float32."""
+    merged = _empty(products)
+    _add[(*products.grid, len(merged))](
+        products.left, products.right, products.bounds, rule.factor, *rule.kept, merged,
+        len(products.slots), *merged.shape[1:], *products.corner, *products.strides,
+        DEPTH=products.depth, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
+    )  # fmt: skip
+    turns.between()
+    return merged
+
+
+def magnitudes(products: Products, rule: Rule) -> Tensor:
+    """Σ |x| of all entries, and of those that the rule keeps, (modules, n, 2) float64."""
+    modules, n = len(products.left), len(products.slots)
+    blocks = products.grid[0] * products.grid[1]
+    sums = torch.empty(blocks, modules * n, 2, device=products.left.device)
+    _magnitudes[(*products.grid, modules * n)](
+        products.left, products.right, products.bounds, *rule.kept, sums,
+        n, products.left.shape[1], products.right.shape[2], *products.corner, *products.strides,
+        DEPTH=products.depth, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    turns.between()
+    return sums.sum(0, dtype=torch.float64).view(modules, n, 2)
+
+
+def signs(products: Products, weight: Tensor) -> Tensor:
+    """At how many entries weighted tasks differ in sign, and at how many one is not zero, (modules, 2) int64.
+
+    weight: (modules, n) float32, of which the sign alone counts.
+    """
+    modules, rows = products.left.shape[:2]
+    counts = torch.zeros(modules, 2, dtype=torch.int64, device=products.left.device)
+    _signs[(*products.grid, modules)](
+        products.left, products.right, products.bounds, weight.contiguous(), counts,
+        len(products.slots), rows, products.right.shape[2], *products.strides,
+        DEPTH=products.depth, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    turns.between()
+    return counts
+
+
+def _empty(products: Products) -> Tensor:
+    return torch.empty(*products.left.shape[:2], products.right.shape[2], device=products.left.device)
 
 
 def _elected(
-    products: Products, threshold: Tensor, weight: Tensor, merged: Tensor | None, *, mean: bool, majority: Tensor | None
+    products: Products, rule: Rule, merged: Tensor | None, *, mean: bool, majority: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Entries that are kept, conflicts and votes, (modules, 3) int64, and whether a sum is undecided, one int32."""
     modules, rows = products.left.shape[:2]
-    columns, n, device = products.right.shape[2], len(products.slots), products.left.device
-    counts = torch.zeros(modules, 3, dtype=torch.int64, device=device)
-    undecided = torch.zeros(1, dtype=torch.int32, device=device)
+    counts = torch.zeros(modules, 3, dtype=torch.int64, device=products.left.device)
+    undecided = torch.zeros(1, dtype=torch.int32, device=products.left.device)
+    if majority is None and merged is not None:
+        majority = merged.new_zeros(modules)
     _elect[(*products.grid, modules)](
-        products.left, products.right, products.bounds, threshold.contiguous(), weight.contiguous(),
-        threshold if majority is None else majority.contiguous(), threshold if merged is None else merged,
-        counts, undecided, n, rows, columns, *products.strides,
-        VOTES_ALONE=merged is None, DECIDED=majority is not None, MEAN=mean,
-        DEPTH=products.depth, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4 if merged is None else 8,
+        products.left, products.right, products.bounds, rule.weight.contiguous(), rule.factor, *rule.kept,
+        None if majority is None else majority.contiguous(), merged, counts, undecided,
+        len(products.slots), rows, products.right.shape[2], *products.corner, *products.strides,
+        MEAN=mean, DEPTH=products.depth, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=4 if merged is None else 8,
     )  # fmt: skip
     turns.between()
     return counts, undecided

@@ -76,7 +76,8 @@ def _end_of_block(diagonal, beside, start, size, limit, N: tl.constexpr):  # typ
     return tl.min(tl.where(small & (index >= start), index, N), 0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# A byte for each matrix: where those of a part begin says nothing.
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["converged"])  # type: ignore[untyped-decorator]
 def _rotate(diagonals, besides, vectors, converged, size, steps, limit, N: tl.constexpr):  # type: ignore[no-untyped-def]
     """T's eigenvalues onto its diagonal, and the eigenvectors of A, by rows, into the place of Qᵀ."""
     program = tl.program_id(0).to(tl.int64)
@@ -139,23 +140,30 @@ def _rotate(diagonals, besides, vectors, converged, size, steps, limit, N: tl.co
     tl.store(converged + program, good.to(tl.int8))
 
 
-def eigh(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (batch, k), eigenvectors (batch, k, k), and whether they are right (batch,); in no order.
-
-    matrices: symmetric (batch, k, k) float64, k at most 128, the largest entry of each about 1.
-    """
-    batch, k = matrices.shape[:2]
-    n = max(4, triton.next_power_of_2(k))
-    padded = torch.nn.functional.pad(matrices, (0, n - k, 0, n - k)).contiguous()
+def diagonalized(padded: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`eigh`'s values, vectors by rows, and for which the steps sufficed, of matrices padded to a power of two, (batch, n, n)."""
+    batch, n = padded.shape[:2]
     rows = torch.empty_like(padded)
     diagonal, beside = padded.new_empty(2, batch, n).unbind()
-    converged = torch.empty(batch, dtype=torch.int8, device=matrices.device)
-    for part in turns.pieces(batch, matrices.device):
+    converged = torch.empty(batch, dtype=torch.int8, device=padded.device)
+    for part in turns.pieces(batch, padded.device):
         programs, outer, inner = (part.stop - part.start,), rows[part], (diagonal[part], beside[part])
         _reflect[programs](padded[part], outer, *inner, N=n, num_warps=max(1, min(16, n * n // 1024)))
         turns.between()
         _rotate[programs](*inner, outer, converged[part], k, _STEPS, _NEGLIGIBLE, N=n, num_warps=1)
         turns.between()
+    return diagonal, rows, converged
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (batch, k), eigenvectors (batch, k, k), and whether they are right (batch,); in no order.
+
+    matrices: symmetric (batch, k, k) float64, k at most 128, the largest entry of each about 1.
+    """
+    k = matrices.shape[1]
+    n = max(4, triton.next_power_of_2(k))
+    padded = torch.nn.functional.pad(matrices, (0, n - k, 0, n - k)).contiguous()
+    diagonal, rows, converged = diagonalized(padded, k)
     values, vectors = diagonal[:, :k], rows[:, :k, :k].mT
     residual = matrices @ vectors - vectors * values[:, None, :]
     product = vectors.mT @ vectors

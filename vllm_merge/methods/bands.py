@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from torch import Tensor
 from vllm_merge.algebra.selection import kth_largest
 from vllm_merge.algebra.tiles import Passes, Tile
 from vllm_merge.methods.rescaling import l1_factors
+from vllm_merge.methods.signs import merge_agreeing
+
+if TYPE_CHECKING:
+    from vllm_merge.kernels.products import Rule
 
 
 class Bands:
@@ -26,13 +31,19 @@ class Bands:
         self._least = self._threshold(last, bool((last >= entries[:, None]).all()), 0.0)
         self._most = self._threshold(first, bool((first <= 1).all()), torch.inf)
         if rescale:
-            self._factor = l1_factors(passes, self.kept)
+            self._factor = l1_factors(passes, self.kept, self._rule)
 
     def _threshold(self, position: Tensor, everything: bool, bound: float) -> Tensor:
         """The magnitude at a position, (all modules, n) float32; the bound where it cuts nothing off."""
         if everything:
             return torch.full((), bound, device=position.device).expand(self._passes.parameters["weight"].shape)
-        return kth_largest(self._entries, position).expand(self._passes.parameters["weight"].shape)
+        if self._passes.on_the_fly:
+            from vllm_merge.kernels import selection
+
+            found = selection.kth_largest(lambda: (tile.products() for tile in self._passes.tiles()), position)
+        else:
+            found = kth_largest(self._entries, position)
+        return found.expand(self._passes.parameters["weight"].shape)
 
     def _entries(self) -> Iterator[tuple[Tensor, slice]]:
         for tile in self._passes.tiles():
@@ -45,6 +56,32 @@ class Bands:
         least, most = (bound[tile.modules][:, :, None, None] for bound in (self._least, self._most))
         kept = values * ((magnitude >= least) & (magnitude <= most))
         return kept if self._factor is None else kept.mul_(self._factor[tile.modules][:, :, None, None])
+
+    def _rule(self, tile: Tile) -> Rule:
+        """`kept`, for entries that are made on the fly."""
+        from vllm_merge.kernels.products import Rule
+
+        scale = None if self._factor is None else self._factor[tile.modules]
+        least, most = (bound[tile.modules] for bound in (self._least, self._most))
+        return Rule(tile.parameters["weight"][:, :, 0, 0], scale, least, most)
+
+    def total(self, tile: Tile) -> Tensor:
+        """The weighted sum of what is kept, (modules, rows, cols)."""
+        if tile.values.is_meta:
+            from vllm_merge.kernels.products import add
+
+            return add(tile.products(), self._rule(tile))
+        return (tile.parameters["weight"] * self.kept(tile)).sum(1)
+
+    def elected(self, tile: Tile, *, normalize: bool) -> Tensor:
+        """The weighted sum, or mean, of what is kept and agrees with the sign of its sum, (modules, rows, cols)."""
+        weight = tile.parameters["weight"]
+        if tile.values.is_meta:
+            from vllm_merge.kernels.products import elect
+
+            plus = weight.new_ones(len(weight))
+            return elect(tile.products(), self._rule(tile), mean=normalize, majority=plus).merged
+        return merge_agreeing(self.kept(tile) * weight, weight, normalize=normalize)
 
 
 def share_of(entries: Tensor, share: Tensor) -> Tensor:

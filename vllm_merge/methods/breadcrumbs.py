@@ -16,7 +16,6 @@ from vllm_merge.algebra.tiles import Passes, Tile
 from vllm_merge.methods.bands import Bands, share_of
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
-from vllm_merge.methods.signs import merge_agreeing
 
 
 def without_outliers(passes: Passes, *, rescale: bool, **others: object) -> Bands:
@@ -34,6 +33,7 @@ def without_outliers(passes: Passes, *, rescale: bool, **others: object) -> Band
     reference="arXiv:2312.06795",
     statistics=without_outliers,
     entrywise=True,
+    on_the_fly=True,
 )
 def breadcrumbs(
     tile: Tile,
@@ -49,7 +49,7 @@ def breadcrumbs(
     density: share of a task's entries that is kept. gamma: share that is dropped from the top. rescale: give what is kept
     the L1 norm that the task had at the module.
     """
-    return (weight * bands.kept(tile)).sum(1)
+    return bands.total(tile)
 
 
 @merge_method(
@@ -58,6 +58,7 @@ def breadcrumbs(
     reference="arXiv:2312.06795",
     statistics=without_outliers,
     entrywise=True,
+    on_the_fly=True,
 )
 def breadcrumbs_ties(
     tile: Tile,
@@ -74,4 +75,4 @@ def breadcrumbs_ties(
     density, gamma, rescale: see breadcrumbs; gamma 0 is TIES as mergekit has it. normalize: the mean of the tasks that
     agree, weighted by |w_i|, in place of their weighted sum.
     """
-    return merge_agreeing(bands.kept(tile) * weight, weight, normalize=normalize)
+    return bands.elected(tile, normalize=normalize)

@@ -113,7 +113,7 @@ def ctm(
     mean = norms.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp_min(1)
     seen = torch.where(present, (beta * norms + (1 - beta) * mean) / norms, 0.0)
     balanced = cores.scaled(weight.flatten(1) * seen)
-    u, v = shared_bases(balanced.left, cores.right, cores.same_task(), ranks, STOP)
+    u, v = shared_bases(balanced.left, cores.right, cores.slots, ranks, STOP)
     left, right = u.mT @ cores.left, cores.right @ v
     values = torch.stack([left[:, :, slot] @ right[:, slot] for slot in cores.slots], dim=1)
     coordinates = Coordinates(

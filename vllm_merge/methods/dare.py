@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from annotated_types import Gt, Le
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.stacking import Stack
-from vllm_merge.algebra.masks import keep_mask, mask_identity, mask_keys
+from vllm_merge.algebra.masks import keep_mask, mask_identity, mask_keys, mask_limits
 from vllm_merge.algebra.passes import MappedPasses
 from vllm_merge.algebra.tiles import Passes, Tile
 from vllm_merge.methods.markers import PerAdapter
@@ -24,6 +24,9 @@ from vllm_merge.methods.preconditions import Context, change_stacks, preconditio
 from vllm_merge.methods.registry import merge_method
 from vllm_merge.methods.rescaling import l1_factors
 from vllm_merge.methods.ties import TiesStatistics, ties
+
+if TYPE_CHECKING:
+    from vllm_merge.kernels.products import Rule
 
 Rescale = bool | Literal["l1"]
 
@@ -35,7 +38,9 @@ class DareMasks:
         identities = [mask_identity(adapter) for adapter in passes.adapters]
         self._keys = mask_keys(passes.seed, identities, passes.modules).to(passes.entries.device)
         self._rescale = rescale
-        self._factor = l1_factors(passes, self._masked) if rescale == "l1" else None
+        self._factor: Tensor | None = None
+        if rescale == "l1":
+            self._factor = l1_factors(passes, self._masked, self.rule)
 
     def dropped(self, tile: Tile) -> Tile:
         """x ⊙ Bernoulli(density) / density; without rescale x ⊙ Bernoulli(density); l1: that with the L1 norm of x."""
@@ -43,6 +48,24 @@ class DareMasks:
         if self._factor is not None:
             return replace(tile, values=values.mul_(self._factor[tile.modules][:, :, None, None]))
         return replace(tile, values=values.div_(tile.parameters["density"]) if self._rescale else values)
+
+    def rule(self, tile: Tile) -> Rule:
+        """`dropped`, for entries that are made on the fly."""
+        from vllm_merge.kernels.products import Rule
+
+        weight, density = (tile.parameters[name][:, :, 0, 0] for name in ("weight", "density"))
+        scale = 1 / density if self._rescale is True else None
+        if self._factor is not None:
+            scale = self._factor[tile.modules]
+        return Rule(weight, scale, keys=self._keys[tile.modules], limits=mask_limits(density))
+
+    def untrimmed(self, tile: Tile) -> Tile:
+        """The entries that were not dropped, for TIES that trims none of them. On the fly, `rule` drops them."""
+        if tile.values.is_meta:
+            return tile
+        dropped = self.dropped(tile)
+        ones = torch.ones_like(tile.parameters["density"])
+        return replace(dropped, parameters={**tile.parameters, "density": ones})
 
     def _masked(self, tile: Tile) -> Tensor:
         return tile.values * keep_mask(self._keys[tile.modules], tile.parameters["density"], tile.rows, tile.cols)
@@ -54,6 +77,7 @@ class DareMasks:
     reference="arXiv:2311.03099",
     statistics=DareMasks,
     entrywise=True,
+    on_the_fly=True,
 )
 def dare_linear(
     tile: Tile,
@@ -68,22 +92,21 @@ def dare_linear(
     density: probability that an entry is kept, 1 − p of the paper. rescale: divide what is kept by it, so that the
     expectation is task arithmetic; l1: give what is kept the L1 norm that the task had at the module, as mergekit does.
     """
+    if tile.values.is_meta:
+        from vllm_merge.kernels.products import add
+
+        return add(tile.products(), masks.rule(tile))
     return (weight * masks.dropped(tile).values).sum(1)
 
 
-class DareTiesStatistics(DareMasks):
+class DareTiesStatistics:
     """TIES on the entries that were not dropped; nothing is trimmed."""
 
     def __init__(self, passes: Passes, *, rescale: Rescale, **others: object) -> None:
-        super().__init__(passes, rescale=rescale)
+        self.masks = DareMasks(passes, rescale=rescale)
         untrimmed = {"density": torch.ones_like(passes.parameters["density"])}
-        self.of_ties = TiesStatistics(MappedPasses(passes, self.untrimmed, untrimmed), trim="global", normalize=True)
-
-    def untrimmed(self, tile: Tile) -> Tile:
-        """The entries that were not dropped, for TIES that trims none of them."""
-        dropped = self.dropped(tile)
-        ones = torch.ones_like(tile.parameters["density"])
-        return replace(dropped, parameters={**tile.parameters, "density": ones})
+        mapped = MappedPasses(passes, self.masks.untrimmed, untrimmed)
+        self.of_ties = TiesStatistics(mapped, trim="global", normalize=True, rule=self.masks.rule)
 
     @property
     def sign_conflict(self) -> Tensor:
@@ -97,6 +120,7 @@ class DareTiesStatistics(DareMasks):
     reference="arXiv:2311.03099",
     statistics=DareTiesStatistics,
     entrywise=True,
+    on_the_fly=True,
 )
 def dare_ties(
     tile: Tile,
@@ -112,7 +136,7 @@ def dare_ties(
     density: probability that an entry is kept. rescale: see dare_linear. normalize: the mean of the tasks
     that agree, weighted by |w_i|; otherwise their weighted sum.
     """
-    whole = statistics.untrimmed(tile)
+    whole = statistics.masks.untrimmed(tile)
     return ties(whole, statistics.of_ties, weight=weight, density=whole.parameters["density"], normalize=normalize)
 
 

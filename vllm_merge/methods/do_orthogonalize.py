@@ -10,7 +10,7 @@ are those of the one known implementation (msjo91/OCap), which takes Adam.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -34,6 +34,7 @@ from vllm_merge.methods.preconditions import (
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
 _ARRAYS = 12  # float64 arrays of a stack's size alive at once
 _GRAM_ARRAYS = 3  # in the descent
+_HELD = 3  # times the float32 stacks, where they are held there
 _SMALL_ARRAYS = 12  # of a Gram matrix's size there
 _SQUARINGS = 30
 LARGEST_IN_A_KERNEL = 128  # rows of a Gram matrix
@@ -89,18 +90,34 @@ def _descend(
         pairs = _Pairs.of(groups[0], context.device, power, gamma)
         at_once = context.workspace_bytes // (2 * 8 * _SMALL_ARRAYS * groups[0].stacked_rank ** 2)
         for pieces in _pools(groups, max(1, at_once // 2)):
-            found = [
-                _alive_grams(stack) for group in pieces for stack in stacks(group, adapters, context, _GRAM_ARRAYS)
-            ]
+            made = _stacks_of(pieces, adapters, context)
+            found = [_alive_grams(stack) for stack in made()]
             grams = [gram for both, _ in found for gram in both]
             turns = iter(torch.split(pairs.descended(torch.cat(grams), steps), [len(gram) for gram in grams]))
             alive = iter([there for _, there in found])
-            for group in pieces:
-                for stack in stacks(group, adapters, context, _GRAM_ARRAYS):
-                    there = next(alive)[:, None, :]
-                    a, b = ((next(turns) * there).float() for _ in range(2))
-                    changed.append(Stack(stack.group, a @ stack.A, stack.B @ b.mT))
+            for stack in made():
+                there = next(alive)[:, None, :]
+                a, b = ((next(turns) * there).float() for _ in range(2))
+                changed.append(Stack(stack.group, a @ stack.A, stack.B @ b.mT))
     return held_factors(changed, len(adapters))
+
+
+def _stacks_of(
+    groups: Sequence[ModuleGroup], adapters: Sequence[Adapter], context: Context
+) -> Callable[[], Iterable[Stack]]:
+    """Their stacks, as often as they are asked for: held where there is room for them, what is made of them and what is
+    held meanwhile.
+    """
+
+    def made() -> Iterator[Stack]:
+        for group in groups:
+            yield from stacks(group, adapters, context, _GRAM_ARRAYS)
+
+    entries = sum(len(group.modules) * group.stacked_rank * sum(group.shape) for group in groups)
+    if _HELD * 4 * entries > context.workspace_bytes:
+        return made
+    held = list(made())
+    return lambda: held
 
 
 def _alive_grams(stack: Stack) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -134,7 +151,7 @@ class _Pairs:
 
     @classmethod
     def of(cls, group: ModuleGroup, device: torch.device, power: int, gamma: float) -> _Pairs:
-        return cls(group.slots, owner_matrix(group.slots).to(device).mT.contiguous(), power, gamma)
+        return cls(group.slots, owner_matrix(group.slots).mT.to(device, non_blocking=True), power, gamma)
 
     def norms(self, gram: Tensor) -> Tensor:
         """‖Â_i Â_jᵀ‖_F of i ≠ j, (modules, n, n), from Â Âᵀ (modules, K, K)."""

@@ -39,13 +39,17 @@ def iso_cts(
     of_the_sum, of_each = split(torch.stack([task.rank for task in alone], 1), cores.room, common_fraction)
     most_of_the_sum, most_of_each = torch.stack([of_the_sum.amax(), of_each.amax()]).tolist()
     common = triples_of(tasks.total()).leading(of_the_sum, most_of_the_sum)
-    outside = replace(tasks, left=tasks.left - common.U @ (common.U.mT @ tasks.left))
+    # A Newton–Schulz step: where singular values are small, U is orthonormal to their rounding alone.
+    directions = 1.5 * common.U - 0.5 * common.U @ (common.U.mT @ common.U)
+    outside = replace(tasks, left=tasks.left - directions @ (directions.mT @ tasks.left))
     rests = triples_of_each(
         [outside.task(index) for index in range(len(tasks.slots))],
         [TOLERANCE * task.S[:, :1].sum(1) for task in alone],
     )
-    every = Triples.cat([common, *(rest.leading(of_each, most_of_each) for rest in rests)])
-    return every.mean[:, None, None] * (polar(every.U) @ polar(every.V).mT)
+    own = Triples.cat([rest.leading(of_each, most_of_each) for rest in rests])
+    every = Triples.cat([common, own])
+    left = torch.cat([directions, polar(own.U)], -1)  # polar(every.U), as every u_i is orthogonal to U_c
+    return every.mean[:, None, None] * (left @ polar(every.V).mT)
 
 
 def split(ranks: Tensor, room: int, common_fraction: float) -> tuple[Tensor, Tensor]:

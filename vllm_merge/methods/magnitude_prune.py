@@ -33,6 +33,7 @@ def largest(passes: Passes, *, trim: str) -> Bands:
     reference="arXiv:1506.02626",
     statistics=largest,
     entrywise=True,
+    on_the_fly=True,
 )
 def magnitude_prune(
     tile: Tile,
@@ -47,4 +48,4 @@ def magnitude_prune(
     density: share of a task's entries that is kept, in every module (trim: module) or over the whole model; a density that
     differs by module trims by module.
     """
-    return (weight * bands.kept(tile)).sum(1)
+    return bands.total(tile)

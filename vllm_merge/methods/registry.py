@@ -144,7 +144,14 @@ class MethodSpec:
 
     def cost_class(self, space: str) -> str:
         """What a merge works on, a key of COSTS; as often as it takes where the method is iterative."""
+        if self.scales_columns({}):
+            return "core"
         return "factors" if space == "core" and self.coefficients is not None else space
+
+    def scales_columns(self, parameters: Mapping[str, object]) -> bool:
+        """Whether it only gives columns other lengths, with these parameters of the recipe and the defaults of the others."""
+        every = {**self.defaults(per_adapter=False), **parameters}
+        return self.columns is not None and self.columns(**every) is not None
 
     def low_rank(self, space: str) -> bool:
         """Whether the result's rank is at most Σ r_i in this space, so that it needs no truncation to be a LoRA."""

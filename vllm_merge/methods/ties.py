@@ -20,14 +20,20 @@ from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
 if TYPE_CHECKING:
-    from vllm_merge.kernels.products import Products
+    from vllm_merge.kernels.products import Rule
 
 
 class TiesStatistics:
-    """What TIES needs to know of the whole model."""
+    """What TIES needs to know of the whole model.
 
-    def __init__(self, passes: TilePasses, *, trim: str, normalize: bool) -> None:
+    rule: what a tile's entries that are made on the fly were kept by before, if by anything: then nothing is trimmed.
+    """
+
+    def __init__(
+        self, passes: TilePasses, *, trim: str, normalize: bool, rule: Callable[[Tile], Rule] | None = None
+    ) -> None:
         self._passes = passes
+        self._given = rule
         density = passes.parameters["density"]
         given = density.cpu()  # read before there is other work to wait for
         entries = passes.entries[:, None]
@@ -47,9 +53,9 @@ class TiesStatistics:
 
     def _kth_largest(self, counts: Tensor) -> Tensor:
         if self._passes.on_the_fly:
-            from vllm_merge.kernels import products
+            from vllm_merge.kernels import selection
 
-            return products.kth_largest(lambda: (tile.products() for tile in self._passes.tiles()), counts)
+            return selection.kth_largest(lambda: (tile.products() for tile in self._passes.tiles()), counts)
         return kth_largest(lambda: ((tile.values, tile.modules) for tile in self._passes.tiles()), counts)
 
     @cached_property
@@ -63,7 +69,7 @@ class TiesStatistics:
             if tile.values.is_meta:
                 from vllm_merge.kernels import products as kernel
 
-                votes[tile.modules] += kernel.votes(*self._rule(tile))
+                votes[tile.modules] += kernel.votes(tile.products(), self._rule(tile))
             else:
                 votes[tile.modules] += _trimmed(tile, self).sum(1).sign().sum((-1, -2), dtype=torch.float64)
         return (votes.sum().expand_as(votes) if self._whole_model else votes).sign().float()
@@ -77,19 +83,22 @@ class TiesStatistics:
         """The rule by the kernel that makes the entries on the fly."""
         from vllm_merge.kernels.products import elect
 
-        products, *rule = self._rule(tile)
-        found = None if self._asked else elect(products, *rule, mean=normalize)
+        products, rule = tile.products(), self._rule(tile)
+        found = None if self._asked else elect(products, rule, mean=normalize)
         if found is None or bool(found.undecided):
             self._asked = True  # once a sum was undecided, what follows is not tried without the majority
             majority = self.majority[tile.modules]
             majority = torch.where(majority == 0, -1.0, majority)
-            found = elect(products, *rule, mean=normalize, majority=majority)
+            found = elect(products, rule, mean=normalize, majority=majority)
         self._counts[tile.modules] += found.counts
         return found.merged
 
-    def _rule(self, tile: Tile) -> tuple[Products, Tensor, Tensor]:
-        """The tile's entries as the kernels make them, the thresholds and weights, (modules, n) float32."""
-        return tile.products(), self.threshold[tile.modules], tile.parameters["weight"][:, :, 0, 0]
+    def _rule(self, tile: Tile) -> Rule:
+        from vllm_merge.kernels.products import Rule
+
+        if self._given is not None:
+            return self._given(tile)
+        return Rule(tile.parameters["weight"][:, :, 0, 0], least=self.threshold[tile.modules])
 
     @property
     def sign_conflict(self) -> Tensor:

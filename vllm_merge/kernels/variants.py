@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every variant of the kernels that merges meet, each launched once on next to nothing, so that none is compiled later.
+
+Triton compiles a kernel anew for every dtype, every size that it is told as a constant, and every number or address that is a
+multiple of 16 or is not. What a variant depends on is what stands here: how wide adapters and stacks are, in powers of two, and
+what a method asks of the entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vllm_merge.adapters.arrangement import arranged
+from vllm_merge.adapters.factors import Adapter, LoraFactors
+from vllm_merge.adapters.stacking import Sources, gather_stacks, group_modules
+from vllm_merge.kernels import descent, orthonormal, products, selection, tridiagonal
+
+Launch = Callable[[], object]
+
+_SIZE = 64  # rows and columns, as divisible as those of models
+_MANY_MODULES, _MANY = 16, (1 << 12) + _SIZE  # and columns: enough entries for a guess
+_GATHERED = (16, 64, 128)  # ranks whose factors are gathered alike, where a thread can read eight elements at once
+_ODD = (12, 68)  # and where it cannot
+# (adapters, rank of each): those that `descent` takes alike, up to 32 adapters.
+_TOGETHER = ((8, 16), (2, 32), (2, 64), (16, 8), (9, 14), (32, 4), (17, 7))
+
+
+def variants(device: torch.device, widest: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """For adapters of a rank up to `widest`, and factors of a result in `dtype`. No call needs a library for products."""
+    yield from _gathering(device, widest, dtype)
+    depth = 16
+    while depth < 2 * max(widest, 9):
+        yield from _entries(device, depth)
+        depth *= 2
+    n = 4
+    while n <= tridiagonal.LARGEST:
+        yield partial(
+            tridiagonal.diagonalized, torch.eye(n, dtype=torch.float64, device=device).expand(2, n, n).clone(), n
+        )
+        n *= 2
+    for rows in (16, 32, 64, 128):
+        for wide in (16, 32, 64):
+            if wide == 16 or 2 * wide <= rows:
+                yield from _bases(device, rows, wide)
+    for adapters, rank in _TOGETHER:
+        for power in (1, 2):
+            yield partial(_descended, device, adapters, rank, power)
+
+
+def _gathering(device: torch.device, widest: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """Stacks in float32, and factors side by side, of adapters of every dtype that is read."""
+    for source in (torch.bfloat16, torch.float16, torch.float32):
+        for target in {torch.float32, dtype}:
+            for ranks in (_GATHERED, _ODD):
+                for index, rank in enumerate(ranks):
+                    if index == 0 or ranks[index - 1] < widest:
+                        yield partial(_gathered, device, rank, source, target)
+
+
+def _gathered(device: torch.device, rank: int, source: torch.dtype, target: torch.dtype) -> Tensor:
+    a, b = (torch.zeros(shape, dtype=source, device=device) for shape in ((rank, _SIZE), (_SIZE, rank)))
+    adapter = Adapter("", {"": LoraFactors(a, b)})
+    arrangement = arranged(tuple(group_modules([adapter])))
+    memory = torch.empty(arrangement.size, dtype=target, device=device)
+    return gather_stacks(arrangement, memory, [adapter], Sources(device, 0))
+
+
+def _entries(device: torch.device, depth: int) -> Iterator[Launch]:
+    """Of two tasks of rank `depth`; thresholds by a guess, which takes many entries, and by digits, and every rule."""
+    few = _products(device, depth, 2, _SIZE)
+    yield lambda: selection.kth_largest(lambda: [few], torch.full((1, 2), 100, device=device))
+    yield partial(_guessed, device, depth)
+    one, bits = (torch.ones(2, 2, dtype=of, device=device) for of in (torch.float32, torch.int64))
+    trimmed = products.Rule(one, least=one)
+    masked = products.Rule(one, keys=bits, limits=bits)
+    band = products.Rule(one, least=one, most=one)
+    for rule in (trimmed, masked, band):
+        for mean in (True, False):
+            yield partial(products.elect, few, rule, mean=mean)
+    for rule in (trimmed, masked):
+        yield partial(products.votes, few, rule)
+    for rule in (masked, band):
+        yield partial(products.add, few, rule)
+        yield partial(products.magnitudes, few, rule)
+
+
+def _guessed(device: torch.device, depth: int) -> Tensor:
+    many = _products(device, depth, _MANY_MODULES, _MANY)
+    return selection.kth_largest(lambda: [many], torch.full((1, 2), 1 << 20, device=device))
+
+
+def _products(device: torch.device, depth: int, modules: int, columns: int) -> products.Products:
+    generator = torch.Generator(device).manual_seed(depth)
+    left = torch.randn(modules, _SIZE, 2 * depth, device=device, generator=generator)
+    right = torch.randn(modules, 2 * depth, columns, device=device, generator=generator)
+    return products.Products(left, right, (slice(0, depth), slice(depth, 2 * depth)), slice(0, modules))
+
+
+def _bases(device: torch.device, rows: int, wide: int) -> Iterator[Launch]:
+    columns = torch.ones(1, rows, wide, dtype=torch.float64, device=device)
+    yield partial(orthonormal.orthonormalize, columns)
+    yield partial(orthonormal.advance, columns, columns, columns.clone(), columns.new_empty(4, 1))
+
+
+def _descended(device: torch.device, adapters: int, rank: int, power: int) -> Tensor:
+    slots = [slice(rank * index, rank * (index + 1)) for index in range(adapters)]
+    gram = torch.eye(adapters * rank, dtype=torch.float64, device=device)[None].clone()
+    return descent.descended(gram, slots, torch.ones_like(gram[:, 0, 0]), 0, power=power, gamma=1.0)
