@@ -55,11 +55,14 @@ def start(command: list[str], **environment: str) -> servers.Server:
 
 
 @contextlib.contextmanager
-def running(command: list[str], **environment: str) -> Iterator[servers.Server]:
-    """The server once it answers; no test has the GPU alone while it starts."""
+def running(
+    command: list[str], meanwhile: Callable[[], object] = lambda: None, **environment: str
+) -> Iterator[servers.Server]:
+    """The server once it answers; no test has the GPU alone while it starts. meanwhile: what is done beside that."""
     with gpu():
         server = start(command, **environment)
         try:
+            meanwhile()
             server.wait(START_SECONDS)
         except BaseException:
             server.stop()
@@ -92,11 +95,14 @@ def filled(device: int = 0, *, leaving: int) -> Iterator[None]:
 
 
 def post(server: servers.Server, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """What the server answers to a body of JSON; None where that is nothing. Raises urllib.error.HTTPError."""
+    """What the server answers to a body of JSON; None where that is nothing, or no JSON. Raises urllib.error.HTTPError."""
     data = json.dumps(body or {}).encode()
     request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as reply:
-        return json.loads(reply.read() or b"null")
+        answer = reply.read()
+    with contextlib.suppress(ValueError):
+        return json.loads(answer)
+    return None
 
 
 def get(server: servers.Server, path: str) -> Any:

@@ -4,14 +4,17 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from tests.serving.played_cuda import WORKSPACE, PlayedCuda
 from tests.serving.test_worker import digest, merges, prepare, serve, talk  # noqa: F401  (fixtures)
 from vllm_merge.errors import MergeCancelled
 from vllm_merge.serving import compat
 from vllm_merge.serving.identity import FIRST_ID
+from vllm_merge.serving.memory import arena as arena_module
 from vllm_merge.serving.memory.arena import Arena
 from vllm_merge.serving.worker import sleep
 from vllm_merge.serving.worker import worker as worker_module
@@ -168,6 +171,65 @@ def test_a_merge_that_sleep_stopped_is_done_after_waking(serve, merges):  # noqa
     talk(service, scenario)
 
 
+SIZE = 1000
+
+
+def played(monkeypatch, capacity: int) -> tuple[PlayedCuda, Arena]:
+    device = torch.device("cuda", 0)
+    cuda = PlayedCuda(capacity)
+    monkeypatch.setattr(arena_module, "torch", cuda)
+    return cuda, Arena(device, SIZE)
+
+
+def multiply(cuda: PlayedCuda, arena: Arena, size: int = 100) -> None:
+    """A merge: something is allocated, a product is made."""
+    with arena.use():
+        matrix = cuda.empty(size)
+        matrix @ matrix
+
+
+def in_another_thread(work) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_workspaces_of_any_thread_lie_outside_of_an_arena(monkeypatch):
+    cuda, arena = played(monkeypatch, 10 * SIZE)
+    multiply(cuda, arena)
+    multiply(cuda, arena)
+    assert cuda.taken == SIZE + WORKSPACE, "one for each thread"
+    arena.take(0)
+    in_another_thread(lambda: multiply(cuda, arena))
+    assert cuda.taken == SIZE + 2 * WORKSPACE
+    arena.take(0)
+    assert cuda.taken == SIZE + 2 * WORKSPACE, "no second arena"
+    arena.give_back()
+    assert cuda.taken == 2 * WORKSPACE
+    arena.take(0)
+    assert cuda.taken == SIZE + 2 * WORKSPACE
+
+
+def test_workspaces_inside_of_an_arena_would_cost_a_second_one(monkeypatch):
+    """What the test above is for."""
+    cuda, arena = played(monkeypatch, 10 * SIZE)
+    monkeypatch.setattr(Arena, "_settle_libraries", lambda self: None)
+    multiply(cuda, arena)
+    arena.take(0)
+    assert cuda.taken == 2 * SIZE
+    arena.give_back()
+    assert cuda.taken == SIZE
+
+
+def test_a_device_without_memory_for_a_workspace_gives_it_from_the_arena(monkeypatch):
+    cuda, arena = played(monkeypatch, SIZE)
+    multiply(cuda, arena)
+    assert cuda.taken == SIZE
+    arena.give_back()
+    assert cuda.taken == SIZE, "that workspace stays"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_an_arena_gives_its_memory_back_and_takes_it_again():
@@ -186,22 +248,30 @@ def test_an_arena_gives_its_memory_back_and_takes_it_again():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_what_libraries_keep_costs_no_second_arena():
-    """cuBLAS keeps a workspace for each stream, which torch takes from where the stream's memory is."""
+    """cuBLAS keeps a workspace for each thread and stream, which torch takes from where the stream's memory is."""
     device, size = torch.device("cuda", torch.cuda.current_device()), 256 << 20
 
     def work() -> None:
         matrix = torch.randn(3, 256, 256, device=device, dtype=torch.float64)
         torch.linalg.eigh(matrix @ matrix.mT)
-        matrix.float() @ matrix.float()
+        single = matrix.float()
+        torch.baddbmm(single, single, single)
+        torch.addmm(single[0, 0], single[0] @ single[1], single[2])
 
-    work()  # what the libraries take once
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    before = torch.cuda.mem_get_info(device)[0]
-    arena = Arena(device, size)
-    with arena.use():
-        work()
-    arena.take(0)
-    assert before - torch.cuda.mem_get_info(device)[0] < 1.5 * size
-    arena.give_back()
-    assert before - torch.cuda.mem_get_info(device)[0] < size / 2
+    def in_arena() -> None:
+        with arena.use():
+            work()
+
+    with ThreadPoolExecutor(1) as other:  # as the thread that merges is not the one that makes the arena
+        work()  # what the libraries take once for each thread
+        other.submit(work).result()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info(device)[0]
+        arena = Arena(device, size)
+        in_arena()
+        other.submit(in_arena).result()
+        arena.take(0)
+        assert before - torch.cuda.mem_get_info(device)[0] < 1.5 * size
+        arena.give_back()
+        assert before - torch.cuda.mem_get_info(device)[0] < size / 2

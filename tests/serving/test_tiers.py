@@ -377,7 +377,7 @@ def test_every_variable_is_in_the_documentation():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_nothing_is_allocated_or_pinned_after_the_start(tmp_path):
-    device, size = torch.device("cuda"), 64 << 20
+    device, size = torch.device("cuda", torch.cuda.current_device()), 64 << 20
     tiers = Tiers(settings(host_bytes=4 * size, disk=tmp_path), device)
     tiers.start()
     arena = Arena(device, 4 * size)

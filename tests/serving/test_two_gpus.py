@@ -20,8 +20,10 @@ MODES = {
     "data": ("--data-parallel-size", "2", "--api-server-count", "2"),
 }
 NAMES = ("ties", "task-arithmetic", "knots-ties", "upper")
+BASE = str(DEMO / "model")
 OPTIONS = ("--enforce-eager", "--max-model-len", "256", "--max-loras", "4", "--max-lora-rank", "64")
-MEAN, LARGEST = 0.02, 0.5  # |Δ log p| that bfloat16 sums in another order may make
+# Sums of bfloat16 in another order make something of the base model's answers too, on the mean; a merge's factors make it more.
+TIMES, MEAN = 3.0, 0.02
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full, needs_gpus(2)]
 
@@ -35,7 +37,7 @@ def logprobs(server, name: str, texts: list[str]) -> torch.Tensor:
             "/v1/completions",
             {"model": name, "prompt": text, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0},
         )
-        assert answer["model"].startswith(f"{name}@")
+        assert answer["model"].startswith(name if name == BASE else f"{name}@")
         steps = answer["choices"][0]["prompt_logprobs"][1:]
         values += [next(iter(step.values()))["logprob"] for step in steps]
     return torch.tensor(values)
@@ -80,7 +82,7 @@ def texts(prompts) -> list[str]:
 @pytest.fixture(scope="module")
 def on_one_gpu(started, texts) -> dict[str, torch.Tensor]:
     started[ONE].wait(START_SECONDS)
-    return {name: logprobs(started[ONE], name, texts) for name in NAMES}
+    return {name: logprobs(started[ONE], name, texts) for name in (*NAMES, BASE)}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -90,19 +92,19 @@ def test_two_gpus_answer_as_one_does(started, texts, on_one_gpu, mode, record_pr
     workers = artifacts(server)
     assert len({worker["pid"] for worker in workers}) == 2
     found: dict[str, list[float]] = {}
-    for name in NAMES:
+    hashes: dict[str, list[str]] = {}
+    for name in (*NAMES, BASE):
         difference = (logprobs(server, name, texts) - on_one_gpu[name]).abs()
         found[name] = [round(float(difference.mean()), 5), round(float(difference.max()), 4)]
-        hashes = [hash_of(server, number, name) for number in (0, 1)]
-        assert hashes[0] == hashes[1], "every rank has the same bytes"
+        if name != BASE:
+            hashes[name] = [hash_of(server, 0, name), hash_of(server, 1, name), hash_of(started[ONE], 0, name)]
     record_property("|Δ log p| to one GPU, mean and largest", json.dumps(found))
-    for name, (mean, largest) in found.items():
-        assert mean < MEAN, f"{name}: mean |Δ log p| {mean}"
-        assert largest < LARGEST, f"{name}: largest |Δ log p| {largest}"
-
-
-def test_the_bounds_tell_adapters_apart(on_one_gpu):
-    values = list(on_one_gpu.values())
-    for i, one in enumerate(values):
-        for other in values[:i]:
-            assert (one - other).abs().mean() > MEAN
+    record_property("same bytes on both and on one GPU", json.dumps({n: len(set(h)) == 1 for n, h in hashes.items()}))
+    bound = max(MEAN, TIMES * found[BASE][0])
+    wrong = [f"{name}: mean |Δ log p| {found[name][0]}" for name in NAMES if found[name][0] > bound]
+    wrong += [f"{name}: other bytes {h}" for name, h in hashes.items() if len(set(h)) > 1]
+    assert not wrong, "\n".join(wrong)
+    for i, name in enumerate(NAMES):
+        for other in NAMES[:i]:
+            apart = float((on_one_gpu[name] - on_one_gpu[other]).abs().mean())
+            assert apart > 2 * bound, f"the bound tells {name} from {other}"

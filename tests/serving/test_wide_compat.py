@@ -86,6 +86,7 @@ def test_a_merge_on_a_quantised_base_is_what_vllm_makes_of_its_export(form, expo
         for whose, answers in json.loads(printed).items()
     }
     for name in MERGES:
+        assert distance(found["ours"][name], found["same"][name]) <= LIMIT, f"{name}: the same bytes"
         assert distance(found["ours"][name], found["theirs"][name]) <= HALF, name
         assert distance(found["ours"][name], found["base"][""]) > 10 * HALF, name
 

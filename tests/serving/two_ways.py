@@ -3,19 +3,35 @@
 
 python two_ways.py MODEL DTYPE PROMPTS NAME=FOLDER …
 
-VLLM_MERGE_CONFIG is the recipe file, PROMPTS a JSON list, FOLDER the offline merge of recipe NAME. Prints a line of JSON:
-{"ours": {NAME: [the tokens of every prompt and answer, their log-probabilities from the second on]}, "theirs": …, "base":
-{"": …}}. A prompt at a time, so that both are computed alike.
+VLLM_MERGE_CONFIG is the recipe file, PROMPTS a JSON list, FOLDER the offline merge of recipe NAME; NAME/… is another folder
+for it. Prints a line of JSON: {"ours": {NAME: [the tokens of every prompt and answer, their log-probabilities from the second
+on]}, "again": the same once more, "same": what vLLM makes of the very bytes that we serve, from the disk tier, "theirs": of
+each FOLDER, "base": {"": …}}. A prompt at a time, so that all are computed alike.
 """
 
 import json
+import os
+import re
 import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 GENERATED = 8
 
 
-def main() -> None:
+def written(disk: Path, request: Any) -> str:
+    """The folder of an artifact, which a worker writes in the background."""
+    folder = disk / re.findall(r"[0-9a-f]{64}", request.lora_path)[0]
+    deadline = time.monotonic() + 120
+    while not folder.exists():
+        assert time.monotonic() < deadline, f"{request.lora_name} was not written"
+        time.sleep(0.05)
+    return str(folder)
+
+
+def main(disk: Path) -> None:
     import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -24,6 +40,7 @@ def main() -> None:
 
     model, dtype, prompts, *exports = sys.argv[1:]
     folders = dict(export.split("=", 1) for export in exports)
+    names = [name for name in folders if "/" not in name]
     limits = {
         "max_model_len": 256,
         "max_num_seqs": 1,
@@ -48,16 +65,27 @@ def main() -> None:
             values.append([found[token].logprob for token, found in steps])
         return [sequences, values]
 
+    ids = iter(range(1, 100))
+
+    def by_vllm(name: str, folder: str) -> list[Any]:
+        return answers(LoRARequest(f"{name.replace('/', '-')}-read", next(ids), folder))
+
     found = {
-        "ours": {name: answers(merge_request(name)) for name in folders},
-        "theirs": {
-            name: answers(LoRARequest(f"{name}-exported", number, folder))
-            for number, (name, folder) in enumerate(folders.items(), 1)
-        },
+        "ours": {name: answers(merge_request(name)) for name in names},
+        "again": {name: answers(merge_request(name)) for name in names},
+        "same": {name: by_vllm(f"{name}/same", written(disk, merge_request(name))) for name in names},
+        "theirs": {name: by_vllm(name, folder) for name, folder in folders.items()},
         "base": {"": answers(None)},
     }
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    # First, so that vLLM's engine is ended before Python waits for its process: what is registered to be done at the end is done
+    # in reverse order, and a temporary folder registers the finalizers.
+    import multiprocessing.util  # noqa: F401
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["VLLM_MERGE_DISK"] = folder
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # another process imports everything once more
+        main(Path(folder))

@@ -4,6 +4,10 @@
 The memory is taken while the model loads, so that vLLM sizes its KV cache around it. Once it is given up, torch's allocator
 keeps it for the stream it was taken on, which is ours alone: merges and artifacts that stay within it ask the driver for
 nothing.
+
+For each thread and stream torch keeps a workspace for cuBLAS, 32 MiB on an H100, from the first product on, and only for all
+streams at once can it be told to forget them: those of vLLM too, whose CUDA graphs write there. In the arena's memory one would
+keep all of it from being given back. So a thread's first product on the stream is made in a memory pool apart.
 """
 
 from __future__ import annotations
@@ -25,11 +29,13 @@ from vllm_merge.kernels.turns import taking_turns
 # Python hands the interpreter to another thread this often while a merge runs. vLLM's thread gives it up at every call into
 # the device, hundreds of times a step, and waits this long to get it back each time.
 SWITCH_SECONDS = 0.000001
-# How many times as long as a piece of a merge has taken vLLM has the GPU and the interpreter to itself after it: a copy
-# leaves the multiprocessors alone, a piece of the merge's arithmetic takes a fifth of the time.
-REST, REST_OF_ARITHMETIC = 1.0, 4.0
+# How many times as long as a piece of a merge has taken vLLM has the GPU and the interpreter to itself after it. While the
+# merge waits for the GPU, a copy leaves the multiprocessors alone, but arithmetic, beside a step, takes twice its time and a
+# third of the steps'; while it prepares what the GPU does, the GPU is nearly vLLM's alone.
+REST, REST_OF_ARITHMETIC = 1.0, 2.0
 SHORTEST_PIECE = 0.0005  # seconds, up to which pieces follow each other
 LONGEST_REST = 0.05  # seconds
+LIBRARY_SHAPE = 32  # rows and columns of the product that makes libraries take their workspaces
 IDLE_SECONDS = 0.1  # without work on vLLM's stream, after which nobody is disturbed
 
 
@@ -70,9 +76,12 @@ class Arena:
         self._reserve: Tensor | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._apart = torch.cuda.MemPool()
+            self._thread = threading.local()
             self._served = torch.cuda.default_stream(device)
             self._last_served = 0.0
             self._piece_began = 0.0
+            self._waited = 0.0  # for the GPU, of the piece
         self.take(0)
 
     def take(self, used: int) -> None:
@@ -97,10 +106,23 @@ class Arena:
             self._reserve = None
             torch.cuda.set_device(self.device)
             with torch.cuda.stream(self._stream):
-                self._piece_began = time.perf_counter()
+                self._settle_libraries()
+                self._piece_began, self._waited = time.perf_counter(), 0.0
                 with taking_turns(functools.partial(self.rest, REST_OF_ARITHMETIC)):
                     yield
                 self._stream.synchronize()
+
+    def _settle_libraries(self) -> None:
+        """What libraries keep for this thread and the arena's stream is taken now, outside of the arena's memory.
+
+        Where the device has no memory for it the thread's products take it from the arena, and later calls try again.
+        """
+        if getattr(self._thread, "settled", False):
+            return
+        with contextlib.suppress(torch.OutOfMemoryError), torch.cuda.use_mem_pool(self._apart, self.device):
+            square = torch.ones(LIBRARY_SHAPE, LIBRARY_SHAPE, device=self.device)
+            torch.addmm(square[0], square @ square, square)  # cuBLAS, and with a bias cuBLASLt
+            self._thread.settled = True
 
     def rest(self, times: float = REST) -> None:
         """Between two pieces of a merge: wait until the GPU has done the last one, then leave it to the requests that run.
@@ -110,12 +132,15 @@ class Arena:
         """
         if self.device.type != "cuda":
             return
+        launched = time.perf_counter()
         self._stream.synchronize()
         now = time.perf_counter()
+        self._waited += now - launched
         if now - self._piece_began < SHORTEST_PIECE:
             return
         if not self._served.query():
             self._last_served = now
         if now - self._last_served < IDLE_SECONDS:
-            time.sleep(min(LONGEST_REST, times * (now - self._piece_began)))
-        self._piece_began = time.perf_counter()
+            prepared = now - self._piece_began - self._waited
+            time.sleep(min(LONGEST_REST, times * self._waited + REST * prepared))
+        self._piece_began, self._waited = time.perf_counter(), 0.0

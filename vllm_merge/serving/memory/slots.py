@@ -99,6 +99,16 @@ class SlotLayout:
         fill_slot(self._tiles, self._targets, source.table, slot, TILE, self.buffers[0].stacked.dtype)
 
 
+def module_shapes(buffers: Sequence[SlotBuffer]) -> list[tuple[int, int]]:
+    """The different (d_out, d_in) of the modules that these are of, in their order."""
+    sides: dict[str, dict[str, int]] = {}
+    for buffer in buffers:
+        if buffer.module is not None:
+            rows, columns = buffer.shape
+            sides.setdefault(buffer.module, {})[buffer.letter] = columns if buffer.letter == "A" else rows
+    return list(dict.fromkeys((side["B"], side["A"]) for side in sides.values() if len(side) == 2))
+
+
 def fill_with_torch(buffers: Sequence[SlotBuffer], slot: int, views: Sequence[Tensor | None]) -> None:
     """The kernel's plain twin: the path on the CPU, the reference in tests."""
     for buffer, view in zip(buffers, views, strict=True):

@@ -38,7 +38,7 @@ from vllm_merge.serving.memory.arena import Arena
 from vllm_merge.serving.memory.export import MAX_PIECE, Export
 from vllm_merge.serving.memory.packed import SideStream
 from vllm_merge.serving.memory.residency import ArtifactStore, OutOfBudget, ResidentArtifact
-from vllm_merge.serving.memory.slots import SlotLayout
+from vllm_merge.serving.memory.slots import SlotLayout, module_shapes
 from vllm_merge.serving.memory.sources import SourceCache
 from vllm_merge.serving.memory.tiers import Tiers
 from vllm_merge.serving.settings import WorkerSettings
@@ -55,7 +55,7 @@ from vllm_merge.serving.worker.pace import Pace
 from vllm_merge.serving.worker.placing import Placing
 from vllm_merge.serving.worker.returning import Returning
 from vllm_merge.serving.worker.sleep import Wakefulness
-from vllm_merge.serving.worker.warm_up import warm_up
+from vllm_merge.serving.worker.warm_up import compile_kernels, warm_up
 
 logger = logging.getLogger("vllm_merge.worker")
 
@@ -91,9 +91,11 @@ class WorkerService:
         total = torch.cuda.get_device_properties(self._device).total_memory if gpu else None
         self._arena = Arena(self._device, settings.cache_bytes + settings.merge_bytes_on(total))
         self._sources = SourceCache(settings.source_bytes, self._device)
+        buffers = compat.slot_buffers(worker_manager)
         try:
+            compile_kernels(self._device, self._dtype, compat.max_rank(worker_manager))
             with self._arena.use():
-                warm_up(self._device, self._dtype)
+                warm_up(self._device, self._dtype, module_shapes(buffers or ()), settings.workspace_bytes_on(total))
         except Exception:  # the model can be served without merges; each of them will say what is wrong
             logger.exception("the merges that warm up the device failed")
         self._arena.take(0)
@@ -107,7 +109,6 @@ class WorkerService:
         self._sessions: dict[Session, Held] = {}
         self._owner = StateOwner()
         self._wakefulness = Wakefulness()
-        buffers = compat.slot_buffers(worker_manager)
         self._layout = SlotLayout(buffers) if buffers else None
         if self._layout is not None:  # no slot is in use yet; on a GPU this compiles the kernel, outside of any step
             self._layout.fill(0, self._layout.source([None] * len(self._layout.buffers)))
