@@ -13,6 +13,7 @@ from tests.conftest import DEMO
 from tests.search.played import TOKEN
 from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe.loading import load_recipes
+from vllm_merge.search.halving import Halving
 
 
 @pytest.fixture
@@ -67,9 +68,15 @@ def test_a_recipe_that_is_served_already_is_not_added_again(search, merges, monk
 def test_a_search_that_ended_early_promotes_nothing(search, merges, monkeypatch):
     monkeypatch.setenv("VLLM_MERGE_ADMIN_TOKEN", TOKEN)
     arguments = ("--methods", "ties", "--candidates", 6, "--promote", "assistant", "--minutes", 1)
-    monkeypatch.setattr(
-        "vllm_merge.search.budget.Budget.seconds", property(lambda budget: 61.0 if budget.requests > 40 else 0.0)
-    )
+    finished, take = [], Halving._take
+
+    def taken(self, *arguments):
+        take(self, *arguments)
+        finished.append(arguments)
+
+    monkeypatch.setattr(Halving, "_take", taken)
+    # The minute is over once a candidate has finished a rung, whichever is the first.
+    monkeypatch.setattr("vllm_merge.search.budget.Budget.seconds", property(lambda budget: 61.0 if finished else 0.0))
     code, _, err = search(*arguments)
     assert code == 1
     assert "alias 'assistant' stays as it is: 1 minutes are over" in err
