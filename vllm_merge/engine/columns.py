@@ -21,7 +21,8 @@ from vllm_merge.algebra.coordinates import owner_matrix, owners
 from vllm_merge.algebra.symmetric import inverse_cholesky_each
 
 if TYPE_CHECKING:
-    from vllm_merge.engine.job import Batch, Job
+    from vllm_merge.engine.batches import Batch
+    from vllm_merge.engine.job import Job
     from vllm_merge.methods.registry import Lengths
 
 

@@ -17,7 +17,8 @@ from vllm_merge.errors import MergeError
 from vllm_merge.kernels import turns
 
 if TYPE_CHECKING:
-    from vllm_merge.engine.job import Job, Prepared
+    from vllm_merge.engine.batches import Prepared
+    from vllm_merge.engine.job import Job
 
 CANCELLED = 1e-7  # of the largest weighted task; float32 rounding
 

@@ -17,17 +17,17 @@ from torch import Tensor
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.held import held_stacks
 from vllm_merge.adapters.stacking import ModuleGroup, Sources, Stack, group_modules, stack_group
-from vllm_merge.algebra.coordinates import Bases, Coordinates, Grams, bases, coordinates, gram_pair
+from vllm_merge.algebra.coordinates import Grams, bases, coordinates, gram_pair
 from vllm_merge.algebra.cores import Cores
 from vllm_merge.algebra.factorwise import NOT_EXACT, FactorTasks
 from vllm_merge.algebra.overview import Overview
 from vllm_merge.algebra.ranks import RankPolicy
 from vllm_merge.algebra.tiles import BYTES_PER_ENTRY, Part, Tile, parts
-from vllm_merge.algebra.truncation import Batch as ToCut
-from vllm_merge.algebra.truncation import Strips, Truncated, truncate_each
+from vllm_merge.algebra.truncation import Truncated, truncate_each
 from vllm_merge.algebra.workspace import ModuleCost, Workspace
 from vllm_merge.artifact import MergeReport
 from vllm_merge.engine import finish, side_by_side
+from vllm_merge.engine.batches import Batch, Described, Merged, Prepared, runs
 from vllm_merge.engine.columns import ColumnSums
 from vllm_merge.engine.passes import JobPasses
 from vllm_merge.errors import MergeCancelled, MergeError
@@ -36,86 +36,6 @@ from vllm_merge.methods.resolve import ResolvedParameters
 
 LOW_ENERGY = 0.9
 TOGETHER = ("core", "knots")  # the spaces with K × K work, which is done at once for modules of any shapes
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Modules that are worked on at once. start: the position of the first among all modules of the merge."""
-
-    group: ModuleGroup
-    start: int
-    cost: ModuleCost
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """What the K × K work on a batch gives, and its parameters: all that is kept of it where its stack is not."""
-
-    batch: Batch
-    grams: Grams
-    bases: Bases
-    entries: Tensor
-    parameters: Mapping[str, Tensor]
-    lam: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A batch on the device, with its parameters: per adapter (modules, n) float64, λ (modules,) float64.
-
-    stack: its factors; None where they are made again when they are needed.
-    product: in space `factors`, the one task that its method has made of all; the coordinates then are of it.
-    """
-
-    batch: Batch
-    stack: Stack | None
-    grams: Grams
-    coordinates: Coordinates
-    parameters: Mapping[str, Tensor]
-    lam: Tensor
-    product: Stack | None = None
-
-    @classmethod
-    def joined(cls, several: Sequence[Prepared], cost: ModuleCost) -> Prepared:
-        """Batches whose coordinates have the same rows, columns and slots, as one whose ΔW are these coordinates. cost: of them."""
-        spaces = [one.coordinates for one in several]
-        group = ModuleGroup.joined([space.group.cored() for space in spaces])
-        left, right, entries = (
-            torch.cat([getattr(space, part) for space in spaces]) for part in ("left", "right", "entries")
-        )
-        grams = Grams.joined([one.grams for one in several])
-        first = several[0]
-        return cls(
-            Batch(group, first.batch.start, cost),
-            None,
-            grams,
-            Coordinates(group, left, right, None, None, entries),
-            {name: torch.cat([one.parameters[name] for one in several]) for name in first.parameters},
-            torch.cat([one.lam for one in several]),
-        )
-
-    def parameters_of(self, modules: slice, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Per-adapter parameters as a method gets them, (modules, n, 1, 1)."""
-        return {name: value[modules, :, None, None].to(dtype) for name, value in self.parameters.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """The merged coordinates of a batch, in strips. short: the smaller of rows and columns; tall: whether that is the columns.
-
-    finite: whether they are, (modules,); None where every pass over the strips looks. of: the batches they are of, with
-    what is known of each; None where that is made again when it is needed.
-    """
-
-    strips: Strips
-    finite: Tensor | None
-    short: int
-    tall: bool
-    of: Sequence[tuple[Batch, Prepared | None]]
-
-    def to_cut(self) -> ToCut:
-        """What `truncate_each` is given."""
-        return ToCut(self.strips, torch.tensor([sum(ranks) for batch, _ in self.of for ranks in batch.group.ranks]))
 
 
 @dataclass
@@ -334,26 +254,14 @@ class Job:
     @cached_property
     def _together(self) -> list[list[Batch]]:
         """The batches, those together whose coordinates have one shape and fit into the workspace with what is made of them."""
-        found: list[list[Batch]] = []
-        for batch in self.batches:
-            if found and self.workspace.holds and self.space in TOGETHER and self._fit_together([*found[-1], batch]):
-                found[-1].append(batch)
-            else:
-                found.append([batch])
-        return found
+        return runs(self.batches, self._fit_together)
 
     @cached_property
     def _merged_together(self) -> list[list[Batch]]:
         """The batches, those together that are cut at once: whole cores as one, others as far as what is merged fits."""
         if self.space == "core" and self.spec.whole_modules:
             return self._together
-        found: list[list[Batch]] = []
-        for batch in self.batches:
-            if found and self._fit_merged([*found[-1], batch]):
-                found[-1].append(batch)
-            else:
-                found.append([batch])
-        return found
+        return runs(self.batches, self._fit_merged)
 
     def _fit_merged(self, batches: Sequence[Batch]) -> bool:
         if self.space != "knots" or self.overview is not None or not self.workspace.holds:
@@ -371,6 +279,8 @@ class Job:
         return sum(n * cost.result for n, cost in each) + max(n * (cost.stack + cost.method) for n, cost in each)
 
     def _fit_together(self, batches: Sequence[Batch]) -> bool:
+        if self.space not in TOGETHER or not self.workspace.holds:
+            return False
         groups = [batch.group for batch in batches]
         core, *others = (group.cored() for group in groups)
         if any((other.shape, other.slots) != (core.shape, core.slots) for other in others):

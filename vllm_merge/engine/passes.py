@@ -15,7 +15,8 @@ from vllm_merge.algebra.cores import Cores
 from vllm_merge.algebra.tiles import Part, Tile
 
 if TYPE_CHECKING:
-    from vllm_merge.engine.job import Job, Prepared
+    from vllm_merge.engine.batches import Prepared
+    from vllm_merge.engine.job import Job
 
 
 class JobPasses:

@@ -16,7 +16,8 @@ from vllm_merge.algebra.coordinates import Grams
 from vllm_merge.errors import MergeError
 
 if TYPE_CHECKING:
-    from vllm_merge.engine.job import Batch, Job
+    from vllm_merge.engine.batches import Batch
+    from vllm_merge.engine.job import Job
 
 
 def fits(job: Job, group: ModuleGroup) -> bool:
