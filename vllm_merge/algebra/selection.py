@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from vllm_merge.algebra.tiles import TilePasses
+
 _FEW = 64
 _SIGNLESS_BITS = 31
 
@@ -53,3 +55,12 @@ def _digit_counts(values: Tensor, prefix: Tensor, low: int, width: int) -> Tenso
         owner = owners.expand(bits.shape[:2]).flatten()[found // (bits.shape[2] * bits.shape[3])]
         keys = ((bits.view(-1)[found] >> low) & ((1 << width) - 1)) | owner
     return torch.bincount(keys.flatten(), minlength=prefix.numel() << width).view(*prefix.shape, -1)
+
+
+def kth_largest_of(passes: TilePasses, counts: Tensor) -> Tensor:
+    """`kth_largest` of the entries of all tiles, by the GPU's kernels where they are made on the fly."""
+    if passes.on_the_fly:
+        from vllm_merge.kernels import selection
+
+        return selection.kth_largest(lambda: (tile.products() for tile in passes.tiles()), counts)
+    return kth_largest(lambda: ((tile.values, tile.modules) for tile in passes.tiles()), counts)

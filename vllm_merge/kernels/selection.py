@@ -163,6 +163,7 @@ def _kth_largest_by_digits(passes: Callable[[], Iterable[Products]], counts: Ten
                 products.modules.start, int(all_modules > 1), low, width, n, rows, columns, *products.strides,
                 DEPTH=products.depth, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, BINS=_BINS, num_warps=4,
             )  # fmt: skip
+            turns.between()
         digits = 1 << width
         from_top = histogram[..., :digits].flip(-1).cumsum(-1)
         above = (from_top < remaining[..., None]).sum(-1).clamp_max(digits - 1)

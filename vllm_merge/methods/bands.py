@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.selection import kth_largest
+from vllm_merge.algebra.selection import kth_largest_of
 from vllm_merge.algebra.tiles import Passes, Tile
 from vllm_merge.methods.rescaling import l1_factors
 from vllm_merge.methods.signs import merge_agreeing
@@ -37,17 +36,8 @@ class Bands:
         """The magnitude at a position, (all modules, n) float32; the bound where it cuts nothing off."""
         if everything:
             return torch.full((), bound, device=position.device).expand(self._passes.parameters["weight"].shape)
-        if self._passes.on_the_fly:
-            from vllm_merge.kernels import selection
-
-            found = selection.kth_largest(lambda: (tile.products() for tile in self._passes.tiles()), position)
-        else:
-            found = kth_largest(self._entries, position)
+        found = kth_largest_of(self._passes, position)
         return found.expand(self._passes.parameters["weight"].shape)
-
-    def _entries(self) -> Iterator[tuple[Tensor, slice]]:
-        for tile in self._passes.tiles():
-            yield tile.values, tile.modules
 
     def kept(self, tile: Tile) -> Tensor:
         """The tile's values with those outside the band set to 0, float32."""

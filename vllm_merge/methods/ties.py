@@ -14,7 +14,7 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor
 
-from vllm_merge.algebra.selection import kth_largest
+from vllm_merge.algebra.selection import kth_largest_of
 from vllm_merge.algebra.tiles import Tile, TilePasses
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
@@ -44,19 +44,12 @@ class TiesStatistics:
             thresholds = torch.zeros_like(density, dtype=torch.float32)
         else:
             # As the original keeps |x| ≥ the (d − ⌊d·density⌋)-th smallest, it keeps ⌊d·density⌋ + 1 of d entries.
-            thresholds = self._kth_largest((entries * density).long() + 1)
+            thresholds = kth_largest_of(passes, (entries * density).long() + 1)
         modules, n = passes.parameters["density"].shape
         self.threshold = thresholds.expand(modules, n)
         """Smallest magnitude that is kept, (all modules, n) float32."""
         self._counts = entries.new_zeros(modules, 2)
         self._asked = False
-
-    def _kth_largest(self, counts: Tensor) -> Tensor:
-        if self._passes.on_the_fly:
-            from vllm_merge.kernels import selection
-
-            return selection.kth_largest(lambda: (tile.products() for tile in self._passes.tiles()), counts)
-        return kth_largest(lambda: ((tile.values, tile.modules) for tile in self._passes.tiles()), counts)
 
     @cached_property
     def majority(self) -> Tensor:

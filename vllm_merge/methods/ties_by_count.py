@@ -10,7 +10,7 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from vllm_merge.algebra.factorwise import scaling_of
-from vllm_merge.algebra.selection import kth_largest
+from vllm_merge.algebra.selection import kth_largest_of
 from vllm_merge.algebra.tiles import Passes, Tile
 from vllm_merge.methods.factor_sides import Side
 from vllm_merge.methods.factor_ties import Election, elected
@@ -23,7 +23,7 @@ class CountStatistics:
 
     def __init__(self, passes: Passes, *, compat: str, **parameters: object) -> None:
         counts = (passes.entries[:, None] * passes.parameters["density"]).long().clamp_min(1)
-        self.threshold = kth_largest(lambda: ((tile.values, tile.modules) for tile in passes.tiles()), counts)
+        self.threshold = kth_largest_of(passes, counts)
         self.scaling = torch.ones_like(self.threshold)
         """alpha / r where PEFT multiplies the weights with it, (all modules, n) float32."""
         if compat == "peft":

@@ -47,11 +47,8 @@ ABANDONED_SECONDS = 3600  # a folder without a record that is older was left by 
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FOLDER = re.compile(r"\.?[0-9a-f]{64}(\.\w+)?")  # of an entry, or what a writer that ended has left of one
-UNTOLD = (
-    OSError,
-    ValueError,
-    NotImplementedError,
-)  # of a place that does not say when a file changed, or of a torn file
+# Of a place that does not say when a file changed, or of a torn file.
+UNTOLD = (OSError, ValueError, NotImplementedError)
 
 
 @dataclass(frozen=True)
