@@ -47,6 +47,21 @@ def test_best_approximation(monkeypatch: pytest.MonkeyPatch, exact_limit: int, g
     assert torch.allclose(result.energy, kept, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [8, 16, 32, 64])
+def test_a_flat_spectrum_keeps_99_percent_of_what_is_best(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Eight adapters of rank 16, trimmed to a fifth of their entries: 128 singular values that hardly fall, then a long tail."""
+    monkeypatch.setattr(truncation, "GRAM_LIMIT", 128)  # what reads strips needs no matrix of thousands then
+    generator = torch.Generator().manual_seed(1)
+    x = torch.zeros(640, 600)
+    for _ in range(8):
+        delta = torch.randn(640, 16, generator=generator) @ torch.randn(16, 600, generator=generator)
+        x += delta * (delta.abs() >= delta.abs().flatten().kthvalue(int(0.8 * delta.numel())).values)
+    best = torch.linalg.svdvals(x.double())[:rank].square().sum()
+    result = cut(x[None], RankPolicy(rank), strip=320)
+    lost = error(x[None], result)[0].square()
+    assert (x.double().square().sum() - lost) / best >= 0.99
+
+
 def test_factors_are_balanced() -> None:
     result = cut(matrices(), RankPolicy(5))
     assert torch.allclose(result.long.double().norm(dim=1), result.short.double().norm(dim=1), rtol=1e-5)
