@@ -34,7 +34,7 @@ from rates import Rates, Timed, timed
 from shapes import ModelShape, random_adapters, shape_of
 
 from vllm_merge import Adapter, merge
-from vllm_merge.adapters.peft import write_adapter
+from vllm_merge.adapters.peft import read_each, write_adapter
 
 PARTS = ("table", "files", "energy", "peers", "held_out", "growth")
 RUNS = 10
@@ -225,7 +225,7 @@ def from_files(bench: Bench, point: tuple[str, int, int]) -> None:
                 continue
 
             def act(case: Case = case) -> Any:
-                read = [Adapter.from_peft(folder) for folder in folders]
+                read = read_each(Adapter.from_peft, folders)
                 return merge(read, **case.arguments(), **bench.options())
 
             took, merged = timed(act, bench.device, 5, limit)

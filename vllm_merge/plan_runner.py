@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
-from vllm_merge.adapters.peft import read_adapter
+from vllm_merge.adapters.peft import read_adapter, read_each
 from vllm_merge.artifact import MergedAdapter, MergeReport
 from vllm_merge.engine import merge
 from vllm_merge.errors import MergeError
@@ -31,7 +31,7 @@ def run_plan(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    load_adapter: LoadAdapter = read_planned,
+    load_adapter: LoadAdapter | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
@@ -40,15 +40,17 @@ def run_plan(
     """Run `plan` and return its result in the plan's dtype, on `device` (default: the CPU).
 
     dtype: where given, it must be the plan's, because the digest stands for it. load_adapter: where the adapters
-    come from. progress, cancelled and workspace_bytes are those of `vllm_merge.engine.merge`, for every stage; report is
-    that of the last.
+    come from, one by one; by default their folders, several at a time. progress, cancelled and workspace_bytes are
+    those of `vllm_merge.engine.merge`, for every stage; report is that of the last.
     Stages before the last are merged in float32. A plan without stages gives the adapter itself, its scaling folded.
     """
     target = torch.device(device) if device is not None else torch.device("cpu")
     wanted: torch.dtype = getattr(torch, plan.dtype)
     if dtype is not None and dtype != wanted:
         raise MergeError(f"plan {plan.artifact_name} is for {plan.dtype}, not {dtype}; make the plan for that dtype")
-    loaded = {name: load_adapter(planned) for name, planned in plan.adapters.items()}
+    planned = plan.adapters.values()
+    adapters = read_each(read_planned, planned) if load_adapter is None else map(load_adapter, planned)
+    loaded = dict(zip(plan.adapters, adapters, strict=True))
     if plan.kind == "adapter":
         return _as_it_is(plan, loaded[plan.name], target, wanted)
     identities = plan.stage_identities()

@@ -207,13 +207,13 @@ def _variant(name: str) -> Variant:
 
 
 def _trained(folders: list[Path] | None, names: list[str]) -> dict[str, Adapter]:
-    from vllm_merge.adapters.peft import read_adapter
+    from vllm_merge.adapters.peft import read_adapter, read_each
 
     if not folders:
         return {}
     if len(folders) != len(names):
         raise UserInputError(f"--adapters: {len(folders)} adapters for {len(names)} tasks; give one for each, in order")
-    return {name: read_adapter(folder) for name, folder in zip(names, folders, strict=True)}
+    return dict(zip(names, read_each(read_adapter, folders), strict=True))
 
 
 def _print(facts: dict[str, Any]) -> None:

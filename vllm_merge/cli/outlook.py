@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, TypeAlias
 
+from vllm_merge.adapters.peft import read_each
 from vllm_merge.cli.files import Planned
 from vllm_merge.cli.output import ProgressBar, duration
 from vllm_merge.forecast.cautions import cautions
@@ -119,7 +120,7 @@ def outlook(prepared: Planned, device: str, bar: ProgressBar) -> Outlook:
     bounds = stage_bounds(plan, shapes)
     last = bounds[plan.name]
     started = time.perf_counter()
-    adapters = {name: read_planned(planned) for name, planned in plan.adapters.items()}
+    adapters = dict(zip(plan.adapters, read_each(read_planned, plan.adapters.values()), strict=True))
     read = time.perf_counter() - started
     overlap = Overlap(list(adapters.values()), lambda done, total: bar.update("Comparing the adapters", done, total))
     ranks = {name: {module: rank for module, (*_, rank) in mine.items()} for name, mine in shapes.items()}
