@@ -62,6 +62,7 @@ FIRST_LOADS = (
     5  # of vLLM's own; later ones are faster, in the pinned memory of adapters that had to leave (--max-cpu-loras)
 )
 MANY = 50  # recipes whose artifacts evict one another
+WARM_UP_SECONDS = 1.5  # of each case of the throughput, before any is measured
 WARM_UP = 0.2  # of the merges, before memory is looked at
 FEWEST = 4  # samples of the memory, however late it is
 Report = dict[str, Any]
@@ -167,6 +168,8 @@ class Serving:
         ]
         for rank, model in ((RANK, "rank16-0"), (SUM, "cached-0")):
             cases.append((f"plugin, merged rank {rank}", self._ours, model))
+        for _, client, model in cases:  # so that nothing is merged, hashed or loaded in a window
+            await tokens_per_second(client, model, WARM_UP_SECONDS)
         speeds: dict[str, list[float]] = {what: [] for what, _, _ in cases}
         order = random.Random(0)
         for _ in range(self._options.rounds):
