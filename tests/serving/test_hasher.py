@@ -34,7 +34,7 @@ def resident(device: str, dtype: torch.dtype) -> tuple[ResidentArtifact, str]:
 @pytest.mark.parametrize("chunk", [16, 1000, 16 << 20])
 def test_it_is_the_merged_adapters_hash(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several chunks, the last of them shorter, as in one."""
-    monkeypatch.setattr(hasher_module, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(hasher_module, "PIECE_BYTES", chunk)
     artifact, expected = resident("cpu", dtype)
     hasher = Hasher(torch.device("cpu"))
     assert hasher.tensors_sha256(artifact) == expected
@@ -60,6 +60,6 @@ def test_every_element_name_and_shape_enters_it() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hasher_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(hasher_module, "PIECE_BYTES", 1000)
     artifact, expected = resident("cuda", dtype)
     assert Hasher(torch.device("cuda")).tensors_sha256(artifact) == expected

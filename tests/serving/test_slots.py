@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from vllm_merge.serving.memory import slots as slots_module
 from vllm_merge.serving.memory.slots import SlotBuffer, SlotLayout, fill_with_torch, flat_copy
 
 SHAPES = [(8, 96), (160, 8), (8, 64), (96, 8), (8, 33), (1000, 8)]
@@ -81,6 +82,14 @@ def test_what_cannot_be_copied_is_refused_before_a_step_needs_it(bad):
     }[bad]
     with pytest.raises(ValueError, match="layer0 A"):
         slots.source(given)
+
+
+def test_what_comes_from_outside_is_copied_in_pieces(monkeypatch):
+    monkeypatch.setattr(slots_module, "COPIED_AT_ONCE", 100)
+    here, outside = torch.empty(10), torch.empty(10, device="meta")  # 40 bytes
+    sizes = [len(some) for some in slots_module._pieces([(here, outside)] * 7)]
+    assert (sum(sizes), max(sizes)) == (7, 3)
+    assert [len(some) for some in slots_module._pieces([(here, here)] * 7)] == [7]
 
 
 def test_a_flat_copy_is_one_aligned_storage():

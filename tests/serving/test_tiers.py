@@ -17,6 +17,7 @@ from vllm_merge.adapters.factors import LoraFactors, factors_sha256
 from vllm_merge.adapters.peft import read_adapter
 from vllm_merge.errors import UserInputError
 from vllm_merge.serving.memory import disk_tier
+from vllm_merge.serving.memory import packed as packed_module
 from vllm_merge.serving.memory import tiers as tiers_module
 from vllm_merge.serving.memory.arena import Arena
 from vllm_merge.serving.memory.disk_tier import DiskTier
@@ -88,7 +89,8 @@ def test_an_embedding_stays_one_in_every_tier(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_host_memory_gives_back_the_same_tensors(dtype):
+def test_host_memory_gives_back_the_same_tensors(dtype, monkeypatch):
+    monkeypatch.setattr(packed_module, "PIECE_BYTES", 1000)
     host, original = HostTier(1 << 20, CPU), artifact("a", dtype)
     assert host.put(Packed.of(original))
     with host.borrow(original.digest) as packed:
@@ -287,7 +289,7 @@ def test_an_artifact_that_cannot_be_copied_for_the_disk_is_offered_again(tmp_pat
         raise RuntimeError("cannot allocate memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "to", fails)
+        patch.setattr(torch, "empty_like", fails)
         with pytest.raises(RuntimeError, match="cannot allocate"):
             tiers.store(original)
     tiers.store(original)

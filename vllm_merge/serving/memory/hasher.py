@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from vllm_merge.adapters.factors import natural_key, tensor_header
-from vllm_merge.serving.memory.packed import SideStream
+from vllm_merge.serving.memory.packed import PIECE_BYTES, SideStream
 from vllm_merge.serving.memory.residency import ResidentArtifact
-
-CHUNK_BYTES = 4 << 20
 
 
 class Hasher:
@@ -20,7 +18,7 @@ class Hasher:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = SideStream(device)
-        self._chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._chunk = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def tensors_sha256(self, artifact: ResidentArtifact) -> str:
         """What `MergedAdapter.tensors_sha256` gives for the artifact's factors."""
@@ -33,8 +31,8 @@ class Hasher:
         return digest.hexdigest()
 
     def _update(self, digest: hashlib._Hash, data: Tensor) -> None:
-        for start in range(0, data.numel(), CHUNK_BYTES):
-            piece = data[start : start + CHUNK_BYTES]
+        for start in range(0, data.numel(), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
             here = self._chunk[: piece.numel()]
             with self._stream.use():
                 here.copy_(piece, non_blocking=True)

@@ -53,8 +53,7 @@ class HostTier:
                 del self._kept[oldest]
                 self._evicted += 1
             target = self._block[start : start + packed.nbytes]
-            with self._stream.use():
-                target.copy_(packed.data, non_blocking=True)
+            self._stream.copy(target, packed.data)
             self._kept[packed.digest] = _Kept(start, packed.at(target))
             return True
 

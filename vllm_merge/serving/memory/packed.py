@@ -14,6 +14,8 @@ from torch import Tensor
 from vllm_merge.adapters.factors import LoraFactors
 from vllm_merge.serving.memory.residency import ResidentArtifact
 
+PIECE_BYTES = 4 << 20  # copied at once; a GPU copies in turn, and the tokens of a step would wait for a whole artifact
+
 
 class SideStream:
     """`with stream.use(): …` copies on a stream of its own, so that no step waits for them; done when the block ends."""
@@ -29,6 +31,12 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
             self._stream.synchronize()
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy (bytes,) uint8 piece by piece: small copies of others go in between."""
+        for mine, its in zip(torch.split(target, PIECE_BYTES), torch.split(source, PIECE_BYTES), strict=True):
+            with self.use():
+                mine.copy_(its, non_blocking=True)
 
 
 @dataclass(frozen=True)

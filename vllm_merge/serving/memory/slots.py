@@ -9,13 +9,17 @@ merging thread. On the CPU the same lists are copied in a loop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_merge.kernels import turns
+
+COPIED_AT_ONCE = 4 << 20  # bytes that come from outside of a device
 TILE = 8192  # elements that one program of the kernel writes
 
 
@@ -134,7 +138,7 @@ def flat_copy(
     storage = torch.empty(sum(sizes), dtype=dtype, device=device)
     views: dict[str, tuple[Tensor, Tensor]] = {}
     at = 0
-    places: list[Any] = []
+    places: list[tuple[Tensor, Tensor]] = []
     for module, pair in factors.items():
         mine = []
         for tensor in pair:
@@ -143,5 +147,14 @@ def flat_copy(
             mine.append(view)
             at += -(-tensor.numel() // align) * align
         views[module] = (mine[0], mine[1])
-    torch._foreach_copy_([view for view, _ in places], [tensor for _, tensor in places], non_blocking=True)
+    for some in _pieces(places):
+        torch._foreach_copy_([view for view, _ in some], [tensor for _, tensor in some], non_blocking=True)
+        turns.between()
     return storage, views
+
+
+def _pieces(places: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Sequence[tuple[Tensor, Tensor]]]:
+    """Copies within a device at once; those from elsewhere in parts, since a GPU copies in turn what comes to it from outside."""
+    ends = np.cumsum([tensor.nbytes if tensor.device != view.device else 0 for view, tensor in places])
+    parts = ends // COPIED_AT_ONCE
+    yield from (places[first:last] for first, last in pairwise([0, *(np.diff(parts).nonzero()[0] + 1), len(places)]))

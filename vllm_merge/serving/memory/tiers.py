@@ -124,8 +124,10 @@ class Tiers:
                 return
             self._waiting[artifact.digest] = None
         try:
-            with self._stream.use():
-                copy = packed.at(packed.data.to("cpu", copy=True))  # what waits for a disk must not take up the cache
+            copy = packed.at(
+                torch.empty_like(packed.data, device="cpu")
+            )  # what waits for a disk must not take up the cache
+            self._stream.copy(copy.data, packed.data)
         except BaseException:  # no memory for the copy: it may be offered again
             with self._lock:
                 del self._waiting[artifact.digest]
