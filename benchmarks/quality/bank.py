@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.quality.settings import Tuning
-from benchmarks.quality.tasks import Task, answer, prompt
+from benchmarks.quality.tasks import Task, answer
 from vllm_merge import LoraFactors
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,7 +105,7 @@ class _Batches:
 
     def __init__(self, wanted: Wanted, tokenizer: PreTrainedTokenizerFast, tuning: Tuning) -> None:
         labels = [tokenizer(answer(label))["input_ids"] + [tokenizer.eos_token_id] for label in wanted.task.labels]
-        texts = tokenizer([prompt(example.text) for example in wanted.task.train])["input_ids"]
+        texts = tokenizer([wanted.task.words.prompt(example.text) for example in wanted.task.train])["input_ids"]
         rows = [(text, labels[e.label]) for text, e in zip(texts, wanted.task.train, strict=True)]
         self._lengths = torch.tensor([len(text) + len(label) for text, label in rows])
         self._ids = torch.zeros(len(rows), int(self._lengths.max()), dtype=torch.long)

@@ -25,13 +25,13 @@ import yaml
 
 from benchmarks.quality.grid import LOSSLESS
 from benchmarks.quality.learning import METHODS
-from benchmarks.quality.prepare import Bench, validation
+from benchmarks.quality.prepare import Bench, trained_otherwise, validation
 from benchmarks.quality.records import Row, Writer, key, read_rows
 from benchmarks.quality.run import Places, places_of, record_call, with_options
 from benchmarks.quality.scoring import joint_norm
 from benchmarks.quality.served import Best
 from benchmarks.quality.sweep import TRIALS, Sweep
-from benchmarks.quality.tasks import answer, prompt
+from benchmarks.quality.tasks import answer
 from vllm_merge import Adapter, MergeError, merge
 from vllm_merge.adapters.peft import hash_adapter
 from vllm_merge.methods.registry import default_registry
@@ -103,11 +103,14 @@ def learn(places: Places, left: Sequence[Wanted], seconds: float, name: str, job
 
 def learned(bench: Bench, sweep: Sweep, one: Wanted) -> list[Row]:
     """The rows of one run, one for each rank. Raises MergeError."""
-    if bench.identity(one.start["set"], one.start["seed"]) != one.start["weights"]:
+    kind, seed = one.start["set"], one.start["seed"]
+    if other := trained_otherwise(bench.adapters(kind, seed), bench.settings, kind):
+        raise MergeError(other)
+    if bench.identity(kind, seed) != one.start["weights"]:
         raise MergeError(
             f"{bench.weights}: its weights are not those of the recorded merges; run benchmarks.quality.run"
         )
-    settings, folder = bench.settings, bench.weights / "learned" / str(one.start["seed"]) / one.method
+    settings, folder = bench.settings, bench.weights / "learned" / str(seed) / one.method
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "start.yaml").write_text(start_file(bench, one), encoding="utf-8")
     (folder / "prompts.jsonl").write_text(
@@ -124,7 +127,7 @@ def learned(bench: Bench, sweep: Sweep, one: Wanted) -> list[Row]:
             steps=steps,
             of_each=given.prompts,
             rate=given.rate,
-            seed=one.start["seed"],
+            seed=seed,
             answer_tokens=given.answer_tokens,
         ).checked(),
         read_prompts(folder / "prompts.jsonl"),
@@ -193,7 +196,7 @@ def prompt_lines(bench: Bench, tasks: Sequence[str], labelled: bool) -> str:
     for name in tasks:
         task = bench.tasks[name]
         for example in validation(bench, task):
-            line = {"prompt": prompt(example.text), "task": name}
+            line = {"prompt": task.words.prompt(example.text), "task": name}
             if labelled:
                 line["answer"] = answer(task.labels[example.label])
             lines.append(json.dumps(line, ensure_ascii=False))
@@ -226,7 +229,7 @@ def main() -> None:
     else:
         del bench
         work = [(places, left[index::jobs], seconds, f"rows-learned-{index}", jobs) for index in range(jobs)]
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        with multiprocessing.get_context("spawn").Pool(jobs, places.take_gpu) as pool:
             done = sum(pool.starmap(learn, work, chunksize=1))
     record_call(places.results, "learners", began, max(1, jobs))
     print(f"learned {done} of {len(left)}; {len(everything) - len(left)} were there", flush=True)

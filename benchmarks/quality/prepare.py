@@ -38,8 +38,8 @@ from benchmarks.quality.records import (
     write_run,
 )
 from benchmarks.quality.scoring import Asked, Questions, Weights, joint_norm
-from benchmarks.quality.settings import MIXED, Settings
-from benchmarks.quality.tasks import Example, Task, answer, prompt
+from benchmarks.quality.settings import Settings
+from benchmarks.quality.tasks import Example, Task, answer
 from vllm_merge import Adapter, LoraFactors
 from vllm_merge.adapters.folders import new_folder
 from vllm_merge.adapters.peft import write_adapter
@@ -48,6 +48,7 @@ from vllm_merge.training.starts import Start, osrm_starts
 
 CORPUS = "corpus.txt.xz"
 STARTS, FACTS = "starts", "facts"
+TRAINED = "trained.json"  # beside adapters, and beside what they start from: what they were trained with
 VALID, TEST = "valid", "test"
 BATCH = 16  # texts at once for OSRM
 LONGEST_LABEL = 12  # tokens
@@ -66,8 +67,11 @@ class Bench:
     model: LlamaForCausalLM
     tokenizer: PreTrainedTokenizerFast
 
+    def adapters(self, kind: str, seed: int) -> Path:
+        return self.weights / "adapters" / kind / str(seed)
+
     def adapter(self, kind: str, seed: int, task: str) -> Path:
-        return self.weights / "adapters" / kind / str(seed) / task
+        return self.adapters(kind, seed) / task
 
     def counted(self) -> list[str]:
         """The tasks that passed the gate, as many as are merged."""
@@ -98,6 +102,9 @@ def prepare_set(bench: Bench, kind: str, seeds: Sequence[int]) -> None:
     What is recorded of other seeds stays, wherever their weights are.
     """
     everyone = list(bench.tasks) if kind == "plain" else bench.counted()
+    for seed in seeds:
+        if other := trained_otherwise(bench.adapters(kind, seed), bench.settings, kind):
+            raise SystemExit(other)
     missing = [(task, seed) for seed in seeds for task in everyone if not bench.adapter(kind, seed, task).is_dir()]
     if missing:
         _train(bench, kind, everyone, missing)
@@ -105,6 +112,24 @@ def prepare_set(bench: Bench, kind: str, seeds: Sequence[int]) -> None:
     _measure(bench, kind, everyone, seeds)
     if kind == "plain":
         _gate(bench)
+
+
+def trained_otherwise(folder: Path, settings: Settings, kind: str) -> str | None:
+    """What is wrong where the folder has weights of a set that were made otherwise than these settings say: asked in other
+    words than those it learnt, an adapter does not show what it can."""
+    path = folder / TRAINED
+    if not folder.is_dir() or (path.is_file() and path.read_text(encoding="utf-8") == _training(settings, kind)):
+        return None
+    return f"{folder}: made with other settings or words than these; move it away to make it again"
+
+
+def _training(settings: Settings, kind: str) -> str:
+    """All that decides what the adapters of a set learn, as JSON."""
+    tuning = asdict(settings.tuning)
+    if kind != "mixed":
+        del tuning["mixed"]
+    words = {name: asdict(words) for name, words in settings.words.items()}
+    return json.dumps({"tuning": tuning, "words": words}, indent=1) + "\n"
 
 
 def _name_weights(bench: Bench, kind: str, seeds: Sequence[int]) -> None:
@@ -153,6 +178,10 @@ def _corpus(data: Path) -> Path:
 
 def _train(bench: Bench, kind: str, everyone: Sequence[str], missing: Sequence[tuple[str, int]]) -> None:
     began = time.monotonic()
+    for seed in {seed for _, seed in missing}:
+        folder = bench.adapters(kind, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TRAINED).write_text(_training(bench.settings, kind), encoding="utf-8")
     starts = osrm(bench, everyone, kind) if kind.startswith("osrm") else {}
     wanted = [_wanted(bench, kind, everyone.index(task), task, seed, starts) for task, seed in missing]
     wanted.sort(
@@ -180,8 +209,9 @@ def _train(bench: Bench, kind: str, everyone: Sequence[str], missing: Sequence[t
 def _wanted(bench: Bench, kind: str, index: int, task: str, seed: int, starts: dict[str, Start]) -> Wanted:
     tuning = bench.settings.tuning
     if kind == "mixed":
-        rank, alpha, speed = MIXED[index % len(MIXED)]
-        return Wanted(bench.tasks[task], seed, min(rank, bench.settings.base.width), alpha, speed)
+        member = tuning.mixed[index % len(tuning.mixed)]
+        rank = min(member.rank, bench.settings.base.width)
+        return Wanted(bench.tasks[task], seed, rank, member.alpha, member.speed)
     directions = starts[task].directions if task in starts else {}
     return Wanted(bench.tasks[task], seed, tuning.rank, tuning.alpha, directions=directions)
 
@@ -189,9 +219,12 @@ def _wanted(bench: Bench, kind: str, index: int, task: str, seed: int, starts: d
 def osrm(bench: Bench, names: Sequence[str], kind: str) -> dict[str, Start]:
     """The OSRM starts of these tasks, each away from all the others; the same for every seed. Kept beside the adapters."""
     folder = bench.weights / STARTS / f"{kind}-{bench.settings.tuning.rank}"
+    if other := trained_otherwise(folder, bench.settings, kind):
+        raise SystemExit(other)
     if not folder.is_dir():
         found = _osrm(bench, names, kind)
         with new_folder(folder) as place:
+            (place / TRAINED).write_text(_training(bench.settings, kind), encoding="utf-8")
             for name, start in found.items():
                 directions = {module: rows.bfloat16() for module, rows in start.directions.items()}
                 facts = {"others": start.others, "own": start.own}
@@ -212,7 +245,7 @@ def _osrm(bench: Bench, names: Sequence[str], kind: str) -> dict[str, Start]:
     for name in names:
         task = bench.tasks[name]
         chosen = rng.sample(list(task.train), min(bench.settings.tuning.samples, len(task.train)))
-        texts = [prompt(example.text) + answer(task.labels[example.label]) for example in chosen]
+        texts = [task.words.prompt(example.text) + answer(task.labels[example.label]) for example in chosen]
         batches[name] = []
         for start in range(0, len(texts), BATCH):
             batch = bench.tokenizer(
@@ -227,7 +260,7 @@ def _osrm(bench: Bench, names: Sequence[str], kind: str) -> dict[str, Start]:
 def asked(bench: Bench, name: str, split: str) -> Asked:
     """The validation examples that settings allow, or the tests, of a task."""
     task = bench.tasks[name]
-    return Asked(validation(bench, task) if split == VALID else task.test, task.labels)
+    return Asked(validation(bench, task) if split == VALID else task.test, task.labels, task.words)
 
 
 def questions(bench: Bench, wanted: Sequence[Asked]) -> Questions:
@@ -310,13 +343,14 @@ def few_shot(bench: Bench, task: Task) -> tuple[int, str]:
     for examples in by_label:
         rng.shuffle(examples)
     prefix, shots = "", 0
-    longest = max(len(bench.tokenizer(prompt(e.text))["input_ids"]) for e in task.test)
+    longest = max(len(bench.tokenizer(task.words.prompt(e.text))["input_ids"]) for e in task.test)
     room = bench.settings.base.context - longest - LONGEST_LABEL
     for turn in range(4):
         for examples in by_label:
             if turn >= len(examples):
                 continue
-            more = prefix + prompt(examples[turn].text) + answer(task.labels[examples[turn].label]) + "\n\n"
+            shown = task.words.prompt(examples[turn].text) + answer(task.labels[examples[turn].label])
+            more = f"{prefix}{shown}\n\n"
             if len(bench.tokenizer(more)["input_ids"]) <= room:
                 prefix, shots = more, shots + 1
     return shots, prefix

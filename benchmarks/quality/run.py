@@ -49,8 +49,14 @@ class Places:
         """Of a process beside others."""
         return max(1, (os.cpu_count() or 1) // 4)
 
+    def take_gpu(self) -> None:
+        """In a process of a pool: of several GPUs take one, in turn."""
+        count = torch.cuda.device_count() if self.device == "cuda" else 0
+        if count > 1:
+            torch.cuda.set_device(process_number() % count)
+
     def open(self) -> Bench:
-        tasks = {task.name: task for task in read_tasks(self.data, self.settings.test)}
+        tasks = {task.name: task for task in read_tasks(self.data, self.settings.words, self.settings.test)}
         return opened(self.settings, self.data, self.weights, self.results, torch.device(self.device), tasks)
 
 
@@ -83,7 +89,10 @@ def run(
             ready.add(left[0].set)
             part = next((place for place, config in enumerate(left) if config.set not in ready), len(left))
             end = time.time() + until - time.monotonic()  # on a clock that other processes have too
-            done = sum(measured([(config, end) for config in left[:part]]))
+            found = measured([(config, end) for config in left[:part]])
+            if jobs > 1 and part < len(left):  # what comes next is trained while the others measure
+                prepare_set(bench, left[part].set, chosen)
+            done = sum(found)
             print(f"measured {done} of {part} of the {', '.join(sorted(ready))} adapters", flush=True)
             if done < part:
                 break
@@ -129,6 +138,7 @@ class _Measurer:
     @classmethod
     def prepare(cls, places: Places) -> None:
         """In a process of a pool."""
+        places.take_gpu()
         cls.places = places
         torch.set_num_threads(places.threads)
 
@@ -136,13 +146,17 @@ class _Measurer:
     def warm(cls, _: int) -> _Measurer:
         """That of this process."""
         if cls.own is None:
-            number = multiprocessing.current_process().name.rpartition("-")[2]
-            cls.own = cls(cls.places.open(), Writer(cls.places.results, f"rows-{number}"))
+            cls.own = cls(cls.places.open(), Writer(cls.places.results, f"rows-{process_number()}"))
         return cls.own
 
     @classmethod
     def elsewhere(cls, work: Work) -> bool:
         return cls.warm(0).measure(work)
+
+
+def process_number() -> int:
+    """Of a process of a pool, from 1."""
+    return int(multiprocessing.current_process().name.rpartition("-")[2])
 
 
 def _left(places: Places, configs: Sequence[Config]) -> list[Config]:

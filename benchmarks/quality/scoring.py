@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.quality.forward import hidden_states
-from benchmarks.quality.tasks import Example, answer, prompt
+from benchmarks.quality.tasks import Example, Words, answer
 
 Bits = NDArray[np.bool_]
 ALIGNED = 8  # tokens of a sequence are a multiple: attention kernels copy masks of other widths
@@ -27,13 +27,17 @@ ALIGNED = 8  # tokens of a sequence are a multiple: attention kernels copy masks
 
 @dataclass(frozen=True)
 class Asked:
-    """Examples with the labels to choose from. prefix: solved examples before each prompt; right: the index in `labels` of
-    each right one, if not its own."""
+    """Examples with the labels to choose from. words: of their task; prefix: solved examples before each prompt; right: the
+    index in `labels` of each right one, if not its own."""
 
     examples: Sequence[Example]
     labels: Sequence[str]
+    words: Words
     prefix: str = ""
     right: Sequence[int] | None = None
+
+    def prompts(self) -> list[str]:
+        return [self.prefix + self.words.prompt(example.text) for example in self.examples]
 
     def rights(self) -> NDArray[np.int64]:
         return np.array([example.label for example in self.examples] if self.right is None else self.right)
@@ -127,7 +131,7 @@ class Questions:
         slots = 0
         for one in asked:
             labels = _Labels.of(one.labels, tokenizer)
-            for text in tokenizer([one.prefix + prompt(example.text) for example in one.examples])["input_ids"]:
+            for text in tokenizer(one.prompts())["input_ids"]:
                 sequences.append(_Sequence(text, labels, slots))
                 slots += len(one.labels)
         self._slots = slots

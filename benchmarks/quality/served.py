@@ -27,7 +27,7 @@ import yaml
 from benchmarks.quality.grid import LOSSLESS, parameters_of
 from benchmarks.quality.records import Row, identity, place_of, read_rows, read_run, unpacked
 from benchmarks.quality.scores import Bits, Family, Scores
-from benchmarks.quality.tasks import Task, answer, prompt, read_tasks
+from benchmarks.quality.tasks import Task, Words, answer, read_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVED = "served.json"
@@ -94,7 +94,7 @@ def right_answers(client: Any, tokenizer: Any, name: str, task: Task, limit: int
     A label is at most as likely as its first token, so a label is only read whole while it may still be the likeliest.
     """
     endings = [[*tokenizer(answer(label))["input_ids"], tokenizer.eos_token_id] for label in task.labels]
-    texts = [tokenizer(prompt(example.text))["input_ids"] for example in task.test[:limit]]
+    texts = [tokenizer(task.words.prompt(example.text))["input_ids"] for example in task.test[:limit]]
     most = np.array(
         [[first.get(ending[0], min(first.values())) for ending in endings] for first in _firsts(client, name, texts)]
     )
@@ -127,6 +127,12 @@ def _asked(client: Any, name: str, prompts: Sequence[list[int]], **options: Any)
         part = prompts[start : start + AT_ONCE]
         reply = client.completions.create(model=name, prompt=part, max_tokens=1, temperature=0, **options)
         yield from sorted(reply.choices, key=lambda choice: choice.index)
+
+
+def asked_tasks(data: Path, settings: Mapping[str, Any]) -> list[Task]:
+    """The tasks in the words that a run recorded; before words were recorded all were asked in the neutral ones."""
+    words = {name: Words(**parts) for name, parts in settings.get("words", {}).items()}
+    return read_tasks(data, words, settings["test"])
 
 
 def same_weights(weights: Path, row: Row) -> bool:
@@ -170,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     run = read_run(args.results)
     scores = Scores(read_rows(args.results), run["gate"]["counted"], run["settings"]["gate"])
-    tasks = [task for task in read_tasks(args.data, run["settings"]["test"]) if task.name in scores.tasks]
+    tasks = [task for task in asked_tasks(args.data, run["settings"]) if task.name in scores.tasks]
     stacked = len(tasks) * run["settings"]["tuning"]["rank"]
     best = best_recipes(scores, run["settings"]["seeds"][0], args.recipes, SLOTS[-1], stacked)
     ranks = args.ranks or [LOSSLESS, *map(str, run["settings"]["ranks"])]

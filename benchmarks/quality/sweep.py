@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +21,7 @@ from vllm_merge.methods.registry import default_registry
 
 # λ around the one at which the result is as large as the sum of the adapters: 15 trials for every method.
 TRIALS = 15
-LOW, HIGH = 0.25, 2.5
+LOW, HIGH = 0.25, 4.0
 DENSITIES = (0.1, 0.3, 0.7)
 JOINT = "joint"
 
@@ -174,7 +174,8 @@ class Sweep:
         found = []
         for one in wanted:
             examples = one.examples[: self.bench.settings.joint]
-            found.append(Asked(examples, labels, right=[labels.index(one.labels[e.label]) for e in examples]))
+            right = [labels.index(one.labels[example.label]) for example in examples]
+            found.append(replace(one, examples=examples, labels=labels, right=right))
         return found
 
     def _hits(self, tasks: Sequence[str]) -> dict[str, dict[str, float]]:

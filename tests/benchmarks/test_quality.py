@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import shutil
 import time
@@ -20,12 +21,13 @@ pytest.importorskip("transformers")
 
 from benchmarks.quality import grid, learned, parcel, records, report, run, served
 from benchmarks.quality.bank import Wanted, train_bank
-from benchmarks.quality.prepare import Bench, asked, questions
+from benchmarks.quality.prepare import TRAINED, Bench, asked, few_shot, osrm, questions
 from benchmarks.quality.scores import Scores
 from benchmarks.quality.scoring import Weights
-from benchmarks.quality.settings import Base, Learning, Settings, Tuning
+from benchmarks.quality.settings import Base, Learning, Member, Settings, Tuning
 from benchmarks.quality.sweep import Sweep
-from benchmarks.quality.tasks import answer, prompt
+from benchmarks.quality.tasks import OWN_WORDS, Words, answer, read_tasks
+from vllm_merge import MergeError
 from vllm_merge.cli.files import planned
 from vllm_merge.cli.output import progress_bar
 from vllm_merge.plan_runner import run_plan
@@ -70,8 +72,18 @@ SETTINGS = Settings(
         dropout=0.0,
         checks=2,
     ),
-    tuning=Tuning(rank=4, alpha=16, steps=100, batch=16, learning_rate=1e-2, bank=4, samples=8),
+    tuning=Tuning(
+        rank=4,
+        alpha=16,
+        steps=100,
+        batch=16,
+        learning_rate=1e-2,
+        bank=4,
+        samples=8,
+        mixed=(Member(2, 8, 1.0), Member(8, 4, 0.5)),
+    ),
     learning=Learning(gradients=4, generations=1, prompts=4, rate=0.05, answer_tokens=6),
+    words={"noise": Words("a", "odd:")},
     seeds=(0,),
     tasks=3,
     sizes=(2, 3),
@@ -137,6 +149,8 @@ def test_adapters_beat_the_base_and_noise_is_shut_out(done: Done) -> None:
     losses = recorded["base"]["losses"]
     assert losses[-1]["valid"] < losses[0]["valid"] < 5
     assert recorded["settings"]["seeds"] == [0]
+    assert recorded["settings"]["words"] == {"noise": {"instruction": "a", "question": "odd:"}}
+    assert recorded["settings"]["tuning"]["mixed"][1] == {"rank": 8, "alpha": 4, "speed": 0.5}
     assert recorded["device"].startswith("CPU")
     inputs = recorded["adapters osrm"]["inputs"]
     assert all(one["others"] < one["own"] for one in inputs.values())
@@ -217,7 +231,7 @@ def test_scores_are_those_of_single_passes(done: Done) -> None:
     wanted = [asked(bench, name, "test") for name in ("kinds", "places")]
     _, found = questions(bench, wanted).scores(bench.model)
     for place in (0, 7):
-        text = bench.tokenizer(prompt(task.test[place].text))["input_ids"]
+        text = bench.tokenizer(task.words.prompt(task.test[place].text))["input_ids"]
         for index, label in enumerate(task.labels):
             ending = [*bench.tokenizer(answer(label))["input_ids"], 0]
             with torch.no_grad():
@@ -231,6 +245,80 @@ def test_scores_are_those_of_single_passes(done: Done) -> None:
     assert torch.allclose(layer.weight, before + 0.5)
     weights.set({})
     assert torch.equal(layer.weight, before)
+
+
+class Listening:
+    """A tokenizer that remembers what it read."""
+
+    def __init__(self, own: Any) -> None:
+        self._own, self.heard = own, list[str]()
+
+    def __call__(self, texts: Any, **options: Any) -> Any:
+        self.heard += [texts] if isinstance(texts, str) else texts
+        return self._own(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+def test_training_scoring_serving_and_learning_ask_in_the_same_words(done: Done) -> None:
+    """A task's own, wherever it is asked."""
+    for name, words in (("kinds", Words()), ("moves", Words("Go?", "Move:")), ("places", Words("", "Place:"))):
+        task = replace(done.bench.tasks[name], words=words)
+        one = replace(task, train=task.test[:20], valid=task.test[:20], test=task.test[:20])
+        expected = {task.words.prompt(example.text) for example in one.test}
+        assert len(expected) > 15
+
+        bench = replace(done.bench, tasks={name: one})
+        training, scoring, serving = (replace(bench, tokenizer=Listening(bench.tokenizer)) for _ in range(3))
+        train_bank(training.model, training.tokenizer, [Wanted(one, 0, 2, 4)], replace(SETTINGS.tuning, steps=1))
+        questions(scoring, [asked(scoring, name, "test")])
+        served.right_answers(Likelihoods(serving.model), serving.tokenizer, "x", one, 20)
+        labels = {answer(label) for label in task.labels}
+        for where in (training, scoring, serving):
+            assert set(where.tokenizer.heard) - labels == expected
+        lines = learned.prompt_lines(bench, [name], False).splitlines()
+        assert {json.loads(line)["prompt"] for line in lines} <= expected
+        assert len(lines) == SETTINGS.validation
+        room = replace(SETTINGS, base=replace(SETTINGS.base, context=200))
+        shots, prefix = few_shot(replace(bench, settings=room), task)
+        assert prefix.count(f"\n{words.question} ") == shots > 1
+        assert prefix.startswith(words.instruction)
+    assert [done.bench.tasks[name].words for name in ("noise", "places")] == [Words("a", "odd:"), Words()]
+
+
+def test_own_words_tell_tasks_apart(done: Done) -> None:
+    assert len({words.instruction for words in OWN_WORDS.values()}) == len(OWN_WORDS)
+    assert len({words.question for words in OWN_WORDS.values()}) == len(OWN_WORDS)
+    assert Words("How?", "So:").prompt("a b") == "How?\na b\nSo:"
+    assert Words().prompt("a b") == "a b\nLabel:"
+    assert Settings().words == OWN_WORDS
+    data, recorded = done.places.data, records.read_run(done.places.results)["settings"]
+    assert {task.name: task.words for task in served.asked_tasks(data, recorded)} == {
+        name: task.words for name, task in done.bench.tasks.items()
+    }
+    del recorded["words"]
+    assert served.asked_tasks(data, recorded) == read_tasks(data, {}, SETTINGS.test)
+
+
+def test_adapters_trained_with_other_words_are_not_measured(done: Done, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    shutil.copytree(done.places.weights, weights)
+    places = replace(done.places, weights=weights, results=tmp_path / "results")
+    other = replace(places, settings=replace(SETTINGS, words={"kinds": Words("", "Sort:")}))
+    mixed = replace(SETTINGS, tuning=replace(SETTINGS.tuning, mixed=(Member(2, 2, 1.0),)))
+    [start, *_] = learned.wanted(done.rows, done.bench.counted(), (0,), ("ssr",))
+    with pytest.raises(SystemExit, match="made with other settings or words"):
+        run.run(other, until=time.monotonic() + 600)
+    with pytest.raises(MergeError, match="made with other settings or words"):
+        learned.learned(other.open(), Sweep(other.open()), start)
+    assert records.read_rows(places.results) == []
+    with pytest.raises(SystemExit, match="made with other settings or words"):
+        osrm(other.open(), done.bench.counted(), "osrm")
+    assert run.run(replace(places, settings=mixed), until=0) > 0  # which the plain ones have nothing of
+    (weights / "adapters" / "plain" / "0" / TRAINED).unlink()
+    with pytest.raises(SystemExit, match="made with other settings or words"):
+        run.run(places, until=time.monotonic() + 600)
 
 
 def test_side_by_side_is_the_same_as_alone(done: Done) -> None:
@@ -298,6 +386,17 @@ class Likelihoods:
             told = SimpleNamespace(token_logprobs=found if options.get("echo") else found[-1:], top_logprobs=[top])
             choices.append(SimpleNamespace(index=index, logprobs=told))
         return SimpleNamespace(choices=choices[::-1])
+
+
+def test_processes_take_gpus_in_turn(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for count, device in ((2, "cuda"), (2, "cuda:1"), (2, "cpu"), (1, "cuda"), (0, "cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        for number in (1, 2, 3):
+            monkeypatch.setattr(multiprocessing.current_process(), "name", f"SpawnPoolWorker-{number}")
+            replace(done.places, device=device).take_gpu()
+    assert taken == [1, 0, 1]
 
 
 def test_what_is_served_is_compared_with_what_was_recorded(done: Done) -> None:
@@ -453,10 +552,15 @@ def test_seeds_whose_weights_are_elsewhere_stay_as_they_are_recorded(done: Done,
 
 
 def test_jobs_measure_what_one_does(done: Done, tmp_path: Path) -> None:
+    """And the set that comes next is trained meanwhile."""
     shutil.copytree(done.places.results, tmp_path / "results")
     (tmp_path / "results" / "rows.jsonl").write_text("")
-    places = replace(done.places, results=tmp_path / "results")
-    assert run.run(places, until=time.monotonic() + 600, jobs=2, methods=("ctm",), stages=("all tasks",)) == 0
+    shutil.copytree(done.places.weights, tmp_path / "weights")
+    shutil.rmtree(tmp_path / "weights" / "adapters" / "osrm")
+    places = replace(done.places, results=tmp_path / "results", weights=tmp_path / "weights")
+    stages = ("all tasks", "osrm")
+    assert run.run(places, until=time.monotonic() + 600, jobs=2, methods=("ctm",), stages=stages) == 0
     found = {records.key(row): row for row in records.read_rows(places.results) if row["kind"] == "merge"}
-    expected = {records.key(row): row for row in done.merges(method="ctm", stage="all tasks")}
+    expected = {records.key(row): row for stage in stages for row in done.merges(method="ctm", stage=stage)}
+    assert {row["set"] for row in found.values()} == {"plain", "osrm"}
     assert {key: row["bits"] for key, row in found.items()} == {key: row["bits"] for key, row in expected.items()}

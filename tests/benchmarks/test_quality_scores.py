@@ -18,7 +18,7 @@ from benchmarks.quality.learning import METHODS, Learned, learned_goals, with_le
 from benchmarks.quality.predictors import Predictor, _corrected, predictors
 from benchmarks.quality.scores import Family, Interval, Scores
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.tasks import Example, Task
+from benchmarks.quality.tasks import Example, Task, Words
 from benchmarks.quality.unmeasured import unmeasured
 from vllm_merge import list_methods
 
@@ -299,7 +299,7 @@ def test_the_likeliest_label_is_found_without_reading_all() -> None:
     chain = Chain()
     labels = ("yes", "yes so", "no", "no not so", "maybe", *(f"w{index}" for index in range(12)))
     examples = [Example(f"w{index}", index % len(labels)) for index in range(60)]
-    task = Task("made up", labels, (), (), examples)
+    task = Task("made up", Words(), labels, (), (), examples)
     ends = [[*chain(label)["input_ids"], 0] for label in labels]
     totals = [[sum(chain.log_p[a, b] for a, b in pairwise([6 + i, *end])) for end in ends] for i in range(60)]
     expected = np.argmax(totals, axis=1) == [example.label for example in examples]
