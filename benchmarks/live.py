@@ -38,7 +38,7 @@ STREAMS = 16
 SETTLE = 1.0  # seconds that streams run before they are watched
 ANSWER = 3900  # tokens of a stream's answer: longer than a window, and short of --max-model-len
 QUICK: dict[str, Any] = {"shape": "small", "eager": True, "window": 4.0, "acts": 3, "cold": 3}
-QUICK |= {"cache_gib": 0.2, "merges": 60, "rounds": 1, "round_seconds": 2.0, "kv_gib": 1}
+QUICK |= {"cache_gib": 0.2, "host_gib": 0.05, "merges": 60, "rounds": 1, "round_seconds": 2.0, "kv_gib": 1}
 
 
 def server_arguments(parser: argparse.ArgumentParser, port: int) -> None:

@@ -194,7 +194,7 @@ class Serving:
         """Ask 50 recipes in turn, whose artifacts evict one another, and look at the memory every few merges."""
         options, client = self._options, self._ours
         every = max(1, options.merges // 50)
-        done, samples = [0], [await client.memory()]
+        done, samples, before = [0], [await client.memory()], await self._merges()
         started = time.monotonic()
         for index in range(options.merges):
             await client.first_token(f"many-{index % MANY}")
@@ -202,17 +202,24 @@ class Serving:
                 done.append(index + 1)
                 samples.append(await client.memory())
                 self.report["memory"] = growth(done, samples)
+                save(options.out, self.report)
                 if time.monotonic() > options.started + options.seconds and len(done) >= FEWEST:
                     break
         seconds = (time.monotonic() - started) / done[-1]
         held = {name: round(value / 1e6) for name, value in samples[-1].items()}
-        self.report["memory"]["held_at_the_end"] = (await client.get("/v1/merge/artifacts"))["data"]
         told = self.report["memory"]
+        told["merged"] = await self._merges() - before
+        told["held_at_the_end"] = (await client.get("/v1/merge/artifacts"))["data"]
         print(
-            f"memory over merges {told['from_merge']} to {done[-1]}, {seconds:.3f} s each: MB per merge "
-            f"{told['mb_per_merge']}; MB at the end {held}",
+            f"memory over requests {told['from_merge']} to {done[-1]} ({told['merged']} merges from the first on), "
+            f"{seconds:.3f} s each: MB per merge {told['mb_per_merge']}; MB at the end {held}",
             flush=True,
         )
+
+    async def _merges(self) -> int:
+        """How many the first worker has made."""
+        worker = (await self._ours.get("/v1/merge/artifacts"))["data"][0]
+        return int(worker["merges"])
 
 
 def own_loads(seconds: list[float]) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ merging thread. On the CPU the same lists are copied in a loop.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -135,7 +136,7 @@ def flat_copy(
     """
     align = max(1, 16 // dtype.itemsize)
     sizes = [-(-tensor.numel() // align) * align for pair in factors.values() for tensor in pair]
-    storage = torch.empty(sum(sizes), dtype=dtype, device=device)
+    storage = _storage(sum(sizes), dtype, device)
     views: dict[str, tuple[Tensor, Tensor]] = {}
     at = 0
     places: list[tuple[Tensor, Tensor]] = []
@@ -151,6 +152,16 @@ def flat_copy(
         torch._foreach_copy_([view for view, _ in some], [tensor for _, tensor in some], non_blocking=True)
         turns.between()
     return storage, views
+
+
+def _storage(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(elements,), not filled. On the CPU pages of its own, which the system has again at once when nobody uses them any more: in
+    malloc's heap, artifacts that come and go leave holes between those that stay, and hundreds of merges fill a machine with them.
+    """
+    if device.type != "cpu" or not elements:
+        return torch.empty(elements, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def _pieces(places: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Sequence[tuple[Tensor, Tensor]]]:
