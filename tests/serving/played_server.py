@@ -386,7 +386,7 @@ async def played_server(config: Path, *, apis: int = 1, **settings: Any) -> Asyn
     variables = {f"VLLM_MERGE_{name}": str(value) for name, value in wanted.items() if value is not None}
     manager = PlayedManager()
     folder = Path(tempfile.mkdtemp(prefix="vm-"))  # a socket's path must be short
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model=BASE))
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model=BASE, revision=None))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         variables |= {CONFIG_VARIABLE: str(config), RUNTIME_DIR_VARIABLE: str(folder)}

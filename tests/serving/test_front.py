@@ -366,7 +366,7 @@ def test_an_eager_recipe_that_fails_stops_the_start_or_only_itself(on_error, whe
 
 
 def test_what_a_file_says_of_misses_reaches_its_names():
-    facts = {"base_model_hash": "b", "dtype": "float32", "max_lora_rank": 64}
+    facts = {"base_model": "b", "base_revision": None, "base_model_hash": "b", "dtype": "float32", "max_lora_rank": 64}
     names = resolve_names(ROOT / "configs" / "on_miss.yaml", facts, Catalogue(), {}).names
     said = {name: (names[name].on_miss, names[name].fallback) for name in ("first", "second", "third", "assistant")}
     assert said == {

@@ -14,7 +14,13 @@ from tests.conftest import DEMO
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.serving.control.names import resolve_names
 
-FACTS = {"base_model_hash": "0" * 64, "dtype": "float32", "max_lora_rank": 64}
+FACTS = {
+    "base_model": "an/unknown-base",
+    "base_revision": None,
+    "base_model_hash": "0" * 64,
+    "dtype": "float32",
+    "max_lora_rank": 64,
+}
 RECIPE = "{{merge_method: linear, adapters: [{{adapter: add}}]{more}}}"
 
 

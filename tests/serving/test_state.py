@@ -14,7 +14,13 @@ from vllm_merge.serving.control.names import Names, resolve_names
 from vllm_merge.serving.control.state import State
 
 ROOT = Path(__file__).resolve().parents[2]
-FACTS = {"base_model_hash": "0" * 64, "dtype": "float32", "max_lora_rank": 64}
+FACTS = {
+    "base_model": "an/unknown-base",
+    "base_revision": None,
+    "base_model_hash": "0" * 64,
+    "dtype": "float32",
+    "max_lora_rank": 64,
+}
 
 
 @pytest.fixture(scope="module")

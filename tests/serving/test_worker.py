@@ -117,7 +117,7 @@ def serve(merges, monkeypatch):
         for name, value in changes.items():
             monkeypatch.setenv(f"VLLM_MERGE_{name.upper()}", str(value))
         parallel = SimpleNamespace(world_size=1, data_parallel_size=1)
-        config = SimpleNamespace(model_config=SimpleNamespace(model="base"), parallel_config=parallel)
+        config = SimpleNamespace(model_config=SimpleNamespace(model="base", revision=None), parallel_config=parallel)
         path = Path(tempfile.mkdtemp(prefix="vm-")) / "worker-1.sock"  # a socket's path must be short
         service = WorkerService(SimpleNamespace(device="cpu"), config, path, None)
         service.start()

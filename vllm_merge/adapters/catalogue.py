@@ -40,7 +40,8 @@ class AdapterSummary:
 @dataclass(frozen=True)
 class RegisteredAdapter:
     """An adapter of the catalogue; `shapes` is {module: (d_out, d_in, rank)}. continues: the sequential method that can
-    go on from it, if one made it. embeddings: which of the modules are embeddings."""
+    go on from it, if one made it. embeddings: which of the modules are embeddings. base_revision: of the base model that it
+    was trained on, where its configuration says so."""
 
     name: str
     path: Path
@@ -48,6 +49,7 @@ class RegisteredAdapter:
     shapes: Mapping[str, tuple[int, int, int]]
     continues: str | None = None
     embeddings: frozenset[str] = frozenset()
+    base_revision: str | None = None
 
 
 class Catalogue:
@@ -80,7 +82,9 @@ class Catalogue:
             dtypes=found.dtypes,
             warnings=found.warnings,
         )
-        adapter = RegisteredAdapter(name, folder, summary, found.modules, found.continues, found.embeddings)
+        adapter = RegisteredAdapter(
+            name, folder, summary, found.modules, found.continues, found.embeddings, found.config.revision
+        )
         with self._lock:
             self._adapters[name] = adapter
         return adapter

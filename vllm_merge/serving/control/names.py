@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vllm_merge.recipe.plan import Plan, make_adapter_plan, make_plan
 from vllm_merge.recipe.safety import refusal
 from vllm_merge.recipe.schema import AdapterEntry
 from vllm_merge.recipe_files import check_precondition, load_recipes
+from vllm_merge.serving.control.another_base import another_base
 from vllm_merge.serving.experiments.arm_slots import check_slots
 
 logger = logging.getLogger("vllm_merge")
@@ -47,11 +48,12 @@ class Name:
 
 @dataclass(frozen=True)
 class Names:
-    """Everything that one reading of the recipe file gave."""
+    """Everything that one reading of the recipe file gave. warnings: of adapters, by name, where there are any."""
 
     recipes: RecipeFile
     names: Mapping[str, Name]
     plans: Mapping[str, Plan]  # by digest
+    warnings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def resolve_names(
@@ -74,9 +76,10 @@ def resolve_names(
     recipes = _with_recipes(recipes, added or {}, facts["max_lora_rank"])
     hashes: dict[str, str] = {}
     broken: dict[str, str] = {}
+    warnings: dict[str, tuple[str, ...]] = {}
     for name, source in recipes.adapters.items():
         try:
-            catalogue.register(name, source.path, source.revision)
+            warnings |= _warnings(catalogue, name, source, facts)
             hashes[name] = catalogue.content_hash(name)
         except MergeError as error:
             broken[name] = str(error)
@@ -118,7 +121,20 @@ def resolve_names(
         check_slots(recipes, names, facts["max_loras"], datetime.now(UTC))
     for name, experiment in recipes.experiments.items():
         names[name] = _of_experiment(name, experiment, names)
-    return Names(recipes, names, plans)
+    return Names(recipes, names, plans, warnings)
+
+
+def _warnings(
+    catalogue: Catalogue, name: str, source: AdapterEntry, facts: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Register an adapter, and say what differs from the base model that it was trained on; what is new goes to the log, too."""
+    before = catalogue.get(name) if name in catalogue.names() else None
+    adapter = catalogue.register(name, source.path, source.revision)
+    found = another_base(adapter, facts["base_model"], facts["base_revision"])
+    if adapter != before:
+        for warning in found:
+            logger.warning("adapter %s: %s", name, warning)
+    return {name: found} if found else {}
 
 
 def _with_recipes(file: RecipeFile, added: Mapping[str, Any], max_rank: int) -> RecipeFile:

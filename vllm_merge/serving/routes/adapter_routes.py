@@ -90,4 +90,5 @@ def _row(state: State, name: str, given: Collection[str]) -> AdapterRow:
         digest=digest,
         content_hash=next((adapter.content_hash for adapter in planned), None),
         reason=(known.reason or None) if known is not None else "vLLM was given it, and it cannot be merged",
+        warnings=list(state.names.warnings.get(name, ())),
     )

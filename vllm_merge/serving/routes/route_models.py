@@ -228,6 +228,7 @@ class AdapterRow(BaseModel):
     digest: str | None
     content_hash: str | None
     reason: Told | None = Field(description="Why it cannot be served.")
+    warnings: list[Told] = Field(description="Where it was trained on another base model, revision or chat template.")
 
 
 class AdapterList(BaseModel):

@@ -130,6 +130,7 @@ class WorkerService:
             "device": str(self._device),
             "device_name": torch.cuda.get_device_name(self._device) if gpu else "cpu",
             "base_model": self._base_model,
+            "base_revision": vllm_config.model_config.revision,
             "base_model_hash": base_model_hash(self._base_model),
         }
         self._line = Line(settings.queue)
