@@ -72,7 +72,8 @@ def _above(scores: Scores, text: str, source: str, one: Family, two: Family) -> 
     seeds = scores.common_seeds((one, two))
     own, other = scores.score(one, seeds, beside=two), scores.score(two, seeds, beside=one)
     both = f"{100 * own.value:.1f} against {100 * other.value:.1f}"
-    return Claim(text, source, _verdict(difference), f"{difference.in_words(sign=True)}; {both}")
+    fewer = f"; {counted(len(seeds), 'seed')}" if len(seeds) < scores.seeds else ""
+    return Claim(text, source, _verdict(difference), f"{difference.in_words(sign=True)}; {both}{fewer}")
 
 
 def _best_at(scores: Scores, family: Family) -> Claim:
@@ -116,4 +117,17 @@ def _reaches(scores: Scores, text: str, goal: float, size: int, rank: str) -> Cl
         return Claim(text, "goal", UNMEASURED, "")
     score = scores.score(best)
     verdict = HELD if score.value >= goal else FAILED
-    return Claim(text, "goal", verdict, f"{score.in_words()}, {best.method} in {best.space}")
+    found = f"{score.in_words()}, {best.method} in {best.space}"
+    those = [f for f in scores.families if (f.set, f.size, f.rank) == ("plain", size, rank)]
+    seeds = len(scores.families[best])
+    if seeds < scores.seeds:
+        found += f"; {counted(len(those), 'method')} measured, at {counted(seeds, 'seed')}"
+    other = max(those, key=lambda family: scores.score(family).value)
+    if other != best:
+        found += f"; best on the tests, which choose nothing: {scores.score(other).in_words()}, {other.method} in {other.space}"
+    return Claim(text, "goal", verdict, found)
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """1 seed, 2 seeds."""
+    return f"{count} {one if count == 1 else several or f'{one}s'}"

@@ -85,20 +85,19 @@ def learned_goals(scores: Scores, learned: Sequence[Learned], rank: int | str) -
         if not mine:
             continue
         answers = [sign_of(one) for one in mine]
-        text = f"each learned merge beats the best without data, {'lossless' if at == LOSSLESS else f'at rank {at}'}"
+        text = f"each learned merge beats the best without data, {_at(at)}"
         verdict = HELD if set(answers) == {"yes"} else FAILED if "no" in answers else UNDECIDED
         facts = f"{answers.count('yes')} of {len(mine)} above {mine[0].over}, {answers.count('no')} below"
         found.append(Claim(text, "goal", verdict, facts))
     return found
 
 
-def learned_table(learned: Sequence[Learned], tasks: int) -> Iterator[str]:
+def learned_table(learned: Sequence[Learned], scores: Scores) -> Iterator[str]:
     """Score, seconds and gain of each learned merge, the best first."""
     if not learned:
         return
-    yield f"## Merges that learn, {tasks} tasks\n"
     yield "By `vllm-merge tune` from the plain adapters and the validation examples, from task arithmetic (AdaMerging++ from KnOTS-TIES). Gain:"
-    yield "over the best merge of the same rank that learns nothing, on the same seeds. Score and gain in %, with 95 % intervals."
+    yield "over the best merge of the same rank on validation that learns nothing, on the same seeds. Score and gain in %, with 95 % intervals."
     jobs = max(one.jobs for one in learned)
     yield f"Seconds are those of learning, on a device that up to {jobs} learners shared. Labels: for λ alone, or to learn by.\n"
     yield "| method | rank | labels | score | gain | over | seeds | seconds |\n|---|---|---|---|---|---|---|---|"
@@ -108,10 +107,25 @@ def learned_table(learned: Sequence[Learned], tasks: int) -> Iterator[str]:
             f"{one.gain.in_words(sign=True) if one.gain else ''} | {one.over if one.gain else ''} | {one.seeds} | {one.seconds:.0f} |"
         )
     yield ""
+    for rank in dict.fromkeys(one.rank for one in learned):
+        rival, chosen = best_without_data(scores, rank, on_tests=True), best_without_data(scores, rank)
+        mine = [(one, scores.difference(_family(scores, one), rival)) for one in learned if one.rank == rank and rival]
+        if rival is not None and rival != chosen:
+            gains = ", ".join(f"{one.method} {gain.in_words(sign=True)}" for one, gain in mine if gain is not None)
+            yield f"On the tests {rival.method} in {rival.space} is the better one, {_at(rank)}. Over it: {gains}.\n"
 
 
-def best_without_data(scores: Scores, rank: str) -> Family | None:
-    """The best on validation of all tasks at a rank, of those that learn nothing."""
+def _family(scores: Scores, one: Learned) -> Family:
+    return Family("plain", len(scores.tasks), one.method, SPACE, one.rank)
+
+
+def _at(rank: str) -> str:
+    return LOSSLESS if rank == LOSSLESS else f"at rank {rank}"
+
+
+def best_without_data(scores: Scores, rank: str, on_tests: bool = False) -> Family | None:
+    """The best on validation of all tasks at a rank, or on the tests, of those that learn nothing."""
     size = len(scores.tasks)
     those = [f for f in scores.families if (f.set, f.size, f.rank) == ("plain", size, rank) and f.space != SPACE]
-    return max(those, key=scores.validation, default=None)
+    value = (lambda family: scores.score(family).value) if on_tests else scores.validation
+    return max(those, key=value, default=None)

@@ -11,11 +11,12 @@ from benchmarks.quality.grid import FIRST, LOSSLESS
 from benchmarks.quality.scores import Family, Scores
 
 COLOURS = 10  # before they come again
+LEAST_RANKS = 3  # two are in the table already
 SHOWN = 24  # rows of a plot that would have one for every method
 
 
 def write_plots(scores: Scores, folder: Path) -> list[str]:
-    """Write those that there is data for; their file names. None without matplotlib, which is said."""
+    """Write those that there is data for, and remove the others; the names of the files. None without matplotlib, which is said."""
     try:
         import matplotlib
     except ImportError:
@@ -34,9 +35,12 @@ def write_plots(scores: Scores, folder: Path) -> list[str]:
     }
     for name, plot in plots.items():
         figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
+        path = folder / f"{name}.png"
         if plot(axis, scores):
-            figure.savefig(folder / f"{name}.png", dpi=110)
-            written.append(f"{name}.png")
+            figure.savefig(path, dpi=110)
+            written.append(path.name)
+        else:
+            path.unlink(missing_ok=True)
         pyplot.close(figure)
     return written
 
@@ -60,6 +64,7 @@ def _seconds(axis: Any, scores: Scores) -> bool:
         if places:
             label = "several seeds" if several else "one seed"
             axis.scatter(*zip(*places, strict=True), color=colour, s=18, label=label)
+        if 0 < len(mine) < len(those):
             axis.legend(fontsize=7)
     for place, family in enumerate(those):
         x, y = scores.seconds(family), 100 * scores.score(family).value
@@ -85,7 +90,7 @@ def _ranks(axis: Any, scores: Scores) -> bool:
         }
         ranks = sorted(int(rank) for rank in those if rank != LOSSLESS)
         names = [*map(str, ranks), *([LOSSLESS] if LOSSLESS in those else [])]
-        if len(names) > 1:
+        if len(names) >= LEAST_RANKS:
             axis.plot(names, [those[name] for name in names], lines[drawn // COLOURS], label=f"{method} {space}")
             drawn += 1
     axis.set(xlabel="rank of the result", ylabel="score, %", title=f"{len(scores.tasks)} tasks, one seed")

@@ -52,6 +52,7 @@ TRAINED = "trained.json"  # beside adapters, and beside what they start from: wh
 VALID, TEST = "valid", "test"
 BATCH = 16  # texts at once for OSRM
 LONGEST_LABEL = 12  # tokens
+CPU_TOKENS = 1024  # at once: what stays in a CPU's caches is read in half the time
 
 
 @dataclass
@@ -265,7 +266,9 @@ def asked(bench: Bench, name: str, split: str) -> Asked:
 
 def questions(bench: Bench, wanted: Sequence[Asked]) -> Questions:
     """Packed for the bench's model."""
-    return Questions(wanted, bench.tokenizer, bench.device, bench.settings.tokens_at_once)
+    most = bench.settings.tokens_at_once
+    at_once = min(most, CPU_TOKENS) if bench.device.type == "cpu" else most
+    return Questions(wanted, bench.tokenizer, bench.device, at_once)
 
 
 def on_device(factors: Mapping[str, LoraFactors], device: torch.device) -> dict[str, LoraFactors]:

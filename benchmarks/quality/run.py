@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 
 from benchmarks.quality.grid import Config, estimate, plan
-from benchmarks.quality.prepare import Bench, opened, prepare_set
+from benchmarks.quality.prepare import Bench, machine, opened, prepare_set
 from benchmarks.quality.records import Writer, begin_anew, key, read_rows, read_run, write_run
-from benchmarks.quality.settings import PRESETS, Settings
+from benchmarks.quality.settings import ADAPTER_SETS, PRESETS, Settings
 from benchmarks.quality.sweep import Sweep
 from benchmarks.quality.tasks import read_tasks
 
@@ -68,6 +68,7 @@ def run(
     methods: Sequence[str] | None = None,
     stages: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
+    sets: Sequence[str] = ADAPTER_SETS,
 ) -> int:
     """All of it, or what these allow, until time.monotonic() is `until`; how many merges are left."""
     chosen = places.settings.seeds if seeds is None else seeds
@@ -79,7 +80,8 @@ def run(
         least = min(LEAST_TASKS, places.settings.tasks)
         if len(tasks) < least:
             raise SystemExit(f"at least {least} tasks must count; see `gate` of {places.results}/run.json")
-        configs = [config for config in plan(places.settings, tasks, methods, stages) if config.seed in chosen]
+        configs = plan(places.settings, tasks, methods, stages)
+        configs = [config for config in configs if config.seed in chosen and config.set in sets]
         left = _left(places, configs)
         seconds = estimate(left, read_rows(places.results), bench.device.type, jobs)
         print(f"{len(configs)} merges, {len(left)} left: about {seconds / 60:.0f} minutes with {jobs} jobs", flush=True)
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--stages", nargs="+", help="only these, such as 'all tasks' osrm mixed '4 tasks' pairs ranks")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these; the weights of others need not be here")
+    parser.add_argument("--sets", nargs="+", choices=ADAPTER_SETS, default=ADAPTER_SETS, help="merges of these alone")
     parser.add_argument("--anew", action="store_true", help="first forget all rows; the base and its record stay")
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
@@ -179,23 +182,33 @@ def main() -> None:
         begin_anew(results)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `repeatable` needs before the first product
     began = time.monotonic()
-    left = run(places, until=until, jobs=args.jobs, methods=args.methods, stages=args.stages, seeds=args.seeds)
-    record_call(results, "merges", began, args.jobs)
+    left = run(
+        places,
+        until=until,
+        jobs=args.jobs,
+        methods=args.methods,
+        stages=args.stages,
+        seeds=args.seeds,
+        sets=args.sets,
+    )
+    record_call(places, "merges", began, args.jobs)
     if left:
         print(f"{left} merges left; the same command goes on, and benchmarks.quality.report shows what is there")
         return
-    from benchmarks.quality.report import PAGE, TUNING, write_report
+    from benchmarks.quality.report import write_editions, write_report
 
-    full = args.preset == "full"
-    write_report(results, PAGE if full else places.weights / "evidence.md", TUNING if full else None)
+    if results == RESULTS:
+        write_editions()
+    else:
+        write_report(results, results / "evidence.md")
 
 
-def record_call(results: Path, what: str, began: float, jobs: int) -> None:
-    """In run.json: the minutes that a call took, from time.monotonic() at its start."""
-    content = read_run(results)
+def record_call(places: Places, what: str, began: float, jobs: int) -> None:
+    """In run.json: on what a call ran, and its minutes, from time.monotonic() at its start."""
+    content = read_run(places.results)
     minutes = round((time.monotonic() - began) / 60, 2)
-    call = {"what": what, "device": content["device"], "minutes": minutes, "jobs": jobs}
-    write_run(results, {**content, "calls": [*content.get("calls", []), call]})
+    call = {"what": what, "device": machine(torch.device(places.device)), "minutes": minutes, "jobs": jobs}
+    write_run(places.results, {**content, "calls": [*content.get("calls", []), call]})
 
 
 def with_options(parser: argparse.ArgumentParser) -> None:

@@ -112,6 +112,11 @@ class Scores:
         }
 
     @cached_property
+    def seeds(self) -> int:
+        """How many the plain adapters were trained with."""
+        return len({row["seed"] for row in self.singles.values() if row["set"] == "plain"})
+
+    @cached_property
     def left_out(self) -> list[LeftOut]:
         """Of the tasks that count, the adapters that learnt too little to measure by."""
         mine = [row for row in self.singles.values() if row["task"] in self.tasks]

@@ -137,4 +137,4 @@ SMALL = Settings(
     gate=0.05,
     tokens_at_once=8192,
 )
-PRESETS = {"full": Settings(), "small": SMALL}
+PRESETS = {"full": Settings(), "same-words": Settings(name="same-words", words={}), "small": SMALL}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.grid import FIRST, LOSSLESS, Config, parameters_of
-from benchmarks.quality.prepare import TEST, VALID, Bench, asked, on_device, questions
+from benchmarks.quality.prepare import TEST, VALID, Bench, asked, machine, on_device, questions
 from benchmarks.quality.records import Row, packed
 from benchmarks.quality.scoring import Asked, Questions, Weights, joint_norm
 from vllm_merge import Adapter, MergedAdapter, MergeError, merge
@@ -59,7 +59,7 @@ class Sweep:
     def measure(self, config: Config) -> Row:
         """The row of a configuration; with `error` where the method refuses."""
         began = time.monotonic()
-        row = {**config.row(), "weights": self._identity(config.set, config.seed)}
+        row = {**config.row(), "weights": self._identity(config.set, config.seed), "device": machine(self.bench.device)}
         try:
             best = max(self._trials(config), key=lambda trial: trial.score)
         except MergeError as error:

@@ -28,7 +28,7 @@ def unmeasured(run: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
     runs = {seed: [m for m in METHODS if key(_learned(tasks, seed, m)) not in there] for seed in settings.seeds}
     if not left and not any(runs.values()):
         return
-    yield "## Not measured\n\nThe plan goes on where time ended. What no merge was measured of says nothing, for or against a method.\n"
+    yield "The plan goes on where time ended. What no merge was measured of says nothing, for or against a method.\n"
     yield "| adapters | tasks | rank | merges measured | planned |\n|---|---|---|---|---|"
     for (kind, size, rank), places in left.items():
         yield f"| {kind} | {size} | {rank} | {len(done.intersection(places))} | {len(places)} |"

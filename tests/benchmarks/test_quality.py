@@ -167,6 +167,7 @@ def test_every_configuration_is_measured_once(done: Done) -> None:
     for row in done.merges():
         assert "error" not in row
         assert len(row["weights"]) == 12
+        assert row["device"].startswith("CPU")
         assert set(row["bits"]) == set(row["tasks"])
         assert all(len(records.unpacked(bits)) == 60 for bits in row["bits"].values())
         assert (row["density"] is None) == (row["method"] == "task_arithmetic")
@@ -203,7 +204,7 @@ def test_the_page_has_tables_and_verdicts(done: Done, tmp_path: Path) -> None:
         f"| {claim['text']} | {claim['source']} | **{claim['verdict']}** |" in text for claim in summary["claims"]
     )
     assert {path.name for path in done.places.results.glob("*.png")} == {
-        f"{name}.png" for name in ("seconds", "ranks", "osrm", "tasks")
+        f"{name}.png" for name in ("seconds", "osrm", "tasks")
     }
     assert json.loads((done.places.results / "summary.json").read_text())["families"] == summary["families"]
     again = page.read_text()
@@ -218,6 +219,9 @@ def test_a_run_goes_on_where_it_was_cut(done: Done, tmp_path: Path) -> None:
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:-2], lines[-1][:40]]))  # one is missing, one was cut in the middle of a line
     assert run.run(places, until=0, methods=METHODS, stages=STAGES) == 2
+    gone = [json.loads(line)["set"] for line in lines[-2:]]
+    assert run.run(places, until=0, methods=METHODS, stages=STAGES, sets=("osrm",)) == gone.count("osrm")
+    assert run.run(places, until=0, methods=METHODS, stages=STAGES, sets=("plain",)) == gone.count("plain")
     assert run.run(places, until=time.monotonic() + 600, methods=METHODS, stages=STAGES) == 0
     after = {records.key(row): row for row in records.read_rows(places.results)}
     assert after.keys() == {records.key(row) for row in done.rows}
