@@ -15,7 +15,7 @@ from shapes import ModelShape
 from vllm_merge import list_methods
 
 SVD = 20  # operations of a small SVD over K³ (Golub and Van Loan, Matrix Computations, table 8.6.1)
-OVERSAMPLING = 16  # columns that a range finder needs beyond the rank
+OVERSAMPLING = 16  # columns that a range finder needs beyond the rank, at the least: the engine takes more
 TABLE = ("8b", 8, 16)  # what the goals are for: shape, adapters, rank
 GIB = 1 << 30
 

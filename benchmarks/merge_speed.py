@@ -6,9 +6,9 @@
 
 Parts, in this order: `table` (the merges that have a goal), `files` (the same from safetensors files in the page cache),
 `energy` (what the truncation of `delta` rules keeps against the exact one), `peers` (PEFT and the published KnOTS route,
-each on a subset of modules, scaled by their number), `held_out` (points that `calibrate.py` checks the forecast of
-`vllm-merge plan` with), `growth` (over adapters, ranks, shapes and layers). The file is written after every row, so that a run that
-is cut keeps what it has. A row's floor is the larger of the times that its bytes take at the copy rate and its operations
+each on a subset of modules, scaled by their number), `growth` (over adapters, ranks, shapes and layers), `held_out` (other points,
+that the forecast of `vllm-merge plan` is checked with). Each has a share of the time, so that a run cut short has some of all; what a
+part leaves over goes to those after it. The file is written after every row, so that a run that is cut keeps what it has. A row's floor is the larger of the times that its bytes take at the copy rate and its operations
 at the rate of matrix products, both measured in the same run.
 """
 
@@ -30,13 +30,15 @@ import torch
 from growth import exponents
 from merge_cases import TABLE, Case, Work, by_names
 from plots import plot_speed
-from rates import Rates, Timed, timed
+from rates import Rates, Timed, shares, timed
 from shapes import ModelShape, random_adapters, shape_of
 
 from vllm_merge import Adapter, merge
 from vllm_merge.adapters.peft import read_each, write_adapter
+from vllm_merge.algebra.truncation import OVERSAMPLING
+from vllm_merge.plan_runner import WORKSPACE_BYTES
 
-PARTS = ("table", "files", "energy", "peers", "held_out", "growth")
+PARTS = {"table": 6, "files": 1, "energy": 1, "peers": 1, "growth": 2, "held_out": 1}  # and their shares of the time
 RUNS = 10
 GROWING = ("linear", "tsv_m", "knots_ties", "knots_ties_r64", "delta_ties_r64")
 FROM_FILES = ("linear", "knots_ties", "delta_ties_r64")
@@ -66,7 +68,7 @@ CPU_GOAL = 2.0  # seconds for a closed form at POINT["cpu"] on two cores
 
 @dataclass
 class Bench:
-    """One run: what it writes, and until when."""
+    """One run: what it writes, and until when: the end of the part that is measured."""
 
     device: str
     out: Path
@@ -182,6 +184,7 @@ class Bench:
             "fastest": round(took.fastest, 6),
             "slowest": round(took.slowest, 6),
             "runs": took.runs,
+            "busy_seconds": took.busy,
             "layers": shape.layers,
             "modules": 7 * shape.layers,
             "input_bytes": inputs,
@@ -268,7 +271,9 @@ def points_of(options: argparse.Namespace, kind: str) -> list[tuple[str, int, in
 def run(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     """Yield the name of each part once it is done."""
     points = points_of(options, bench.kind)
-    for part in options.parts:
+    weights = [PARTS[part] for part in options.parts]
+    for part, deadline in zip(options.parts, shares(bench.left, weights), strict=True):
+        bench.deadline = deadline
         if part == "table":
             table(bench, points)
         elif part == "files":
@@ -291,11 +296,14 @@ def run(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
             shape, n, r = shape_of(points[0][0]), points[0][1], points[0][2]
             adapters = bench.adapters(shape, n, r)
             bench.facts["energy"] = []
-            for case in bench.cases:
-                if case.name in ENERGY and bench.left > 0:
-                    found = kept_against_exact(case, adapters, bench.device, min(bench.left, options.energy_seconds))
-                    bench.facts["energy"].append({"case": case.name, "shape": shape.name, "n": n, "r": r, **found})
-                    print(f"energy   {case.name:20} {found}", flush=True)
+            cut = [case for case in bench.cases if case.name in ENERGY]
+            for case, end in zip(cut, shares(bench.left, [1] * len(cut)), strict=True):
+                seconds = min(end - time.monotonic(), options.energy_seconds)
+                if seconds <= 0:
+                    continue
+                found = kept_against_exact(case, adapters, bench.device, seconds)
+                bench.facts["energy"].append({"case": case.name, "shape": shape.name, "n": n, "r": r, **found})
+                print(f"energy   {case.name:20} {found}", flush=True)
         bench.save()
         yield part
 
@@ -344,23 +352,26 @@ def main() -> None:
         None if options.workspace_mib is None else options.workspace_mib << 20,
         options.report,
     )
-    gpu = bench.kind == "cuda"
+    gpu, threads = bench.kind == "cuda", torch.get_num_threads()
     bench.facts = {
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {threads} thread{'s' if threads > 1 else ''}",
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "machine": platform.machine(),
         "load": None if gpu else [round(load, 2) for load in os.getloadavg()],
         "report": options.report,
+        "workspace_bound": bench.workspace_bytes or WORKSPACE_BYTES,
+        "oversampling": OVERSAMPLING,
         "unit": "seconds, bytes",
     }
     if options.add and options.out.exists():
         before = json.loads(options.out.read_text())
         bench.rows, bench.peers = before["rows"], before["peers"]
+        bench.rates = bench.rates.best(Rates(**before["rates"]))
         bench.facts |= {key: before[key] for key in ("energy", "not_measured") if key in before}
     print(bench.facts["device"], bench.rates.to_dict(), flush=True)
     for part in run(bench, options):
-        print(f"-- {part} done, {bench.left:.0f} s left", flush=True)
+        print(f"-- {part} done, {deadline - time.monotonic():.0f} s left", flush=True)
     print("\n".join(exponents(bench.rows)))
     plot_speed(options.out)
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from rates import shares
 from shapes import ModelShape, shape_of
 from torch import Tensor, nn
 
@@ -39,18 +40,10 @@ def measure_peers(point: tuple[str, int, int], device: str, seconds: float) -> I
         ("peft", f"add_weighted_adapter {kind}", 1, partial(_peft, kind, n, r, device)) for kind in PEFT_TYPES
     ]
     tasks.append(("knots", "TIES after torch.linalg.svd of all", n, partial(_knots, n, r, device)))
-    deadlines = _shares(seconds, len(tasks))
+    deadlines = shares(seconds, [1] * len(tasks))
     for (peer, what, wide, prepare), deadline in zip(tasks, deadlines, strict=True):
         found = _by_sum(shape, prepare, wide, deadline, device)
         yield {"peer": peer, "what": what, "shape": shape.name, "n": n, "r": r, **found}
-
-
-def _shares(seconds: float, count: int) -> Iterator[float]:
-    """When each of `count` tasks stops; what one leaves over, those after it have."""
-    end = time.monotonic() + seconds
-    for remaining in range(count, 0, -1):
-        now = time.monotonic()
-        yield now + (end - now) / remaining
 
 
 def _by_sum(shape: ModelShape, prepare: Prepare, wide: int, deadline: float, device: str) -> dict[str, Any]:

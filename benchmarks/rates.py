@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -46,6 +46,11 @@ class Rates:
         pinned = host.nbytes / best_seconds(lambda: target.copy_(host, non_blocking=True), on)
         return cls(speed.bytes, speed.operations, max(half, speed.operations), pinned, pageable, speed.call)
 
+    def best(self, other: Rates) -> Rates:
+        """What was measured at another time as well: a machine that does other things can only seem slower than it is."""
+        mine, theirs = asdict(self), asdict(other)
+        return Rates(**{name: (min if name == "call_seconds" else max)(mine[name], theirs[name]) for name in mine})
+
     def floors(self, work: Work) -> tuple[float, float]:
         """The least seconds that the bytes need, and that the operations need."""
         return (
@@ -57,15 +62,26 @@ class Rates:
         return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
 
 
+def shares(seconds: float, weights: Sequence[float]) -> Iterator[float]:
+    """When, on the monotonic clock, each of some tasks stops; what one leaves over, those after it share by their weights."""
+    end = time.monotonic() + seconds
+    for index, weight in enumerate(weights):
+        now = time.monotonic()
+        yield now + (end - now) * weight / sum(weights[index:])
+
+
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """seconds: the median of `runs`; peak: most bytes on the device beside what was there before, None on a CPU."""
+    """seconds: the median of `runs`; peak: most bytes on the device beside what was there before, None on a CPU; busy: on a
+    CPU with one thread, the least seconds that it worked, whatever else the machine did meanwhile; else None.
+    """
 
     seconds: float
     fastest: float
     slowest: float
     runs: int
     peak: int | None
+    busy: float | None
 
 
 def timed(act: Callable[[], T], device: str, runs: int, limit: float) -> tuple[Timed, T]:
@@ -76,13 +92,16 @@ def timed(act: Callable[[], T], device: str, runs: int, limit: float) -> tuple[T
     gpu = torch.device(device).type == "cuda"
     deadline = time.perf_counter() + limit
 
+    worked: list[float] = []
+
     def once() -> tuple[float, T]:
         if gpu:
             torch.cuda.synchronize()
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         result = act()
         if gpu:
             torch.cuda.synchronize()
+        worked.append(time.process_time() - busy)
         return time.perf_counter() - started, result
 
     before = torch.cuda.memory_allocated() if gpu else 0
@@ -98,4 +117,5 @@ def timed(act: Callable[[], T], device: str, runs: int, limit: float) -> tuple[T
         del result
         seconds, result = once()
         found.append(seconds)
-    return Timed(statistics.median(found), min(found), max(found), len(found), peak), result
+    least = min(worked) if not gpu and torch.get_num_threads() == 1 else None
+    return Timed(statistics.median(found), min(found), max(found), len(found), peak, least), result

@@ -30,6 +30,18 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
+@pytest.fixture
+def told_by_calibrate(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs calibrate.py with these arguments, in this process, and gives what it prints."""
+
+    def act(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["calibrate.py", *arguments])
+        script("calibrate").main()
+        return capsys.readouterr().out
+
+    return act
+
+
 def run(name: str, *arguments: str) -> str:
     result = subprocess.run(
         [sys.executable, str(FOLDER / name), *arguments],
@@ -42,9 +54,9 @@ def run(name: str, *arguments: str) -> str:
     return result.stdout
 
 
-def test_rows_are_written_fitted_and_checked(tmp_path: Path) -> None:
+def test_rows_are_written_fitted_and_checked(tmp_path: Path, told_by_calibrate: Any) -> None:
     out, constants = tmp_path / "speed.json", tmp_path / "calibration.json"
-    point = ["--device", "cpu", "--shapes", "small:1,small:2,small:3,small:4", "--n", "2", "--r", "4"]
+    point = ["--device", "cpu", "--shapes", "small:1,small:2,small:3,small:4,small:5", "--n", "2", "--r", "4"]
     run(
         "merge_speed.py",
         *point,
@@ -70,10 +82,13 @@ def test_rows_are_written_fitted_and_checked(tmp_path: Path) -> None:
         assert 0 < row["floor_seconds"] < row["seconds"]
         # A weighted sum whose terms are put side by side holds nothing else.
         assert row["peak_bytes"] >= row["input_bytes"] + row["result_bytes"]
-    content["rows"] += [{**content["rows"][2], "part": "held_out"}]
-    out.write_text(json.dumps(content))
-    told = run("calibrate.py", str(out), "--out", str(constants))
-    assert "1 of 1 held-out points" in told or "0 of 1 held-out points" in told
+    assert (content["workspace_bound"], content["oversampling"]) == (2 << 30, 64)
+    told = told_by_calibrate(str(out), "--out", str(constants))
+    assert "of 10 rows within a factor 2" in told, "each of five points is foretold from four"
+    assert "no forecast" not in told
+    checked = told_by_calibrate("--check", str(out), "--out", str(constants))
+    assert "as shipped" in checked
+    assert "of 10 rows within a factor 2" in checked
     (entry,) = json.loads(constants.read_text())["devices"]
     assert entry["costs"].keys() == {"linear/core/whole", "tsv_m/core/whole"}
 
@@ -98,6 +113,30 @@ def test_what_is_not_known_is_said(arguments: list[str], word: str, tmp_path: Pa
     assert result.returncode == 2
     assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_device_that_was_not_calibrated_is_skipped_and_said(tmp_path: Path, told_by_calibrate: Any) -> None:
+    constants, out = tmp_path / "calibration.json", tmp_path / "speed.json"
+    known = {"device": "Some GPU", "type": "cuda", "speed": {}, "costs": {}}
+    constants.write_text(json.dumps({"devices": [known]}))
+    facts = {"device": "CPU, 3 threads", "workspace_bound": 2 << 30, "oversampling": 64, "rows": []}
+    out.write_text(json.dumps(facts))
+    told = told_by_calibrate("--check", str(out), "--out", str(constants))
+    assert told == "CPU, 3 threads: skipped, calibration.json knows Some GPU\n"
+
+
+def test_parts_share_the_time_by_their_weights_and_leave_over_what_they_do_not_need(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = script("rates")
+    now = [100.0]
+    monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
+    ends = rates.shares(60, [3, 2, 1])
+    assert next(ends) == 130
+    now[0] = 112.0  # it took 12 of its 30 seconds
+    assert next(ends) == 112 + 48 * 2 / 3
+    now[0] = 150.0  # and this one longer than it had
+    assert next(ends) == 160
 
 
 def test_constants_are_found_and_never_negative(script: Any) -> None:

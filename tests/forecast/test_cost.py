@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from vllm_merge.forecast import cost
-from vllm_merge.forecast.cost import Calibration, Cost, DeviceCost, calibrations, cost_on
+from vllm_merge.forecast.cost import BOUND, Calibration, Cost, DeviceCost, calibrations, cost_on
 from vllm_merge.forecast.probe import Speed, measure_speed
 from vllm_merge.forecast.work import QUANTITIES, ModuleSize
+from vllm_merge.plan_runner import WORKSPACE_BYTES
 
 MODULES = [ModuleSize(10, 6, (2, 1), 3)] * 4
 SPEED = Speed(bytes=1e9, operations=1e12, call=1e-6)
-COST = Cost(seconds={"fixed": 1.0, "stacked": 0.5, "grams": 0.25}, workspace={"modules": 100.0}, workspace_limit=350.0)
+COST = Cost(
+    seconds={"fixed": 1.0, "stacked": 0.5, "grams": 0.25}, workspace={"modules": 100.0}, workspace_share=350 / BOUND
+)
 
 
 def a_calibration(device: str = "Some GPU", kind: str = "cuda") -> Calibration:
@@ -27,10 +30,17 @@ def test_seconds_are_the_sum_of_constants_times_work() -> None:
     assert found[0] == 1 + 4 * (0.5 * 48 + 0.25 * 144)
 
 
-def test_the_workspace_has_a_limit() -> None:
+def test_the_workspace_is_a_share_of_the_bound_at_most() -> None:
     even = a_calibration().slower(None)
     assert COST.predict("knots", MODULES[:2], even)[1] == 200
     assert COST.predict("knots", MODULES, even)[1] == 350
+    assert COST.of_work({"fixed": 1, "stacked": 0, "grams": 0, "modules": 4}, even, BOUND // 2)[1] == 175
+    assert BOUND == WORKSPACE_BYTES, "what a merge may hold that is not told another bound"
+
+
+def test_a_workspace_that_the_bound_alone_decides() -> None:
+    dense = Cost(seconds={}, workspace={}, workspace_share=0.5)
+    assert dense.predict("delta", MODULES[:1], a_calibration().slower(None))[1] == BOUND / 2
 
 
 def test_a_slower_device_takes_longer_at_what_it_is_slower_at() -> None:
@@ -72,6 +82,7 @@ def test_a_cpu_is_probed() -> None:
 
 
 def test_the_shipped_constants_are_whole() -> None:
+    assert {calibration.type for calibration in calibrations()} >= {"cuda"}
     for calibration in calibrations():
         assert calibration.type in ("cpu", "cuda")
         assert calibration.costs, f"{calibration.device} has no way to merge"
@@ -79,4 +90,4 @@ def test_the_shipped_constants_are_whole() -> None:
             every: dict[str, Any] = {**constants.seconds, **{f"w {k}": v for k, v in constants.workspace.items()}}
             assert {name.removeprefix("w ") for name in every} <= QUANTITIES.keys()
             assert all(value > 0 for value in every.values())
-            assert constants.workspace_limit > 0
+            assert 0 < constants.workspace_share < 1.5

@@ -3,29 +3,29 @@
 
 import pytest
 
+from vllm_merge.algebra.symmetric import LARGEST_AT_ONCE
 from vllm_merge.forecast.work import QUANTITIES, ModuleSize, case_key, quantities
 
 MODULE = ModuleSize(d_out=10, d_in=6, ranks=(2, 1), rank=3)
 
 
-def test_the_quantities_of_a_module_by_hand() -> None:
-    assert quantities("knots", [MODULE]) == {
-        "fixed": 1,
-        "modules": 1,
-        "pairs": 2,
-        "stacked": 3 * 16,
-        "grams": 9 * 16,
-        "cores": 27,
-        "entries": 2 * 3 * 6,
-        "products": 0,
-        "sketch": 0,
-    }
+@pytest.mark.parametrize("space", ["core", "knots", "factors"])
+def test_the_quantities_of_a_module_by_hand(space: str) -> None:
+    found = {"fixed": 1, "modules": 1, "stacked": 3 * 16, "grams": 9 * 16}
+    assert quantities(space, [MODULE]) == dict.fromkeys(QUANTITIES, 0) | found
 
 
-def test_only_delta_has_dense_entries() -> None:
-    found = quantities("delta", [MODULE])
-    assert (found["entries"], found["products"], found["sketch"]) == (2 * 60, 3 * 60, 3 * 60)
-    assert quantities("core", [MODULE])["entries"] == 0
+def test_delta_has_dense_entries_in_place_of_stacks() -> None:
+    found = {"fixed": 1, "modules": 1, "entries": 2 * 60, "products": 3 * 60, "sketch": (3 + 2) * 60}
+    assert quantities("delta", [MODULE], oversampling=2) == dict.fromkeys(QUANTITIES, 0) | found
+    assert quantities("delta", [MODULE], oversampling=64)["sketch"] == 6 * 60, "no matrix has more columns than it has"
+
+
+def test_matrices_that_the_kernels_do_not_take_count_by_themselves() -> None:
+    most = LARGEST_AT_ONCE // 4
+    small, large = ModuleSize(4096, 4096, (most,) * 4, 8), ModuleSize(4096, 4096, (most + 1,) * 4, 8)
+    assert [quantities("core", [module])["beyond"] for module in (small, large)] == [0, (4 * most + 4) ** 3]
+    assert quantities("delta", [large] * 2)["beyond"] == 2 * (4 * most + 4) ** 3
 
 
 @pytest.mark.parametrize("space", ["core", "knots", "delta"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a merge takes and how much memory it needs, from constants that were fitted to measured merges.
 
-seconds = Σ_q c_q · (how much of q), q the quantities of `work.py`; the same for the workspace, up to a limit. Constants of a
-device are in calibration.json. On a device that is not there, those of one of its type are used, each divided by how much
+seconds = Σ_q c_q · (how much of q), q the quantities of `work.py`; the same for the workspace, up to a share of the bound that
+the merge is given. Constants of a device are in calibration.json. On a device that is not there, those of one of its type are used, each divided by how much
 faster the device is: at starting calls, at moving bytes, or at multiplying.
 """
 
@@ -21,22 +21,31 @@ from vllm_merge.forecast.probe import Speed, measure_speed
 from vllm_merge.forecast.work import QUANTITIES, ModuleSize, quantities
 
 FILE = "calibration.json"
+BOUND = 2 << 30  # bytes of workspace, of a merge that is not told another
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Constants of one way to merge on one device. workspace_limit: more bytes than this it never held."""
+    """Constants of one way to merge on one device. workspace_share: of its bound, more than this it never held; where
+    `workspace` has no constants it held about as much at every point.
+    """
 
     seconds: Mapping[str, float]
     workspace: Mapping[str, float]
-    workspace_limit: float
+    workspace_share: float
 
     def predict(self, space: str, modules: Sequence[ModuleSize], slower: Mapping[str, float]) -> tuple[float, float]:
         """(seconds, bytes of workspace). slower: {call, bytes, operations: how many times slower than measured}."""
-        work = quantities(space, modules)
+        return self.of_work(quantities(space, modules), slower)
+
+    def of_work(
+        self, work: Mapping[str, float], slower: Mapping[str, float], bound: int = BOUND
+    ) -> tuple[float, float]:
+        """`predict` of these quantities, for a merge that may hold `bound` bytes."""
         seconds = sum(constant * work[name] * slower[QUANTITIES[name]] for name, constant in self.seconds.items())
         held = sum(constant * work[name] for name, constant in self.workspace.items())
-        return seconds, min(held, self.workspace_limit)
+        most = self.workspace_share * bound
+        return seconds, min(held, most) if self.workspace else most
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from vllm_merge.algebra.symmetric import LARGEST_AT_ONCE
+from vllm_merge.algebra.truncation import OVERSAMPLING
 from vllm_merge.methods.registry import MethodSpec
 
 Scale = Literal["call", "bytes", "operations"]
@@ -14,15 +16,15 @@ Scale = Literal["call", "bytes", "operations"]
 QUANTITIES: Mapping[str, Scale] = {
     "fixed": "call",
     "modules": "call",
-    "pairs": "call",
     "stacked": "bytes",
     "grams": "operations",
-    "cores": "operations",
+    "beyond": "call",
     "entries": "bytes",
     "products": "operations",
     "sketch": "operations",
 }
-"""The quantities, and which figure of a device's speed the seconds of each go with."""
+"""The quantities, and which figure of a device's speed the seconds of each go with. `beyond` goes with the host, whose speed
+shows in how long it takes to start a call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,29 +37,29 @@ class ModuleSize:
     rank: int
 
 
-def quantities(space: str, modules: Sequence[ModuleSize]) -> dict[str, float]:
+def quantities(space: str, modules: Sequence[ModuleSize], oversampling: int = OVERSAMPLING) -> dict[str, float]:
     """{quantity: how much of it}, K = Σ r_i.
 
-    pairs: modules × adapters. stacked: K (d_out + d_in). grams: K² (d_out + d_in). cores: K³. entries: of the tasks'
-    matrices, n K d_in in `knots` and n d_out d_in in `delta`. products and sketch: K d_out d_in and rank · d_out d_in,
-    in `delta` alone.
+    In every space: fixed: 1. beyond: K³ where K is more than the kernels for small matrices take, and the host's cores find
+    eigenvalues, one matrix after the other. Below, a GPU has all at once, and their time is in `fixed`.
+    In all but `delta`: stacked: K (d_out + d_in). grams: K² (d_out + d_in).
+    In `delta` alone, entries: n d_out d_in, of the tasks' matrices. products: K d_out d_in. sketch: (rank + oversampling)
+    d_out d_in, of the range finder.
     """
     total = dict.fromkeys(QUANTITIES, 0.0)
+    dense = space == "delta"
     total["fixed"] = 1.0
     for module in modules:
-        k, n, side = sum(module.ranks), len(module.ranks), module.d_out + module.d_in
+        k, side, size = sum(module.ranks), module.d_out + module.d_in, module.d_out * module.d_in
         total["modules"] += 1
-        total["pairs"] += n
-        total["stacked"] += k * side
-        total["grams"] += k * k * side
-        total["cores"] += k**3
-        if space == "knots":
-            total["entries"] += n * k * module.d_in
-        if space == "delta":
-            size = module.d_out * module.d_in
-            total["entries"] += n * size
+        total["beyond"] += k**3 if k > LARGEST_AT_ONCE else 0
+        if dense:
+            total["entries"] += len(module.ranks) * size
             total["products"] += k * size
-            total["sketch"] += module.rank * size
+            total["sketch"] += min(module.rank + oversampling, module.d_out, module.d_in) * size
+        else:
+            total["stacked"] += k * side
+            total["grams"] += k * k * side
     return total
 
 
