@@ -14,6 +14,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -59,9 +60,12 @@ class ResidentArtifact:
     def nbytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.storages)
 
-    @property
+    @cached_property
     def storages(self) -> list[Tensor]:
-        """A tensor of every storage that belongs to the artifact: the factors', the table, slices that were copied."""
+        """A tensor of every storage that belongs to the artifact: the factors', the table, slices that were copied.
+
+        Found once, when the store counts its bytes: vLLM's thread asks for them inside a step.
+        """
         more = [] if self.source is None else [self.source.table, *self.source.views]
         tensors = [self.storage, *(t for t in more if t is not None)]
         return list({t.untyped_storage().data_ptr(): t for t in tensors}.values())

@@ -18,7 +18,7 @@ from vllm_merge.artifact import MergedAdapter
 from vllm_merge.errors import MergeCancelled, MergeError
 from vllm_merge.plan_runner import run_plan
 from vllm_merge.recipe.plan import Plan
-from vllm_merge.serving.memory.arena import Arena
+from vllm_merge.serving.memory.arena import Arena, quick_switches
 from vllm_merge.serving.memory.hasher import Hasher
 from vllm_merge.serving.memory.residency import ArtifactStore, ResidentArtifact
 from vllm_merge.serving.memory.sources import SourceCache
@@ -32,6 +32,10 @@ from vllm_merge.serving.worker.placing import Placing
 from vllm_merge.serving.worker.sleep import Wakefulness
 
 logger = logging.getLogger("vllm_merge.worker")
+
+# How long after a merge on a GPU what can wait begins. Whoever waited for the merge has the prompt read first: such a step calls
+# the device hundreds of times, and each call would compete with us for the interpreter.
+SETTLE_SECONDS = 0.3
 
 
 class Merging:
@@ -67,6 +71,7 @@ class Merging:
         self._news, self._tally, self._pace = news, tally, pace
         self._prepare_thread, self._begun, self._ended, self._look = prepare_thread, begun, ended, look
         self._hasher = Hasher(device)
+        self._settle = SETTLE_SECONDS if device.type == "cuda" else 0.0
         self.after = ThreadPoolExecutor(1, "vllm-merge-after", initializer=prepare_thread)
         """What follows a merge."""
         self.merges = 0
@@ -94,7 +99,7 @@ class Merging:
             self._line.ended(time.monotonic() - started if merged else None)
             self._ended(job, result)
             if isinstance(result, ResidentArtifact):
-                self.after.submit(self._remember, digest, weakref.ref(result))
+                self.after.submit(self._remember, digest, weakref.ref(result), time.monotonic() + self._settle)
             else:
                 self._tiers.release(digest)
             del job, result  # while it waits, this thread keeps no artifact alive
@@ -113,8 +118,11 @@ class Merging:
         self._arena.give_back()
         return self._wakefulness.awake(merge)
 
-    def _remember(self, digest: str, reference: weakref.ref[ResidentArtifact]) -> None:
-        """What can wait until the artifact is served: its hash, and its way to the disk. One that is gone needs neither."""
+    def _remember(self, digest: str, reference: weakref.ref[ResidentArtifact], begin: float) -> None:
+        """What can wait until the artifact is served, and until time.monotonic() is `begin`: its hash, and its way to the disk.
+        One that is gone needs neither.
+        """
+        time.sleep(max(0.0, begin - time.monotonic()))
 
         def remember() -> None:
             artifact = reference()
@@ -123,7 +131,7 @@ class Merging:
                 return
             if artifact.tensors_sha256 is None:
                 timeline = Timeline()
-                with timeline.step("hash"):
+                with timeline.step("hash"), quick_switches:
                     artifact.tensors_sha256 = self._hasher.tensors_sha256(artifact)
                 self._tally.stages(timeline.stages())
             self._tiers.store(artifact)
