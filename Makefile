@@ -20,11 +20,11 @@ demo-methods: setup  ## every merge method on the demo through the server; rewri
 demo-ab: setup  ## three arms, simulated users with known preferences, a restart in the middle, and the report
 	@$(BIN)/python examples/demo/ab.py
 
-evidence: setup  ## rebuild the tables and plots of docs/evidence.md from the recorded results
+evidence: setup  ## rebuild the tables and plots of docs/evidence.md and docs/evidence-same-words.md from the recorded results
 	@$(BIN)/python -m benchmarks.quality.report
 
 evidence-full: setup  ## the whole quality benchmark, on a GPU
-	@$(BIN)/python -m benchmarks.quality.run && $(BIN)/python -m benchmarks.quality.learned
+	@$(BIN)/python -m benchmarks.quality.run && $(BIN)/python -m benchmarks.quality.learned && $(BIN)/python -m benchmarks.quality.report
 
 test: setup  ## lint, types, and the tests (a few real vLLM servers on the CPU)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
