@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def from_files(bench: Bench, point: tuple[str, int, int]) -> None:
                 continue
 
             def act(case: Case = case) -> Any:
-                read = read_each(Adapter.from_peft, folders)
+                read = read_each(partial(Adapter.from_peft, device=bench.device), folders)
                 return merge(read, **case.arguments(), **bench.options())
 
             took, merged = timed(act, bench.device, 5, limit)

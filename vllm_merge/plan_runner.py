@@ -2,14 +2,14 @@
 """Running a plan: stage by stage, from the adapters it names to one merged adapter."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from typing import Any, Literal
 
 import torch
 
 from vllm_merge.adapters.factors import Adapter, LoraFactors
-from vllm_merge.adapters.peft import read_adapter, read_each
+from vllm_merge.adapters.peft import read_adapter, read_each, size_of
 from vllm_merge.artifact import MergedAdapter, MergeReport
 from vllm_merge.engine import merge
 from vllm_merge.errors import MergeError
@@ -21,9 +21,18 @@ WORKSPACE_BYTES = 2 << 30
 LoadAdapter = Callable[[PlannedAdapter], Adapter]
 
 
-def read_planned(planned: PlannedAdapter) -> Adapter:
-    """Read a plan's adapter from its folder. Raises UserInputError where its content is not what was planned."""
-    return read_adapter(planned.path, planned.name, expected_hash=planned.content_hash)
+def read_planned(planned: PlannedAdapter, device: torch.device | None = None) -> Adapter:
+    """Read a plan's adapter from its folder to a device (default: the CPU).
+
+    Raises UserInputError where its content is not what was planned.
+    """
+    return read_adapter(planned.path, planned.name, expected_hash=planned.content_hash, device=device)
+
+
+def reading_device(plan: Plan, device: torch.device, workspace_bytes: int) -> torch.device:
+    """Where to read a plan's adapters to: at once to where they are merged, if all of them are no more than the bytes given."""
+    size = sum(size_of(planned.path) for planned in plan.adapters.values())
+    return device if size <= workspace_bytes else torch.device("cpu")
 
 
 def run_plan(
@@ -40,8 +49,9 @@ def run_plan(
     """Run `plan` and return its result in the plan's dtype, on `device` (default: the CPU).
 
     dtype: where given, it must be the plan's, because the digest stands for it. load_adapter: where the adapters
-    come from, one by one; by default their folders, several at a time. progress, cancelled and workspace_bytes are
-    those of `vllm_merge.engine.merge`, for every stage; report is that of the last.
+    come from, one by one; by default their folders, several at a time, to `device` where all of them are no more than
+    workspace_bytes. progress, cancelled and workspace_bytes are those of `vllm_merge.engine.merge`, for every stage;
+    report is that of the last.
     Stages before the last are merged in float32. A plan without stages gives the adapter itself, its scaling folded.
     """
     target = torch.device(device) if device is not None else torch.device("cpu")
@@ -49,7 +59,11 @@ def run_plan(
     if dtype is not None and dtype != wanted:
         raise MergeError(f"plan {plan.artifact_name} is for {plan.dtype}, not {dtype}; make the plan for that dtype")
     planned = plan.adapters.values()
-    adapters = read_each(read_planned, planned) if load_adapter is None else map(load_adapter, planned)
+    if load_adapter is None:
+        read = partial(read_planned, device=reading_device(plan, target, workspace_bytes))
+        adapters = read_each(read, planned)
+    else:
+        adapters = list(map(load_adapter, planned))
     loaded = dict(zip(plan.adapters, adapters, strict=True))
     if plan.kind == "adapter":
         return _as_it_is(plan, loaded[plan.name], target, wanted)

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from vllm_merge.adapters.stacking import (
     Sources,
     gather_stacks,
     group_modules,
+    rejoined,
     side_by_side,
     stack_group,
 )
@@ -163,8 +163,7 @@ def test_a_launch_has_one_dtype_and_a_bounded_number_of_elements(monkeypatch: py
     (group, _), places = group_modules([x, y]), [x.places, y.places]
     everything = pieces_of(arranged((group,)), places, Sources(CPU, 0))
     assert everything.launches == ((torch.float16, 0, 2), (torch.float32, 2, 8))
-    assert everything.order is not None
-    assert everything.order.tolist() == [1, 5, 0, 2, 3, 4, 6, 7]
+    assert everything.weight_of.tolist() == [-1, -1, -1, 0, 1, -1, 2, 3]
     monkeypatch.setattr("vllm_merge.adapters.pieces._AT_ONCE", 300)
     bounded = pieces_of(arranged((group,)), places, Sources(CPU, 0))
     assert [first for _, first, _ in bounded.launches] == [0, *(last for _, _, last in bounded.launches[:-1])]
@@ -327,16 +326,43 @@ def test_a_group_is_cut_into_the_same_pieces_every_time() -> None:
     assert tuple(group.batches(len(group.modules))) == (group,)
 
 
-def test_a_table_is_numbers_scales_and_a_zero() -> None:
-    """Of the same pieces with other weights, only the scales of B differ."""
+def test_a_table_is_numbers_and_what_a_piece_is_multiplied_with() -> None:
+    """B with its scaling and the weight of its module and adapter, A with neither; in the order of the sources' dtypes."""
     x, y = random_adapter("x", 3, 1), random_adapter("y", 5, 2)
-    arrangement = arranged(tuple(group_modules([x, y])))
-    pieces = pieces_of(arrangement, [x.places, y.places], Sources(CPU, 0))
-    weights = np.arange(1.0, 1 + pieces.scaling.size).reshape(pieces.scaling.shape)
-    plain, weighted = (pieces.table(given, CPU) for given in (None, weights))
-    assert torch.equal(plain[: 8 * pieces.count], torch.from_numpy(pieces.numbers.ravel()))
-    assert torch.equal(plain[: 8 * pieces.count], weighted[: 8 * pieces.count])
-    assert plain[-1] == weighted[-1] == 0
-    scales = weighted[8 * pieces.count : -1].view(torch.float64).view(-1, 2, 2)
-    assert (scales[:, 0] == 1).all()
-    assert torch.equal(scales[:, 1], torch.from_numpy(pieces.scaling * weights))
+    halved = map_factors(x, lambda f: LoraFactors(f.A.half(), f.B, f.scaling))
+    for first, dtypes in ((x, [torch.float32]), (halved, [torch.float16, torch.float32])):
+        arrangement = arranged(tuple(group_modules([first, y])))
+        pieces = pieces_of(arrangement, [first.places, y.places], Sources(CPU, 0))
+        assert [dtype for dtype, _, _ in pieces.launches] == dtypes
+        table = pieces.table(CPU)
+        assert pieces.table(CPU) is table
+        numbers, weight_of, scaling = table[: -2 * pieces.count], *table[-2 * pieces.count :].view(2, -1)
+        assert torch.equal(numbers, torch.from_numpy(pieces.numbers.ravel()))
+        told = zip(weight_of.tolist(), scaling.view(torch.float64).tolist(), strict=True)
+        found = dict(zip(numbers[: pieces.count].tolist(), told, strict=True))
+        modules = [module for group in arrangement.groups for module in group.modules]
+        for m, module in enumerate(modules):
+            for index, adapter in enumerate((first, y)):
+                pair = adapter.factors[module]
+                assert found[pair.A.data_ptr()] == (-1, 1.0)
+                assert found[pair.B.data_ptr()] == (2 * m + index, pair.scaling)
+
+
+def test_slices_of_one_tensor_are_joined_without_a_copy() -> None:
+    """And nothing else is taken for them: another order, a gap, another tensor, other columns."""
+    whole = torch.arange(60.0).view(6, 2, 5)
+    for given in (whole, whole.mT, whole[:, 1], whole[:, :1, 2:], whole[0, 0, :1].expand(6, -1)):
+        found = rejoined([given[:1], given[1:4], given[4:]])
+        assert torch.equal(found, given)
+        assert found.data_ptr() == given.data_ptr()
+        assert found.stride() == given.stride()
+    for parts in (
+        [whole[2:], whole[:2]],
+        [whole[:2], whole[3:]],
+        [whole[:3], whole[3:].clone()],
+        [whole[:3, :, :4], whole[3:, :, 1:]],
+        [whole[:0], whole],
+    ):
+        found = rejoined(parts)
+        assert torch.equal(found, torch.cat(parts))
+        assert found.data_ptr() != parts[0].data_ptr() or not len(parts[0])

@@ -383,6 +383,6 @@ def test_too_many_patterns_for_too_many_modules(folder: MakeFolder) -> None:
         for part, shape in (("A", (4, 1)), ("B", (1, 4)))
     }
     assert refusal(folder({"rank_pattern": pattern}, content)) == (
-        "adapter 'sql': adapter_config.json has 900 patterns for 140 modules, more than are matched; write each as the "
+        "adapter 'sql': FOLDER/adapter_config.json has 900 patterns for 140 modules, more than are matched; write each as the "
         r"module's whole name between ^ and $, with \\. for its dots"
     )

@@ -130,3 +130,24 @@ def test_knots_rows_are_the_singular_directions() -> None:
             side_by_side = torch.cat([adapter.factors[module].delta().double() for adapter in adapters], dim=1)
             expected = torch.linalg.svdvals(side_by_side)[: lengths.shape[1]]
             assert torch.allclose(lengths[m], expected, rtol=1e-4)
+
+
+def test_two_bases_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU makes them, where both have one shape and full rank; the caller makes each by itself where they have not."""
+    generator = torch.Generator().manual_seed(6)
+    left, right = (torch.randn(3, d, 4, generator=generator, dtype=torch.float64) for d in (9, 7))
+    grams = left.mT @ left, right.mT @ right
+    assert bases.bases_at_once(grams, (4, 4)) is None, "a CPU does not wait for launches"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = bases.bases_at_once(grams, (4, 4))
+    assert found is not None
+    for x, gram, one in zip((left, right), grams, found, strict=True):
+        alone = bases.orthonormal_basis(gram, 4)
+        assert torch.equal(one.T, alone.T)
+        assert torch.equal(one.R, alone.R)
+        assert one.rank.tolist() == [4, 4, 4]
+        q = x @ one.T
+        torch.testing.assert_close(q.mT @ q, torch.eye(4, dtype=q.dtype).expand(3, 4, 4))
+        torch.testing.assert_close(q @ one.R, x)
+    assert bases.bases_at_once((grams[0], grams[1][:2]), (4, 4)) is None
+    assert bases.bases_at_once((grams[0], torch.ones_like(grams[1])), (4, 4)) is None, "of rank 1"

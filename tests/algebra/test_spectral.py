@@ -11,10 +11,14 @@ from vllm_merge.algebra import spectral
 from vllm_merge.algebra.spectral import (
     Triples,
     isotropic,
+    leading_of_each,
     polar,
     polar_by_products,
+    polar_of_each,
     polar_of_full_rank,
+    ranks_of_each,
     triples_of,
+    triples_of_each,
 )
 
 
@@ -94,6 +98,42 @@ def test_leading_triples() -> None:
     torch.testing.assert_close(
         narrow.U @ torch.diag_embed(narrow.S) @ narrow.V.mT, wide.U * wide.S[:, None] @ wide.V.mT
     )
+
+
+@pytest.mark.parametrize("widths", [(3, 3, 3), (2, 4, 1)])
+def test_triples_of_several_tasks_at_once(widths: tuple[int, ...]) -> None:
+    """Each as alone, cut to its own count, and changed as it is asked for; of one width and of several."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tasks = [(random(2, 9, width), random(2, width, 8)) for width in widths]
+    tasks[0][0][1, :, 1:] = 0
+    alone = [spectral.triples_of_product(*task) for task in tasks]
+    each = triples_of_each(tasks)
+    for one, other in zip(each, alone, strict=True):
+        torch.testing.assert_close(one.U * one.S[:, None] @ one.V.mT, other.U * other.S[:, None] @ other.V.mT)
+    ranks = ranks_of_each(each)
+    assert ranks.tolist() == [list(widths), [1, *widths[1:]]]
+    counts = torch.tensor([[1, 2, 1], [0, 1, 3]])
+    for most in (None, 2):
+        expected = Triples.cat([task.leading(counts[:, index], most) for index, task in enumerate(each)])
+        found = leading_of_each(each, counts, most)
+        for part in ("U", "S", "V"):
+            assert torch.equal(getattr(found, part), getattr(expected, part))
+    doubled = triples_of_each(tasks, change=lambda task: Triples(task.U, 2 * task.S, task.V))
+    assert all(torch.equal(two.S, 2 * one.S) for one, two in zip(each, doubled, strict=True))
+
+
+def test_two_polar_factors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU makes them, of one shape or of two."""
+    matrix, expected = with_singular_values(torch.linspace(1, 0.1, 6, dtype=torch.float64), 9)
+    other, of_other = with_singular_values(torch.linspace(2, 0.5, 6, dtype=torch.float64), 12, count=3)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for pair, wanted in (((matrix, -matrix), (expected, -expected)), ((other, matrix), (of_other, expected))):
+        for found, polar_factor in zip(polar_of_each(*pair), wanted, strict=True):
+            torch.testing.assert_close(found, polar_factor, rtol=0, atol=1e-12)
 
 
 @pytest.mark.gpu

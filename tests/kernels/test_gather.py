@@ -43,21 +43,20 @@ def gathered(
         lines.append((*given, rows, columns, index * height * width + width + left, width))
     assert len(pieces) == count
     numbers = np.array(lines, dtype=np.int64).T.copy()
-    scales = np.array([scale for *_, scale in pieces])
     told = Pieces(
         numbers,
-        np.empty((0, 0)),
-        None,
+        np.array([scale for *_, scale in pieces]),
+        np.full(count, -1),
         ((dtype, 0, count),),
         all_aligned(numbers, np.full(count, dtype.itemsize)),
         widest,
         max(rows * columns for _, rows, columns, _ in pieces),
     )
     assert told.aligned == aligned
-    flat = np.concatenate((numbers.ravel(), scales.view(np.int64), [0]))
-    table = torch.from_numpy(flat).to(out.device)
-    gather(table, out.view(-1), told, lambda: None)
-    return int(table[-1])
+    weights = torch.tensor([-9.0, 0.0], dtype=torch.float64, device=out.device)
+    gather(told.table(out.device), weights, out.view(-1), told, lambda: None)
+    assert weights[0] == -9
+    return int(weights[-1])
 
 
 def check_pieces_of_every_dtype(device: str) -> None:
@@ -117,13 +116,15 @@ def check_several_launches(device: str) -> None:
     out = torch.zeros(3, 5, 8, device=device)
     lines = [(source.data_ptr(), rows, 8, 8, rows, 8, 40 * i, 8) for i, rows in enumerate((5, 4, 3))]
     numbers = np.array(lines, dtype=np.int64).T.copy()
-    told = Pieces(numbers, np.empty((0, 0)), None, ((torch.float32, 0, 1), (torch.float32, 1, 3)), True, 8, 40)
-    table = torch.from_numpy(np.concatenate((numbers.ravel(), np.ones(3).view(np.int64), [0]))).to(device)
+    told = Pieces(
+        numbers, np.ones(3), np.zeros(3, dtype=np.int64), ((torch.float32, 0, 1), (torch.float32, 1, 3)), True, 8, 40
+    )
+    weights = torch.tensor([1.0, 0.0], dtype=torch.float64, device=device)
     paused: list[bool] = []
     gather_now = import_module("vllm_merge.kernels.gather").gather
-    gather_now(table, out.view(-1), told, lambda: paused.append(bool(out[0].any())))
+    gather_now(told.table(out.device), weights, out.view(-1), told, lambda: paused.append(bool(out[0].any())))
     assert paused == [False, True]
-    assert int(table[-1]) == 1
+    assert int(weights[-1]) == 1
     assert out.nan_to_num(9.0).sum((1, 2)).tolist() == [39 * 3.0 + 9.0, 96.0, 72.0]
 
 
@@ -195,11 +196,12 @@ def check_whole_adapters(device: str) -> None:
     arrangement = arranged(tuple(groups))
     assert [len(group.modules) for group in groups] == [1, 3]
     weights = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    alike = weights[:1]
     moved = [map_factors(a, lambda f: LoraFactors(f.A.to(device), f.B.to(device), f.scaling)) for a in adapters]
-    for given, factors_of_b in ((None, torch.ones(4, 3)), (weights, weights)):
+    for given, factors_of_b in ((None, torch.ones(4, 3)), (weights, weights), (alike, alike.expand(4, 3))):
         memory = torch.full((arrangement.size,), 7.0, device=device)
         sources = Sources(torch.device(device), 0)
-        assert not gather_stacks(arrangement, memory, moved, sources, None if given is None else given.numpy())
+        assert not gather_stacks(arrangement, memory, moved, sources, given)
         for index, (group, factor) in enumerate(zip(groups, factors_of_b.split([1, 3]), strict=True)):
             expected = stack_group(group, adapters, cpu)
             a, b = arrangement.stack(memory, index)

@@ -13,7 +13,7 @@ from tests.adapters_in_memory import map_factors, random_adapter, three
 from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
 from vllm_merge import Adapter, LoraFactors, MergedAdapter, merge
 from vllm_merge.engine.job import Job
-from vllm_merge.methods.registry import list_methods
+from vllm_merge.methods.registry import default_registry, list_methods
 
 CASES: dict[str, tuple[dict[str, object], ...]] = {
     "ties": ({}, {"density": 0.5, "trim": "module", "normalize": False}),
@@ -21,6 +21,8 @@ CASES: dict[str, tuple[dict[str, object], ...]] = {
     "dare_linear": ({"density": 0.3}, {"rescale": False}, {"rescale": "l1"}),
     "magnitude_prune": ({}, {"trim": "global", "density": 0.6}),
     "breadcrumbs": ({}, {"density": 0.5, "gamma": 0.2, "rescale": True}),
+    "consensus": ({}, {"agreement": 3, "strictness": 0.7}),
+    "ties_by_count": ({}, {"density": 0.3, "majority_sign_method": "frequency", "compat": "peft"}),
     "breadcrumbs_ties": ({"gamma": 0.1}, {"normalize": True, "rescale": True, "density": 0.4}),
 }
 """Every method that makes its entries in the kernels, with parameters that take other ways through it."""
@@ -35,9 +37,10 @@ def merged(adapters: list[Adapter], device: str, **ask: object) -> MergedAdapter
 
 
 def check(adapters: list[Adapter], device: str, method: str = "ties", space: str | None = None, **more: object) -> None:
-    """Equal weight changes and conflicts; in both spaces, unless one is given, which takes the first parameters alone."""
+    """Equal weight changes and conflicts; in all such spaces, unless one is given, which takes the first parameters alone."""
+    spaces = [one for one in ("knots", "delta") if one in default_registry().get(method).spaces]
     for parameters in CASES[method][:1] if space else CASES[method]:
-        for one in (space,) if space else ("knots", "delta"):
+        for one in (space,) if space else spaces:
             ask = {"merge_method": method, "space": one, "parameters": parameters, "rank": "lossless", **more}
             found, expected = merged(adapters, device, **ask), merge(adapters, **ask)
             assert found.factors.keys() == expected.factors.keys()
@@ -55,9 +58,10 @@ def check_three_adapters(device: str) -> None:
 def check_every_method(device: str) -> None:
     """Weights of both signs and densities of each adapter's own; conflicts in sign are counted whatever the method."""
     adapters = [Adapter(a.name, {m: f for m, f in a.factors.items() if "layers.0" in m}) for a in three()]
-    own = [{"density": density} for density in (0.5, 1.0, 0.35)]
     for method in CASES:
         if method != "ties":
+            share = "strictness" if method == "consensus" else "density"
+            own = [{share: value} for value in (0.5, 1.0, 0.35)]
             check(adapters, device, method, weights=[0.7, -0.4, 1.3], adapter_parameters=own, seed=3, report="full")
 
 

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_merge.kernels import descent, orthonormal, products, selection, tridiagonal, turns
+from vllm_merge.kernels import adam, agreement, descent, orthonormal, powers, products, selection, tridiagonal, turns
 from vllm_merge.kernels.variants import variants
 
 CPU = torch.device("cpu")
@@ -133,8 +133,11 @@ def test_entries_are_made_by_kernels_that_are_there(asked: Keys, there: Keys, mo
                 for rule in (band, masked):
                     products.add(given, rule)
                     products.magnitudes(given, rule)
+                for frequency in (True, False):
+                    agreement.by_count(given, trimmed, frequency=frequency)
+                agreement.wanted(given, one, one, 3)
                 selection._kth_largest_by_digits(lambda given=given: [given], torch.ones(4, adapters).long())
-    assert {name for name, _ in asked} == {"_elect", "_add", "_magnitudes", "_digits"}
+    assert {name for name, _ in asked} == {"_elect", "_add", "_magnitudes", "_digits", "_by_count", "_wanted"}
     assert asked <= there
 
 
@@ -142,8 +145,13 @@ def test_a_guess_is_made_by_kernels_that_are_there(asked: Keys, there: Keys) -> 
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(16, 48, 48, generator=generator), torch.randn(16, 48, 8192, generator=generator)
     given = products.Products(left, right, [slice(0, 16), slice(16, 32), slice(32, 48)], slice(0, 16))
-    selection.kth_largest(lambda: [given], torch.full((1, 3), 1 << 20))
-    assert "_between" in {name for name, _ in asked}
+    for counts in (torch.full((1, 1, 3), 1 << 20), torch.full((2, 16, 3), 1 << 16)):
+        lowest, highest, shift = torch.zeros(3, *counts.shape, dtype=torch.int32)
+        for above in (torch.zeros(counts.shape).long(), None):
+            counters = torch.zeros(counts.numel(), 5, dtype=torch.int32)
+            selection.count_between(lambda: [given], lowest, highest, shift, above, counters)
+        selection.kth_largest(lambda: [given], counts)
+    assert len({key for name, key in asked if name == "_between"}) == 2, "with what is above, and without"
     assert asked <= there
 
 
@@ -161,7 +169,7 @@ def test_every_method_that_makes_its_entries_finds_its_kernels(asked: Keys, ther
     adapters = [adapter(name) for name in "xyz"]
     methods = [method for method in list_methods() if method.on_the_fly and space in method.spaces]
     merged: list[str] = []
-    with patch.object(Job, "on_the_fly", True), patch.object(products, "_empty", zeros):
+    with patch.object(Job, "on_the_fly", True), patch.object(products.Products, "empty", zeros):
         for method in methods:
             for parameters in ({}, {"normalize": False}, {"rescale": "l1"}, {"rescale": True}, {"trim": "module"}):
                 with suppress(UserInputError):  # a method has not all of these parameters
@@ -189,11 +197,28 @@ def test_matrices_of_any_size_find_their_kernels(asked: Keys, there: Keys) -> No
             orthonormal.orthonormalize(columns)
             orthonormal.advance(columns, columns, columns.clone(), columns.new_empty(4, 5))
     for adapters, rank in KINDS:
+        k = adapters * rank
+        if powers.fits(adapters, rank, k, k, rank):
+            tasks, columns = (torch.ones(6, k, wide, dtype=torch.float64)[1:] for wide in (k, rank))
+            powers.Powers(tasks, tasks, rank, rank, 6)(columns, columns)
+    for adapters, rank in KINDS:
         slots = [slice(rank * index, rank * (index + 1)) for index in range(adapters)]
         gram = torch.eye(adapters * rank, dtype=torch.float64).expand(3, -1, -1).clone()
         for power in (1, 2):
             descent.descended(gram, slots, torch.ones_like(gram[:, 0, 0]), 2, power=power, gamma=0.5)
-    assert {name for name, _ in asked} == {"_reflect", "_rotate", "_orthonormalize", "_advance", "_judge"}
+    assert {name for name, _ in asked} == {"_reflect", "_rotate", "_orthonormalize", "_advance", "_judge", "_powers"}
+    assert asked <= there
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_of_adam_are_taken_by_kernels_that_are_there(asked: Keys, there: Keys, model: str) -> None:
+    for d in {side for shape in MODELS[model] for side in shape} | {33}:
+        for adapters, rank in KINDS:
+            start = torch.empty(2, adapters * rank, d)
+            moved = torch.empty(start.shape, dtype=torch.float64)
+            for step in (0, 1, 16):
+                adam.stepped(moved, moved, moved, moved, start, moved[0, 0, :2], torch.ones(17, 7).double(), step)
+    assert {name for name, _ in asked} == {"_step"}
     assert asked <= there
 
 

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from tests.adapters_in_memory import SHAPES, deltas, distance, random_adapter, three
 from vllm_merge import Adapter, MergedAdapter, UserInputError, merge
+from vllm_merge.adapters.stacking import ModuleGroup
+from vllm_merge.algebra import coordinates
+from vllm_merge.algebra.coordinates import Bases, Grams
+from vllm_merge.algebra.spectral import Triples, triples_of
+from vllm_merge.methods import opcm
 
 
 def run(adapters: list[Adapter], **parameters: Any) -> MergedAdapter:
@@ -51,6 +56,35 @@ def test_definition(alpha: float) -> None:
 
 def test_one_adapter_is_itself() -> None:
     assert distance(run([three()[0]]), three()[0]) < 1e-6
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_bases_made_term_by_term_need_smaller_decompositions(monkeypatch: pytest.MonkeyPatch, shuffle: bool) -> None:
+    """What a GPU has of bases of full rank: triangular coordinates. Modules of all shapes are decomposed at once."""
+    adapters = [random_adapter(str(seed), 3, seed) for seed in range(5)]
+    expected = run(adapters, shuffle=shuffle)
+    sizes: list[tuple[int, ...]] = []
+
+    def by_cholesky(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
+        (out, left), (into, right) = (
+            (torch.linalg.inv(upper), upper + 1e-15)  # with rounding below the diagonal
+            for upper in (torch.linalg.cholesky(gram).mT for gram in (grams.B, grams.A))
+        )
+        counts = torch.full(grams.A.shape[:1], 15)
+        return Bases(left, right.mT, out, into, counts, counts)
+
+    def counted(matrix: Tensor) -> Triples:
+        sizes.append(tuple(matrix.shape))
+        return triples_of(matrix)
+
+    monkeypatch.setitem(coordinates._BUILDERS, "core", by_cholesky)
+    monkeypatch.setattr(opcm, "triples_of", counted)
+    found = run(adapters, shuffle=shuffle)
+    assert distance(found, expected) < 1e-6
+    last = [int(name) for name in found.report.continuation["order"]]
+    reach = [3 * (max(last[: count + 1]) + 1) for count in range(4)]
+    assert sizes == [(len(SHAPES), size, size) for size in reach]
+    assert shuffle or reach == [3, 6, 9, 12]
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.4, {"layers.0.q_proj": 0.3}])

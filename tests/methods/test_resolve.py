@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,6 +46,20 @@ def test_modules_are_looked_up_by_name_not_by_place() -> None:
     other = given.tensors(MODULES[::-1], CPU)["weight"]
     assert torch.equal(one.flip(0), other)
     assert given.tensors([], CPU)["weight"].numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "alike"),
+    [
+        ({}, True),
+        ({"weights": [2, 3.0], "parameters": {"lambda": 0.5}}, True),
+        ({"weights": [{"layers.0.q_proj": 5.0}, 2.0]}, False),
+        ({"parameters": {"density": {"layers.0.q_proj": 0.5}}}, False),
+        ({"parameters": {"lambda": {"layers.0.q_proj": 0.5}}}, False),
+    ],
+)
+def test_whether_all_modules_are_treated_alike(given: dict[str, Any], alike: bool) -> None:
+    assert resolved(**given).alike == alike
 
 
 @pytest.mark.parametrize(

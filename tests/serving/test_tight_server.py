@@ -25,6 +25,7 @@ PROMPT = "upper: stone ->"
 SOURCE = "double"  # the smallest adapter
 COUNT = 70
 CACHE, HOST = 24, 10  # artifacts that each tier holds
+STEPS = 40  # merges that come before that of `long`: hundreds of answers take less
 SIZE = flat_copy(
     {module: (pair.A, pair.B) for module, pair in read_adapter(DEMO / "adapters" / SOURCE).factors.items()},
     torch.device("cpu"),
@@ -34,7 +35,9 @@ SIZE = flat_copy(
 
 @pytest.fixture(scope="module")
 def tight_server(tmp_path_factory):
-    """Adapters a0 … a69 are one adapter at 70 alphas; recipes s0 … s3 take seconds to merge and say what happens meanwhile."""
+    """Adapters a0 … a69 are one adapter at 70 alphas. Recipes take a second or so to merge, and say what happens meanwhile;
+    `long` goes on with a chain of others, and takes as long as all of them.
+    """
     files = tmp_path_factory.mktemp("tight")
     for i in range(COUNT):
         shutil.copytree(DEMO / "adapters" / SOURCE, files / f"a{i}")
@@ -46,6 +49,10 @@ def tight_server(tmp_path_factory):
     def slow(last: int, **more) -> dict:
         return {"merge_method": "ties", "space": "delta", "adapters": many[:last], "load": "lazy", "rank": 4, **more}
 
+    def after(recipe: str, last: int, **more) -> dict:
+        found = slow(last, **more)
+        return {**found, "adapters": [{"adapter": recipe}, *found["adapters"]]}
+
     document = {
         "version": 1,
         "adapters": {f"a{i}": {"path": f"./a{i}"} for i in range(COUNT)},
@@ -56,6 +63,9 @@ def tight_server(tmp_path_factory):
             "strict": slow(COUNT - 2, on_miss="reject"),
             "easy": slow(COUNT - 3, on_miss="fallback", fallback="a0"),
             "based": slow(COUNT - 4, on_miss="fallback", fallback="base"),
+            "step0": slow(COUNT),
+            **{f"step{i}": after(f"step{i - 1}", COUNT) for i in range(1, STEPS)},
+            "long": after(f"step{STEPS - 1}", COUNT, on_miss="fallback", fallback="a0"),
         },
     }
     (files / "recipes.yaml").write_text(yaml.safe_dump(document))
@@ -160,26 +170,31 @@ def test_who_answers_while_a_merge_runs(tight_server, client):
     a0 = answer(client, "a0")
     raw = client.completions.with_raw_response
     options = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 0, "extra_body": {"ignore_eos": True}}
-    started = time.monotonic()
-    easy = raw.create(model="easy", **options)
-    assert time.monotonic() - started < 5, "the stand-in answers at once"
-    assert easy.headers["x-vllm-merge-artifact"].startswith("a0@")
-    assert easy.headers["x-vllm-merge-fallback"].startswith("easy@")
-    assert easy.headers["x-vllm-merge-name"] == "easy"
-    assert easy.parse().choices[0].logprobs.token_logprobs == pytest.approx(a0, abs=1e-5)
+    long = raw.create(model="long", **options)
+    assert long.headers["x-vllm-merge-artifact"].startswith("a0@")
+    assert long.headers["x-vllm-merge-fallback"].startswith("long@")
+    assert long.headers["x-vllm-merge-name"] == "long"
+    assert long.parse().choices[0].logprobs.token_logprobs == pytest.approx(a0, abs=1e-5)
     based = raw.create(model="based", **options)
     assert based.headers["x-vllm-merge-artifact"] == based.parse().model == str(DEMO / "model")
     with pytest.raises(openai.InternalServerError, match="is being merged") as rejected:
         client.with_options(max_retries=0).completions.create(model="strict", **options)
     assert rejected.value.status_code == 503
     assert int(rejected.value.response.headers["retry-after"]) >= 1
-    deadline = time.monotonic() + 120
-    while "x-vllm-merge-fallback" in (easy := raw.create(model="easy", **options)).headers:
-        assert time.monotonic() < deadline, "the merge did not go on"
-        time.sleep(0.5)
-    assert easy.headers["x-vllm-merge-artifact"].startswith("easy@")
-    for name in ("based", "strict"):  # one of them was refused by the queue of one
+    (running,) = [merge for merge in worker(tight_server)["merging"] if merge["status"] == "merging"]
+    assert running["name"].startswith("long@"), "nobody waited for the merge"
+    for name in ("long", "based", "strict"):  # one of the last two was refused by the queue of one
         admin(tight_server, "DELETE", f"merges/{name}")
+
+
+def test_what_stood_in_is_relieved_by_what_was_merged(client):
+    deadline = time.monotonic() + 120
+    raw = client.completions.with_raw_response
+    while "x-vllm-merge-fallback" in (easy := raw.create(model="easy", prompt=PROMPT, max_tokens=2)).headers:
+        assert easy.headers["x-vllm-merge-artifact"].startswith("a0@")
+        assert time.monotonic() < deadline, "the merge did not go on"
+        time.sleep(0.1)
+    assert easy.headers["x-vllm-merge-artifact"].startswith("easy@")
 
 
 def test_a_full_queue_says_when_and_a_cancelled_merge_frees_the_worker(tight_server):

@@ -201,11 +201,13 @@ class Adapter:
         return sum(module.nbytes for module in self.factors.values())
 
     @classmethod
-    def from_peft(cls, path: str | Path, name: str | None = None) -> Adapter:
-        """Read a PEFT folder (safetensors). The name defaults to the folder's name."""
+    def from_peft(
+        cls, path: str | Path, name: str | None = None, *, device: str | torch.device | None = None
+    ) -> Adapter:
+        """Read a PEFT folder (safetensors) to a device (default: the CPU). The name defaults to the folder's name."""
         from vllm_merge.adapters.peft import read_adapter
 
-        return read_adapter(Path(path), name)
+        return read_adapter(Path(path), name, device=device)
 
     def named(self, name: str) -> Adapter:
         """The same adapter under another name; what is found out about one is known of the other."""

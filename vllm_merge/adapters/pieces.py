@@ -30,15 +30,15 @@ class Pieces:
     """One piece for each factor: of every module, A and B, of every adapter, in this order (modules, 2, n).
 
     numbers: (8, pieces) int64: the source's address, rows, columns and row stride (0 where there is none); rows and columns
-    to write; the first element in the stacks' memory, and the stride there. scaling: (modules, n) float64.
-    order: of the pieces in `numbers`, where they are sorted by the sources' dtype. launches: dtype, first piece and the one
-    after the last, of each. aligned: see `all_aligned`. widest: columns of the widest slot; largest: elements of the
-    largest piece. on_device: the numbers where they were needed before.
+    to write; the first element in the stacks' memory, and the stride there. scaling, weight_of: (pieces,), what a piece is
+    multiplied with, and where its weight stands among those of all modules (modules, n): of A 1, and −1. All are sorted by
+    the sources' dtype. launches: dtype, first piece and the one after the last, of each. aligned: see `all_aligned`. widest:
+    columns of the widest slot; largest: elements of the largest piece. on_device: the table where it was needed before.
     """
 
     numbers: NDArray[np.int64]
     scaling: NDArray[np.float64]
-    order: NDArray[np.int64] | None
+    weight_of: NDArray[np.int64]
     launches: tuple[tuple[torch.dtype, int, int], ...]
     aligned: bool
     widest: int
@@ -49,25 +49,13 @@ class Pieces:
     def count(self) -> int:
         return len(self.numbers[0])
 
-    def table(self, weights: NDArray[np.float64] | None, device: torch.device) -> Tensor:
-        """The numbers, then the pieces' scales (the bits of float64), then a 0; flat int64, on the device.
-
-        The scale of B is scaling times weights, (modules, n), 1 without; that of A is 1.
-        """
-        numbers = self.on_device.get(device)
-        if numbers is None:
-            numbers = self.on_device[device] = torch.from_numpy(self.numbers.ravel()).to(device)
-        return torch.cat((numbers, torch.from_numpy(self._scales(weights)).to(device, non_blocking=True)))
-
-    def _scales(self, weights: NDArray[np.float64] | None) -> NDArray[np.int64]:
-        modules, n = self.scaling.shape
-        scales = np.ones((modules, 2, n))
-        scales[:, 1] = self.scaling if weights is None else self.scaling * weights
-        flat = scales.ravel() if self.order is None else scales.ravel()[self.order]
-        return np.concatenate((flat.view(np.int64), _ZERO))
-
-
-_ZERO = np.zeros(1, dtype=np.int64)
+    def table(self, device: torch.device) -> Tensor:
+        """The numbers, then `weight_of`, then `scaling` (its bits), flat int64, on the device."""
+        found = self.on_device.get(device)
+        if found is None:  # waits: another stream may use it next
+            every = np.concatenate((self.numbers.ravel(), self.weight_of, self.scaling.view(np.int64)))
+            found = self.on_device[device] = torch.from_numpy(every).to(device)
+        return found
 
 
 def pieces_of(arrangement: Arrangement, places: Sequence[Places], sources: Sources) -> Pieces:
@@ -88,18 +76,19 @@ def _pieces(arrangement: Arrangement, places: Sequence[Places], sources: Sources
     blocks = [_block(group, *first, places, sources) for group, first in zip(groups, firsts, strict=True)]
     numbers, dtypes = (np.concatenate([block[part] for block in blocks], axis=-3) for part in (0, 1))
     scaling = np.concatenate([block[2] for block in blocks])
-    numbers, dtypes = numbers.reshape(8, -1), dtypes.ravel()
-    order = None
+    weight_of: NDArray[np.int64] = np.full(scaling.shape, -1, dtype=np.int64)
+    weight_of[:, 1] = np.arange(weight_of[:, 1].size).reshape(weight_of[:, 1].shape)
+    numbers, dtypes, scaling, weight_of = numbers.reshape(8, -1), dtypes.ravel(), scaling.ravel(), weight_of.ravel()
     if (dtypes != dtypes[0]).any():
         order = dtypes.argsort(kind="stable")
-        numbers, dtypes = numbers[:, order], dtypes[order]
+        numbers, dtypes, scaling, weight_of = numbers[:, order], dtypes[order], scaling[order], weight_of[order]
     elements = numbers[4] * numbers[5]
     parts = elements.cumsum() // _AT_ONCE
     cuts = np.flatnonzero((np.diff(dtypes) != 0) | (np.diff(parts) != 0)) + 1
     return Pieces(
         numbers,
         scaling,
-        order,
+        weight_of,
         tuple((DTYPES[dtypes[first]], first, last) for first, last in pairwise([0, *cuts.tolist(), len(dtypes)])),
         all_aligned(numbers, ITEM_SIZES[dtypes]),
         max(slot.stop - slot.start for group in groups for slot in group.slots),
@@ -116,17 +105,17 @@ def all_aligned(numbers: NDArray[np.int64], item_sizes: NDArray[np.int64]) -> bo
 def _block(
     group: ModuleGroup, first_a: int, first_b: int, places: Sequence[Places], sources: Sources | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Of one group: (8, modules, 2, n) numbers, (modules, 2, n) dtypes, (modules, n) scaling."""
+    """Of one group: (8, modules, 2, n) numbers, (modules, 2, n) dtypes and scaling."""
     (d_out, d_in), k, count = group.shape, group.stacked_rank, len(group.modules)
     numbers = np.empty((8, count, 2, len(places)), dtype=np.int64)
     dtypes = np.empty((count, 2, len(places)), dtype=np.int64)
-    scaling = np.empty((count, len(places)))
+    scaling = np.ones((count, 2, len(places)))
     for index, mine in enumerate(places):
         at = mine.positions(group.modules)
         found = mine.numbers[at] if sources is None else sources.numbers(mine, at)
         numbers[: STRIDE + 1, :, :, index] = np.moveaxis(found[:, :, ADDRESS : STRIDE + 1], -1, 0)
         dtypes[:, :, index] = found[:, :, DTYPE]
-        scaling[:, index] = mine.scaling[at]
+        scaling[:, 1, index] = mine.scaling[at]
     start, width = np.array([(slot.start, slot.stop - slot.start) for slot in group.slots]).T  # (n,) each
     each = np.arange(count)[:, None] * k
     into_a = (width, d_in, first_a + (each + start) * d_in, d_in)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, SupportsIndex
 
 import numpy as np
 import torch
@@ -20,6 +21,13 @@ ABSENT = -1
 ADDRESS, ROWS, COLUMNS, STRIDE, DTYPE, ON_HOST = range(6)  # what `numbers` says of a factor
 
 
+class Pairs(Protocol):
+    """A and B of some modules, by position."""
+
+    def __getitem__(self, index: SupportsIndex, /) -> tuple[Tensor, Tensor]: ...
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Places:
     """Of every module of an adapter, its A and its B.
@@ -31,7 +39,7 @@ class Places:
     """
 
     position: Mapping[str, int]
-    factors: Sequence[tuple[Tensor, Tensor]]
+    factors: Pairs
     numbers: NDArray[np.int64]
     scaling: NDArray[np.float64]
 

@@ -38,6 +38,16 @@ class ModuleGroup:
         """K, the number of stacked rank-one terms."""
         return sum(slot.stop - slot.start for slot in self.slots)
 
+    @cached_property
+    def rank_table(self) -> Tensor:
+        """`ranks`, (modules, n) int64, on the CPU."""
+        return torch.tensor(self.ranks, dtype=torch.int64).reshape(len(self.modules), -1)
+
+    @cached_property
+    def rank_sums(self) -> Tensor:
+        """Σ r_i of each module, (modules,) int64, on the CPU."""
+        return torch.tensor([sum(ranks) for ranks in self.ranks], dtype=torch.int64)
+
     def by_ranks(self) -> Sequence[ModuleGroup]:
         """The group in pieces of modules whose adapters have the same ranks, so that no term is padding."""
         return self._by_ranks
@@ -66,15 +76,17 @@ class ModuleGroup:
 
     def cored(self) -> ModuleGroup:
         """The group as that of its tasks' coordinates in `core`, which have at most K rows and columns."""
+        return self._cored
+
+    @cached_property
+    def _cored(self) -> ModuleGroup:
         k, (d_out, d_in) = self.stacked_rank, self.shape
         return ModuleGroup((min(k, d_out), min(k, d_in)), self.modules, self.ranks, self.slots)
 
     @classmethod
     def joined(cls, groups: Sequence[ModuleGroup]) -> ModuleGroup:
-        """The modules of groups that have one shape and the same slots."""
-        modules = tuple(module for group in groups for module in group.modules)
-        ranks = tuple(row for group in groups for row in group.ranks)
-        return ModuleGroup(groups[0].shape, modules, ranks, groups[0].slots)
+        """The modules of groups that have one shape and the same slots; the same one at every call."""
+        return _joined(tuple(groups))
 
     def batches(self, modules: int) -> Sequence[ModuleGroup]:
         """The group in pieces of at most this many modules, all with the group's slots; the same ones at every call."""
@@ -83,6 +95,13 @@ class ModuleGroup:
     def part(self, modules: slice) -> ModuleGroup:
         """The group with some of its modules."""
         return ModuleGroup(self.shape, self.modules[modules], self.ranks[modules], self.slots)
+
+
+@lru_cache(maxsize=16)
+def _joined(groups: tuple[ModuleGroup, ...]) -> ModuleGroup:
+    modules = tuple(module for group in groups for module in group.modules)
+    ranks = tuple(row for group in groups for row in group.ranks)
+    return ModuleGroup(groups[0].shape, modules, ranks, groups[0].slots)
 
 
 @lru_cache(maxsize=16)  # of the merges that are made again and again: what is known of a group is known of its pieces
@@ -101,6 +120,18 @@ class Stack:
     def of(self, modules: slice) -> Stack:
         """Of some modules of the group."""
         return Stack(self.group.part(modules), self.A[modules], self.B[modules])
+
+
+def rejoined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts: a view where these are slices of one tensor, one behind the other, else a copy."""
+    first, behind = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != behind or part.stride() != first.stride() or part.shape[1:] != first.shape[1:]:
+            return torch.cat(list(parts))
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.dtype != first.dtype:
+            return torch.cat(list(parts))
+        behind += part.shape[0] * part.stride(0) * part.itemsize
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def group_modules(adapters: Sequence[Adapter]) -> list[ModuleGroup]:
@@ -247,13 +278,13 @@ def side_by_side(
 ) -> Tensor:
     """Write A = [A_1; …; A_n] and B = [c_1 B_1, …, c_n B_n] of every group to memory (size,), in its dtype.
 
-    shares: c, (all modules, n) float64, on the CPU; the scaling is folded into B. Returns a number on the device, not 0
-    where a value is not finite.
+    shares: c, (all modules, n) or of all alike (1, n), float64, on the CPU; the scaling is folded into B. Returns a number
+    on the device, not 0 where a value is not finite.
     """
     if memory.device.type == "cuda":
-        return gather_stacks(arrangement, memory, adapters, sources or Sources(memory.device, 0), shares.numpy())
+        return gather_stacks(arrangement, memory, adapters, sources or Sources(memory.device, 0), shares)
     overflow = torch.zeros((), dtype=torch.bool)
-    start = 0
+    shares, start = shares.expand(sum(len(group.modules) for group in arrangement.groups), -1), 0
     for index, group in enumerate(arrangement.groups):
         a, b = arrangement.stack(memory, index)
         stack = stack_group(group, adapters, memory.device)
@@ -271,17 +302,19 @@ def gather_stacks(
     memory: Tensor,
     adapters: Sequence[Adapter],
     sources: Sources,
-    weights: NDArray[np.float64] | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Write the stacks of every group to memory (size,) on a GPU, in its dtype, B times scaling and weights.
 
-    weights: (all modules, n), 1 without. Returns a number on the GPU, not 0 where a value is not finite.
+    weights: (all modules, n) or of all alike (1, n), float64, on the CPU; 1 without. Returns a number on the GPU, not 0 where
+    a value is not finite.
     """
     from vllm_merge.adapters.pieces import pieces_of
     from vllm_merge.kernels.gather import gather
 
     sources.begin_batch()
     pieces = pieces_of(arrangement, [adapter.places for adapter in adapters], sources)
-    table = pieces.table(weights, memory.device)
-    gather(table, memory, pieces, sources.pause)
-    return table[-1]
+    told = [1.0] if weights is None else weights.flatten().tolist()
+    weights_and_flag = torch.tensor([*told, 0.0], dtype=torch.float64).to(memory.device, non_blocking=True)
+    gather(pieces.table(memory.device), weights_and_flag, memory, pieces, sources.pause)
+    return weights_and_flag[-1]

@@ -34,13 +34,12 @@ class TensorEntry:
     end: int
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors that `path` declares, without reading them. Raises UserInputError for a malformed file."""
+def read_header(path: Path) -> tuple[bytes, int]:
+    """The header's JSON text and the bytes of the whole file. Raises UserInputError where they do not fit."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(LENGTH_BYTES)
-        length = _header_length(prefix, size, path)
-        return _parse_header(file.read(length), size, path)
+        length = _header_length(file.read(LENGTH_BYTES), size, path)
+        return file.read(length), size
 
 
 def read_matrices(path: Path) -> dict[str, tuple[int, int]]:
@@ -59,10 +58,15 @@ def read_matrices(path: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+def header_text(data: bytes | bytearray | memoryview, size: int, where: Path) -> bytes:
+    """The header's JSON text, of a file's first bytes. size: of the file; `where` names it in messages."""
+    length = _header_length(bytes(data[:LENGTH_BYTES]), size, where)
+    return bytes(data[LENGTH_BYTES : LENGTH_BYTES + length])
+
+
 def parse_header(data: bytes | bytearray | memoryview, where: Path) -> dict[str, TensorEntry]:
     """The tensors that the file content `data` declares; `where` names the file in messages."""
-    length = _header_length(bytes(data[:LENGTH_BYTES]), len(data), where)
-    return _parse_header(bytes(data[LENGTH_BYTES : LENGTH_BYTES + length]), len(data), where)
+    return entries_of(header_text(data, len(data), where), len(data), where)
 
 
 def tensor_view(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
@@ -92,7 +96,8 @@ def _header_length(prefix: bytes, size: int, path: Path, most: int = MAX_FILE_BY
     return length
 
 
-def _parse_header(raw: bytes, size: int, path: Path) -> dict[str, TensorEntry]:
+def entries_of(raw: bytes, size: int, path: Path) -> dict[str, TensorEntry]:
+    """The tensors that the header `raw` of a file of `size` bytes declares. Raises UserInputError where they are not all there."""
     data_start = LENGTH_BYTES + len(raw)
     header = _json_header(raw, path)
     entries = {key: _entry(key, item, data_start, size, path) for key, item in header.items()}

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from vllm_merge.adapters.stacking import ModuleGroup, Stack
-from vllm_merge.algebra.bases import TOLERANCE, Basis, gram, orthonormal_basis
+from vllm_merge.adapters.stacking import ModuleGroup, Stack, rejoined
+from vllm_merge.algebra.bases import TOLERANCE, Basis, bases_at_once, gram, orthonormal_basis
 from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky
 from vllm_merge.kernels import turns
 
@@ -87,7 +88,7 @@ class Grams:
         """Those of all modules of several."""
         if len(several) == 1:
             return several[0]
-        return cls(*(torch.cat([getattr(one, part) for one in several]) for part in ("A", "B", "norms")))
+        return cls(*(rejoined([getattr(one, part) for one in several]) for part in ("A", "B", "norms")))
 
 
 def gram_pair(stack: Stack, at_a_time: int | None = None) -> tuple[Tensor, Tensor]:
@@ -203,11 +204,12 @@ def knots_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
 
 def core_bases(core: ModuleGroup, grams: Grams, singular: bool) -> Bases:
     """M_i = R_B,i R_A,iᵀ from B = Q_B R_B and Aᵀ = Q_A R_A."""
-    left = orthonormal_basis(grams.B, core.shape[0], singular=singular)
-    right = orthonormal_basis(grams.A, core.shape[1], singular=singular)
+    both = list(zip((grams.B, grams.A), core.shape, strict=True))
+    found = bases_at_once((grams.B, grams.A), core.shape, singular=singular)
+    left, right = found or [orthonormal_basis(each, width, singular=singular) for each, width in both]
     if singular:
         left, right = _directed(left), _directed(right)
-    sums = torch.tensor([sum(ranks) for ranks in core.ranks]).to(grams.A.device, non_blocking=True)
+    sums = core.rank_sums.to(grams.A.device, non_blocking=True)
     rows, cols = (sums.clamp_max(size) for size in core.shape)
     return Bases(left.R, right.R.mT, left.T, right.T, rows, cols)
 
@@ -230,8 +232,13 @@ def _directed(basis: Basis) -> Basis:
 
 def owners(slots: Sequence[slice]) -> Tensor:
     """The task that each of the K stacked rank-one terms is of, (K,) int64, on the CPU."""
-    widths = torch.tensor([slot.stop - slot.start for slot in slots])
-    return torch.arange(len(slots)).repeat_interleave(widths)
+    return _owners(tuple(slot.stop - slot.start for slot in slots))
+
+
+@lru_cache(maxsize=64)
+def _owners(widths: tuple[int, ...]) -> Tensor:
+    # Of a list: a first operation that the CPU's threads share takes them milliseconds to wake up.
+    return torch.tensor([task for task, width in enumerate(widths) for _ in range(width)], dtype=torch.int64)
 
 
 def owner_matrix(slots: Sequence[slice]) -> Tensor:

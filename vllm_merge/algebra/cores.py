@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from vllm_merge.algebra.coordinates import Coordinates, owner_matrix, owners, task_norms
@@ -39,7 +38,7 @@ class Cores:
             space.left[part],
             space.right[part],
             group.slots,
-            torch.tensor(group.ranks[part]).to(space.left.device, non_blocking=True),
+            group.rank_table[part].to(space.left.device, non_blocking=True),
             slice(start + part.start, start + part.stop),
             parameters,
         )
@@ -66,14 +65,20 @@ class Cores:
         """‖M_i‖_F = ‖ΔW_i‖_F, (modules, n) float64; exactly 0 where it is within rounding of 0."""
         return task_norms(self.right @ self.right.mT, self.left.mT @ self.left, self.slots)
 
+    def own_grams(self) -> tuple[Tensor, Tensor]:
+        """left_iᵀ left_i and right_i right_iᵀ as blocks on the diagonals of (modules, K, K), 0 elsewhere."""
+        owner = owners(self.slots).to(self.left.device, non_blocking=True)
+        own = owner[:, None] == owner
+        return (self.left.mT @ self.left) * own, (self.right @ self.right.mT) * own
+
     def gram(self) -> Tensor:
         """⟨M_i, M_j⟩ = ⟨ΔW_i, ΔW_j⟩, (modules, n, n) float64; exactly 0 where a task is within rounding of 0."""
         products = (self.left.mT @ self.left) * (self.right @ self.right.mT)
-        one = owner_matrix(self.slots).to(self.left)
+        one = owner_matrix(self.slots).to(self.left, non_blocking=True)
         present = (self.norms() > 0).to(self.left)
         return (one.mT @ products @ one) * present[:, :, None] * present[:, None, :]
 
     def scaled(self, factors: Tensor) -> Cores:
         """The tasks multiplied by factors, (modules, n) or (modules, n, 1, 1)."""
-        columns = factors.flatten(1).to(self.left.dtype)[:, owners(self.slots).to(factors.device)]
+        columns = factors.flatten(1).to(self.left.dtype)[:, owners(self.slots).to(factors.device, non_blocking=True)]
         return replace(self, left=self.left * columns[:, None, :])

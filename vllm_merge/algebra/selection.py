@@ -58,9 +58,14 @@ def _digit_counts(values: Tensor, prefix: Tensor, low: int, width: int) -> Tenso
 
 
 def kth_largest_of(passes: TilePasses, counts: Tensor) -> Tensor:
-    """`kth_largest` of the entries of all tiles, by the GPU's kernels where they are made on the fly."""
+    """`kth_largest` of the entries of all tiles, by the GPU's kernels where they are made on the fly.
+
+    counts: (…, all modules, n) or (…, 1, n), several times what `kth_largest` takes; all are found together.
+    """
     if passes.on_the_fly:
         from vllm_merge.kernels import selection
 
         return selection.kth_largest(lambda: (tile.products() for tile in passes.tiles()), counts)
-    return kth_largest(lambda: ((tile.values, tile.modules) for tile in passes.tiles()), counts)
+    several = counts.reshape(-1, *counts.shape[-2:])
+    found = [kth_largest(lambda: ((tile.values, tile.modules) for tile in passes.tiles()), one) for one in several]
+    return torch.stack(found).view(counts.shape)

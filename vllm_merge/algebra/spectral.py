@@ -7,14 +7,14 @@ is zero columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.bases import TOLERANCE, gram, orthonormal_basis
+from vllm_merge.algebra.bases import TOLERANCE, bases_at_once, gram, orthonormal_basis
 from vllm_merge.algebra.symmetric import descending_eigh
 
 LEAST_SINGULAR_VALUE = 1e-5  # that Newton–Schulz steps are made for, relative to a bound of the largest
@@ -77,22 +77,51 @@ def triples_of_product(left: Tensor, right: Tensor, floor: Tensor | None = None)
 
     floor: (modules,), what at most counts as rounding of 0.
     """
-    out = orthonormal_basis(gram(left), min(left.shape[1:]))
-    into = orthonormal_basis(gram(right.mT), min(right.shape[1:]))
+    grams, widths = (gram(left), gram(right.mT)), (min(left.shape[1:]), min(right.shape[1:]))
+    both = list(zip(grams, widths, strict=True))
+    out, into = bases_at_once(grams, widths) or [orthonormal_basis(each, width) for each, width in both]
     inner = triples_of(out.R @ into.R.mT, floor)
     return Triples(left @ (out.T @ inner.U), inner.S, right.mT @ (into.T @ inner.V))
 
 
 def triples_of_each(
-    tasks: Sequence[tuple[Tensor, Tensor]], floors: Sequence[Tensor] | None = None
+    tasks: Sequence[tuple[Tensor, Tensor]],
+    floors: Sequence[Tensor] | None = None,
+    change: Callable[[Triples], Triples] = lambda triples: triples,
 ) -> Sequence[Triples]:
-    """`triples_of_product` of each; all at once where they have the same shapes."""
+    """`triples_of_product` of each, changed; all at once where they have the same shapes."""
     if len({(left.shape, right.shape) for left, right in tasks}) > 1:
-        return [triples_of_product(*t, floors[index] if floors else None) for index, t in enumerate(tasks)]
+        return [change(triples_of_product(*t, floors[index] if floors else None)) for index, t in enumerate(tasks)]
     lefts, rights = zip(*tasks, strict=True)
-    every = triples_of_product(torch.cat(lefts), torch.cat(rights), None if floors is None else torch.cat(list(floors)))
+    floor = None if floors is None else torch.cat(list(floors))
+    every = change(triples_of_product(torch.cat(lefts), torch.cat(rights), floor))
     parts = [part.chunk(len(tasks)) for part in (every.U, every.S, every.V)]
     return [Triples(*part) for part in zip(*parts, strict=True)]
+
+
+def ranks_of_each(several: Sequence[Triples]) -> Tensor:
+    """Numerical ranks, (modules, n) int64."""
+    if len({task.S.shape[1] for task in several}) > 1:
+        return torch.stack([task.rank for task in several], 1)
+    return (torch.stack([task.S for task in several], 1) > 0).sum(-1)
+
+
+def leading_of_each(several: Sequence[Triples], counts: Tensor, most: int | None = None) -> Triples:
+    """`Triples.leading` of each, counts (modules, n), side by side; U and V then are not orthonormal."""
+    every = Triples.cat([Triples(task.U[:, :, :most], task.S[:, :most], task.V[:, :, :most]) for task in several])
+    widths = [len(range(task.S.shape[1])[:most]) for task in several]
+    places = torch.tensor([[task, at] for task, width in enumerate(widths) for at in range(width)], dtype=torch.int64)
+    task, at = places.reshape(-1, 2).to(counts.device, non_blocking=True).unbind(1)
+    keep = at < counts[:, task]
+    return Triples(every.U * keep[:, None], every.S * keep, every.V * keep[:, None])
+
+
+def polar_of_each(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """`polar` of both; on a GPU, which waits for launches here, at once where they have one shape."""
+    if not one.is_cuda or one.shape != other.shape:
+        return polar(one), polar(other)
+    first, second = polar(torch.cat([one, other])).chunk(2)
+    return first, second
 
 
 def polar(matrix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ which its residual is too large are left to the eigenvalue solver.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,9 @@ MAX_ITERATIONS = 1000
 LEAST_ITERATIONS = 3
 AT_ONCE = 12  # iterations between two looks at which modules have stopped: a look waits for the GPU
 ROOM = 4  # at most, for the vectors of these iterations: times that of M_i
+
+_Follower = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Of V, of X nearby, and of what `follow` writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,18 @@ class _Tasks:
         one, other = (part.view(-1, self.width, part.shape[2]) for part in (inner, self.out))
         products = torch.bmm(one.mT, other).view(len(v), -1, self.out.shape[2])
         return torch.bmm(products.mT, products)
+
+    def follower(self, wide: int, way: Way | None) -> _Follower | None:
+        """`outer` of the one and `follow` from the other, both of `wide` columns, in two launches; None where no kernel does."""
+        if way is None or way.steps > 1 or self.width is None or not _on_a_gpu(self.out):
+            return None
+        from vllm_merge.kernels import orthonormal, powers
+
+        terms, rows, cols = *self.out.shape[1:], self.into.shape[2]
+        if not (powers.fits(terms // self.width, self.width, rows, cols, wide) and orthonormal.fits(rows, wide)):
+            return None
+        raised = powers.Powers(self.out, self.into, self.width, wide, way.products << way.squarings)
+        return lambda far, near, found, told: orthonormal.advance(*raised(far, near), found, told)
 
     def turned(self) -> _Tasks:
         """M_iᵀ = into_iᵀ @ out_i."""
@@ -131,19 +146,7 @@ def _walk(tasks: _Tasks, u: Tensor, v: Tensor, count: int, ways: tuple[Way, ...]
     way = ways[0] if ways else None
     path = _Path(u.new_empty(count, *u.shape), v.new_empty(count, *v.shape))
     measured = u.new_zeros(2, count, 4, len(u))
-    turned, near_u, near_v = tasks.turned(), u, v
-    for index in range(count):
-        for side, near, far, found, told in (
-            (tasks, near_u, near_v, path.u[index], measured[0, index]),
-            (turned, near_v, path.u[index], path.v[index], measured[1, index]),
-        ):
-            if way:
-                follow(side.outer(far), near, way, found, told)
-            else:
-                vectors, told[0] = _exact(side.outer(far), tasks.ranks, found.shape[-1])
-                found.copy_(vectors)
-        near_u, near_v = path.u[index], path.v[index]
-        turns.between()
+    _go(tasks, u.contiguous(), v.contiguous(), way, path, measured)
     told = measured.cpu()  # which waits for the GPU
     kept = told[1, :, 0]
     if not way:
@@ -154,6 +157,30 @@ def _walk(tasks: _Tasks, u: Tensor, v: Tensor, count: int, ways: tuple[Way, ...]
         again, kept[:, unsettled], _ = _walk(tasks.some(here), u[here], v[here], count, ways[1:])
         path.u[:, here], path.v[:, here] = again.u, again.v
     return path, kept, len(u) - len(unsettled)
+
+
+def _go(tasks: _Tasks, u: Tensor, v: Tensor, way: Way | None, path: _Path, measured: Tensor) -> None:
+    """The iterations of a path from u, v, all by one way; measured: (2, iterations, 4, modules), written, as by `follow`."""
+    turned = tasks.turned()
+    to_u, to_v = (side.follower(u.shape[2], way) for side in (tasks, turned))
+    for index in range(len(path.u)):
+        for side, to_side, near, far, found, told in (
+            (tasks, to_u, u, v, path.u[index], measured[0, index]),
+            (turned, to_v, v, path.u[index], path.v[index], measured[1, index]),
+        ):
+            if to_side:
+                to_side(far, near, found, told)
+            elif way:
+                follow(side.outer(far), near, way, found, told)
+            else:
+                vectors, told[0] = _exact(side.outer(far), tasks.ranks, found.shape[-1])
+                found.copy_(vectors)
+        u, v = path.u[index], path.v[index]
+        turns.between()
+
+
+def _on_a_gpu(factors: Tensor) -> bool:
+    return factors.is_cuda
 
 
 def _within(side: Tensor, inner: Tensor, same_task: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -70,20 +71,6 @@ def merge(
     names = [adapter.name for adapter in adapters]
     embeddings = embeddings_of(adapters)
     resolved = resolve_parameters(spec, chosen, names, weights, parameters, adapter_parameters)
-    provenance = {
-        "merge_method": merge_method,
-        "method_version": spec.version,
-        "space": chosen,
-        "adapters": [{"name": adapter.name, "content_hash": adapter.known_hash} for adapter in adapters],
-        "weights": None if weights is None else list(weights),
-        "parameters": dict(parameters or {}),
-        "adapter_parameters": None if adapter_parameters is None else [dict(mine) for mine in adapter_parameters],
-        "precondition": [repr(entry) if callable(entry) else entry for entry in precondition],
-        "rank": rank if isinstance(rank, int | str) else dict(rank),
-        "max_rank": max_rank,
-        "seed": seed,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
     changes = resolve_preconditions(precondition)
     zero = _zero_adapters(adapters)
     used = [index for index in range(len(adapters)) if index not in zero]
@@ -121,22 +108,39 @@ def merge(
     factors = job.run() if used else {}
     if embeddings:
         factors = {m: replace(pair, embedding=True) if m in embeddings else pair for m, pair in factors.items()}
+    provenance = {
+        "merge_method": merge_method,
+        "method_version": spec.version,
+        "space": chosen,
+        "adapters": [{"name": adapter.name, "content_hash": adapter.known_hash} for adapter in adapters],
+        "weights": None if weights is None else list(weights),
+        "parameters": dict(parameters or {}),
+        "adapter_parameters": None if adapter_parameters is None else [dict(mine) for mine in adapter_parameters],
+        "precondition": [repr(entry) if callable(entry) else entry for entry in precondition],
+        "rank": rank if isinstance(rank, int | str) else dict(rank),
+        "max_rank": max_rank,
+        "seed": seed,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     bases = {adapter.base_model for adapter in adapters}
-    return MergedAdapter(name, factors, job.report, provenance, bases.pop() if len(bases) == 1 else None)
+    merged = MergedAdapter(name, factors, job.report, provenance, bases.pop() if len(bases) == 1 else None)
+    job.settle()
+    return merged
 
 
 def _zero_adapters(adapters: Sequence[Adapter]) -> set[int]:
     """Which adapters are ΔW = 0 at every module. A module of each settles nearly all; two reads of the device do."""
-    modules = {index: list(a.factors.values()) for index, a in enumerate(adapters) if a.found.zero is None}
-    if modules:
+    unknown = [index for index, adapter in enumerate(adapters) if adapter.found.zero is None]
+    if unknown:
         device = _device_of(adapters)
-        zero = set(modules)
-        for some in (slice(0, 1), slice(1, None)):
-            norms = {index: [_norm(pair) for pair in modules[index][some]] for index in zero if modules[index][some]}
+        zero = set(unknown)
+        for some in ((0, 1), (1, None)):
+            pairs = {index: islice(adapters[index].factors.values(), *some) for index in zero}
+            norms = {index: found for index, mine in pairs.items() if (found := [_norm(pair) for pair in mine])}
             if norms:
                 largest = torch.stack([torch.stack(found).amax().to(device) for found in norms.values()])
                 zero -= {index for index, norm in zip(norms, largest.tolist(), strict=True) if norm != 0}
-        for index in modules:
+        for index in unknown:
             adapters[index].found.zero = index in zero
     return {index for index, adapter in enumerate(adapters) if adapter.found.zero}
 

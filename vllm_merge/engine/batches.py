@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_merge.adapters.stacking import ModuleGroup, Stack
+from vllm_merge.adapters.stacking import ModuleGroup, Stack, rejoined
 from vllm_merge.algebra.coordinates import Bases, Coordinates, Grams
 from vllm_merge.algebra.truncation import Batch as ToCut
 from vllm_merge.algebra.truncation import Strips
@@ -34,12 +34,13 @@ class Described:
     bases: Bases
     entries: Tensor
     parameters: Mapping[str, Tensor]
+    in_float32: Mapping[str, Tensor]
     lam: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A batch on the device, with its parameters: per adapter (modules, n) float64, λ (modules,) float64.
+    """A batch on the device, with its parameters: per adapter (modules, n) float64 and in float32, λ (modules,) float64.
 
     stack: its factors; None where they are made again when they are needed.
     product: in space `factors`, the one task that its method has made of all; the coordinates then are of it.
@@ -50,6 +51,7 @@ class Prepared:
     grams: Grams
     coordinates: Coordinates
     parameters: Mapping[str, Tensor]
+    in_float32: Mapping[str, Tensor]
     lam: Tensor
     product: Stack | None = None
 
@@ -59,7 +61,7 @@ class Prepared:
         spaces = [one.coordinates for one in several]
         group = ModuleGroup.joined([space.group.cored() for space in spaces])
         left, right, entries = (
-            torch.cat([getattr(space, part) for space in spaces]) for part in ("left", "right", "entries")
+            rejoined([getattr(space, part) for space in spaces]) for part in ("left", "right", "entries")
         )
         grams = Grams.joined([one.grams for one in several])
         first = several[0]
@@ -68,32 +70,36 @@ class Prepared:
             None,
             grams,
             Coordinates(group, left, right, None, None, entries),
-            {name: torch.cat([one.parameters[name] for one in several]) for name in first.parameters},
-            torch.cat([one.lam for one in several]),
+            {name: rejoined([one.parameters[name] for one in several]) for name in first.parameters},
+            {name: rejoined([one.in_float32[name] for one in several]) for name in first.in_float32},
+            rejoined([one.lam for one in several]),
         )
 
     def parameters_of(self, modules: slice, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Per-adapter parameters as a method gets them, (modules, n, 1, 1)."""
-        return {name: value[modules, :, None, None].to(dtype) for name, value in self.parameters.items()}
+        """Per-adapter parameters as a method gets them, (modules, n, 1, 1), in float64 or float32."""
+        given = self.parameters if dtype == torch.float64 else self.in_float32
+        return {name: value[modules, :, None, None] for name, value in given.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
     """The merged coordinates of a batch, in strips. short: the smaller of rows and columns; tall: whether that is the columns.
 
-    finite: whether they are, (modules,); None where every pass over the strips looks. of: the batches they are of, with
-    what is known of each; None where that is made again when it is needed.
+    finite: whether they are, (modules,); None where every pass over the strips looks. noise: the norm under which a result is
+    what rounding leaves of tasks that cancel, (modules,). of: the batches they are of, with what is known of each; None where
+    that is made again when it is needed.
     """
 
     strips: Strips
     finite: Tensor | None
+    noise: Tensor
     short: int
     tall: bool
     of: Sequence[tuple[Batch, Prepared | None]]
 
     def to_cut(self) -> ToCut:
         """What `truncate_each` is given."""
-        return ToCut(self.strips, torch.tensor([sum(ranks) for batch, _ in self.of for ranks in batch.group.ranks]))
+        return ToCut(self.strips, torch.cat([batch.group.rank_sums for batch, _ in self.of]))
 
 
 def runs(batches: Sequence[Batch], fit: Callable[[Sequence[Batch]], bool]) -> list[list[Batch]]:

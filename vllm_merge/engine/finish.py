@@ -27,14 +27,13 @@ CANCELLED = 1e-7  # of the largest weighted task; float32 rounding
 class Lifted:
     """The factors of some modules' weight changes, B (modules, d_out, k) and A (modules, k, d_in), in the result's dtype.
 
-    facts: what is to be read of each module, (modules, 6): rank, norm, share of the energy, whether nothing was cut, the
-    norm that is noise, the largest magnitude in a factor.
+    largest: the largest magnitude in a module's factors, (modules,).
     """
 
     modules: Sequence[str]
     B: Tensor
     A: Tensor
-    facts: Tensor
+    largest: Tensor
 
 
 def lifted(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, tall: bool) -> Lifted:
@@ -44,13 +43,14 @@ def lifted(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, t
     stack = job.stack(prepared)
     b = torch.empty(count, d_out, kept, dtype=job.dtype, device=job.device)
     a = torch.empty(count, kept, d_in, dtype=job.dtype, device=job.device)
-    largest = []
+    inner = _inner(prepared, cut, tall)
+    seen_inner = inner if described is cut else _inner(prepared, described, tall)
     for start in range(0, count, some := job.workspace.scratch_modules(prepared.batch.cost.lifted)):
         piece = slice(start, start + some)
-        left, right = _sides(prepared, stack, cut, tall, piece)
+        left, right = _sides(prepared, stack, inner, piece)
         if job.overview is not None:
             with job.timed("report"):
-                seen = (left, right) if described is cut else _sides(prepared, stack, described, tall, piece)
+                seen = (left, right) if described is cut else _sides(prepared, stack, seen_inner, piece)
                 job.overview.add(stack.of(piece), prepared.grams.of_some(piece), *seen)
         # Singular vectors are unique up to sign: the largest entry of each column of B is made positive.
         if cut.singular:
@@ -60,15 +60,22 @@ def lifted(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, t
         else:
             b[piece].copy_(left)
             a[piece].copy_(right.mT)
-        largest.append(torch.maximum(*(torch.linalg.vector_norm(x[piece], torch.inf, (1, 2)) for x in (b, a))))
         turns.between()
-    facts = [cut.ranks, cut.norm, cut.energy, cut.exact, _noise(prepared), torch.cat(largest)]
-    return Lifted(group.modules, b, a, torch.stack([fact.double() for fact in facts], 1))
+    largest = torch.maximum(*(torch.linalg.vector_norm(side, torch.inf, (1, 2)) for side in (b, a)))
+    return Lifted(group.modules, b, a, largest)
 
 
-def read(job: Job, several: Sequence[Lifted]) -> dict[str, LoraFactors]:
-    """The factors by module, and what the report says of them: the one time the device is waited for."""
-    facts = iter(torch.cat([one.facts for one in several]).tolist())
+def facts(cut: Truncated, noise: Tensor, several: Sequence[Lifted]) -> Tensor:
+    """What is to be read of each module, (modules, 6) float64: rank, norm, share of the energy, whether nothing was cut, the
+    norm that is noise, the largest magnitude in a factor. several: all that was made of the cut."""
+    largest = torch.cat([one.largest for one in several])
+    found = (cut.ranks, cut.norm, cut.energy, cut.exact, noise, largest)
+    return torch.stack([fact.double() for fact in found], 1)
+
+
+def read(job: Job, several: Sequence[Lifted], known: Sequence[Tensor]) -> dict[str, LoraFactors]:
+    """The factors by module, and what the report says of them: the one time the device is waited for. known: their `facts`."""
+    facts = iter(torch.cat(list(known)).tolist())
     found: dict[str, LoraFactors] = {}
     for one in several:
         of_rank: dict[int, list[int]] = {}
@@ -95,18 +102,29 @@ def read(job: Job, several: Sequence[Lifted]) -> dict[str, LoraFactors]:
     return found
 
 
-def _sides(prepared: Prepared, stack: Stack, cut: Truncated, tall: bool, modules: slice) -> tuple[Tensor, Tensor]:
-    """The factors of the weight change from those of the merged coordinates: (modules, d_out, k), (modules, d_in, k)."""
-    space, of = prepared.coordinates, prepared.product or stack
-    left, right = (side[modules] for side in ((cut.long, cut.short) if tall else (cut.short, cut.long)))
+def _inner(prepared: Prepared, cut: Truncated, tall: bool) -> tuple[Tensor, Tensor]:
+    """The factors of the merged coordinates, or what B and Aᵀ are multiplied with: (modules, rows, k), (modules, cols, k)."""
+    space = prepared.coordinates
+    left, right = (cut.long, cut.short) if tall else (cut.short, cut.long)
     if space.left_transform is not None:
-        left = of.B[modules].double() @ (space.left_transform[modules] @ left.double())
+        left = space.left_transform @ left.double()
     if space.right_transform is not None:
-        right = of.A[modules].mT.double() @ (space.right_transform[modules] @ right.double())
+        right = space.right_transform @ right.double()
     return left, right
 
 
-def _noise(prepared: Prepared) -> Tensor:
+def _sides(prepared: Prepared, stack: Stack, inner: tuple[Tensor, Tensor], modules: slice) -> tuple[Tensor, Tensor]:
+    """The factors of the weight change: (modules, d_out, k), (modules, d_in, k)."""
+    space, of = prepared.coordinates, prepared.product or stack
+    left, right = (side[modules] for side in inner)
+    if space.left_transform is not None:
+        left = of.B[modules].double() @ left
+    if space.right_transform is not None:
+        right = (right.mT @ of.A[modules].double()).mT  # rows of A lie as those of the result
+    return left, right
+
+
+def noise(prepared: Prepared) -> Tensor:
     """Norm under which a result is what rounding leaves of tasks that cancel, (modules,) float64."""
     scale = prepared.grams.norms * prepared.lam.abs()[:, None]
     if "weight" in prepared.parameters:

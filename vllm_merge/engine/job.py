@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -55,21 +55,23 @@ class Job:
     cancelled: Callable[[], bool]
     report: MergeReport
     overview: Overview | None
+    unsettled: list[tuple[Tensor, Sequence[Batch], Mapping[str, LoraFactors]]] = field(default_factory=list)
+    """Factors whose values may not be finite, with what will tell, not 0 where they are not, and the batches they are of."""
     _described: dict[int, Described] = field(default_factory=dict)
     _stacks: dict[int, Stack] = field(default_factory=dict)
 
     def run(self) -> Mapping[str, LoraFactors]:
-        """Statistics over all modules, then batch by batch: merged entries, rank, factors."""
+        """Statistics over all modules, then batch by batch: merged entries, rank, factors. `settle` before they are given out."""
         statistics: Any = None
-        alone = self.overview is None and all(side_by_side.fits(self, batch.group) for batch in self.batches)
+        alone = self._all_beside
         if self.spec.statistics is not None and not alone:  # those of a weighted sum only check what it checks too
             passes = JobPasses(self)
             with self.timed("statistics"):
                 statistics = self.spec.statistics(passes, **self.parameters.per_recipe)
         factors: dict[str, LoraFactors] = {}
         beside: list[Batch] = []
-        columns = ColumnSums.of(self)
-        for several in self._merged_together:
+        columns = None if alone else ColumnSums.of(self)
+        for several in [self.batches] if alone else self._merged_together:
             terms_fit = side_by_side.fits(self, several[0].group)
             if not terms_fit and not (columns is not None and columns.merge(several)):
                 factors.update(self._merge_batches(several, statistics))
@@ -91,8 +93,7 @@ class Job:
         self.report.continuation = getattr(statistics, "continuation", {})
         if self.space == "factors":
             self.report.warnings.append(NOT_EXACT)
-        low = {module: kept for module, kept in self.report.energy_kept.items() if kept is not None}
-        low = {module: kept for module, kept in low.items() if kept < LOW_ENERGY}
+        low = {m: kept for m, kept in self.report.energy_kept.items() if kept is not None and kept < LOW_ENERGY}
         if low:
             worst = min(low, key=low.__getitem__)
             self.report.warnings.append(
@@ -102,28 +103,44 @@ class Job:
         self.report.peak_workspace_bytes = self.workspace.peak
         return {**factors, **found} if factors else found
 
+    def settle(self) -> None:
+        """Wait for a GPU, and raise MergeError where a value is not finite. Until then it works while the host does."""
+        while self.unsettled:
+            overflow, batches, factors = self.unsettled.pop()
+            with self.timed("factors"):
+                if overflow:
+                    side_by_side.explain(self, batches, factors)
+
     @cached_property
     def batches(self) -> list[Batch]:
         """All modules, in batches of one shape."""
-        groups = group_modules(self.adapters)
-        if self.spec.coefficients is not None or self.spec.columns is not None:
-            groups = [piece for group in groups for piece in group.by_ranks()]
-        costs = [ModuleCost.of(g, self.space, self.policy, whole_modules=self.spec.whole_modules) for g in groups]
         passes = self.spec.statistics is not None and self.spec.coefficients is None
-        if passes or self.space in TOGETHER:
-            counted = [(len(group.modules), cost) for group, cost in zip(groups, costs, strict=True)]
+        if not self._all_beside and (passes or self.space in TOGETHER):
+            counted = [(len(group.modules), cost) for group, cost in self._groups]
             self.workspace.hold_if_fits(*(sum(n * getattr(c, part) for n, c in counted) for part in ("held", "bare")))
         if passes and not self.spec.on_the_fly:
             self.workspace.set_aside()
         batches: list[Batch] = []
         start = 0
-        for group, cost in zip(groups, costs, strict=True):
+        for group, cost in self._groups:
             alone = self.overview is None and side_by_side.fits(self, group)  # nothing is held but the result
             count = 1 if alone else -(-len(group.modules) // self.workspace.modules_at_once(cost))
             for piece in group.batches(-(-len(group.modules) // count)):  # of one size
                 batches.append(Batch(piece, start, cost))
                 start += len(piece.modules)
         return batches
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[ModuleGroup, ModuleCost], ...]:
+        """All modules by shape, and by ranks for a method whose terms may all fit into the rank."""
+        by_ranks = self.spec.coefficients is not None or self.spec.columns is not None
+        groups = tuple(group_modules(self.adapters))
+        return _with_costs(groups, by_ranks, self.space, self.policy, self.spec.whole_modules)
+
+    @cached_property
+    def _all_beside(self) -> bool:
+        """Whether all that is made is factors side by side."""
+        return self.overview is None and all(side_by_side.fits(self, group) for group, _ in self._groups)
 
     @cached_property
     def modules(self) -> list[str]:
@@ -149,9 +166,11 @@ class Job:
 
     def step(self, stage: str, done: int) -> None:
         """Report progress; stop if that is wanted."""
+        last = self.batches[-1]
+        total = last.start + len(last.group.modules)
         if self.cancelled():
-            raise MergeCancelled(f"the merge was cancelled ({stage}, {done} of {len(self.modules)} modules)")
-        self.notify(stage, done, len(self.modules))
+            raise MergeCancelled(f"the merge was cancelled ({stage}, {done} of {total} modules)")
+        self.notify(stage, done, total)
 
     def prepared(self, batch: Batch) -> Prepared:
         """A batch made ready. Without its stack where that would have to be made anew and its coordinates need none of it."""
@@ -161,7 +180,7 @@ class Job:
         if stack is None and found.bases.needs_stack:
             stack = self.stacked(batch)
         space = found.bases.on(batch.group, stack, found.entries)
-        return Prepared(batch, stack, found.grams, space, found.parameters, found.lam)
+        return Prepared(batch, stack, found.grams, space, found.parameters, found.in_float32, found.lam)
 
     def entries(self, batch: Batch) -> Tensor:
         """How many entries a task has at each module of a batch, (modules,) int64."""
@@ -192,7 +211,9 @@ class Job:
             self.check_inputs(core.modules, joined.norms)
             self.workspace.count(sum(batch.cost.small * len(batch.group.modules) for batch in together))
             found = bases(self.space, core, joined, singular=self.spec.entrywise)
-            first = 0
+            parameters = self.parameters.tensors(core.modules, self.device)
+            in_float32 = {name: value.float() for name, value in parameters.items()}
+            lam, first = self.parameters.lambdas(core.modules, self.device), 0
             for batch in together:
                 modules = batch.group.modules
                 piece = slice(first, first + len(modules))
@@ -202,8 +223,9 @@ class Job:
                     joined.of_some(piece),
                     mine,
                     mine.entries(batch.group, self.device),
-                    self.parameters.tensors(modules, self.device),
-                    self.parameters.lambdas(modules, self.device),
+                    {name: value[piece] for name, value in parameters.items()},
+                    {name: value[piece] for name, value in in_float32.items()},
+                    lam[piece],
                 )
                 first += len(modules)
 
@@ -215,14 +237,14 @@ class Job:
 
     def check_inputs(self, modules: Sequence[str], norms: Tensor) -> None:
         """Raise MergeError where an adapter's norm at a module (modules, n) is not finite."""
-        found = norms.tolist()
-        for module, row in zip(modules, found, strict=True):
-            for adapter, norm in zip(self.adapters, row, strict=True):
-                if not norm < float("inf"):
-                    raise MergeError(
-                        f"adapter '{adapter.name}', module '{module}': its factors hold values that are not finite; "
-                        "the adapter is broken and cannot be merged"
-                    )
+        on_host = norms.cpu()
+        if len(broken := (~on_host.isfinite()).nonzero()):
+            module, adapter = broken[0].tolist()
+            raise MergeError(
+                f"adapter '{self.adapters[adapter].name}', module '{modules[module]}': its factors hold values that are not "
+                "finite; the adapter is broken and cannot be merged"
+            )
+        found = on_host.tolist()
         self.report.input_norms.update(zip(modules, found, strict=True))
 
     def parts(self, prepared: Prepared) -> Iterator[Part]:
@@ -245,6 +267,13 @@ class Job:
             right=space.right[part.modules],
             slots=space.group.slots,
         )
+
+    def whole_modules(self) -> Iterator[Prepared]:
+        """All modules, those together whose coordinates have one shape, as far as they fit into the workspace."""
+        for several in self._together:
+            each = [self.prepared(batch) for batch in several]
+            joined = self._cost_of_cores(several[0].group.cored())
+            yield each[0] if len(each) == 1 else Prepared.joined(each, joined)
 
     def cores(self, prepared: Prepared, part: Part) -> Cores:
         """What a method of whole modules is given for one part of a batch."""
@@ -319,6 +348,7 @@ class Job:
         if finite := [one.finite for one in merged if one.finite is not None]:
             self._check_result([module for batch in batches for module in batch.group.modules], torch.cat(finite))
         lifted: list[finish.Lifted] = []
+        facts: list[Tensor] = []
         for one, cut, described in self._cut(merged):
             with self.timed("factors"):
                 start = 0
@@ -327,8 +357,9 @@ class Job:
                     known = known or self.prepared(batch)
                     lifted.append(finish.lifted(self, known, cut.of(piece), described.of(piece), one.tall))
                     start = piece.stop
+                facts.append(finish.facts(cut, one.noise, lifted[-len(one.of) :]))
         with self.timed("factors"):
-            return finish.read(self, lifted)
+            return finish.read(self, lifted, facts)
 
     def _merged_alone(self, batch: Batch, statistics: Any, *, keep: bool) -> Merged:
         """One batch merged. keep: what is known of it is not made again, stack and all."""
@@ -388,8 +419,8 @@ class Job:
                     whole[part.modules, part.rows, part.cols] = values
                 assert whole is not None
                 held = whole
-            return Merged(lambda: strips_of(held), finite, min(rows, cols), tall, of)
-        return Merged(checked_parts, None, min(rows, cols), tall, of)
+            return Merged(lambda: strips_of(held), finite, finish.noise(prepared), min(rows, cols), tall, of)
+        return Merged(checked_parts, None, finish.noise(prepared), min(rows, cols), tall, of)
 
     def _cut(self, merged: Sequence[Merged]) -> Iterator[tuple[Merged, Truncated, Truncated]]:
         """Each cut to its rank, and the same by singular vectors."""
@@ -418,3 +449,11 @@ class Job:
         seconds = defaultdict(float, self.report.seconds)
         seconds[stage] += time.perf_counter() - start
         self.report.seconds = dict(seconds)
+
+
+@lru_cache(maxsize=16)  # of the merges that are made again and again
+def _with_costs(
+    groups: tuple[ModuleGroup, ...], by_ranks: bool, space: str, policy: RankPolicy, whole_modules: bool
+) -> tuple[tuple[ModuleGroup, ModuleCost], ...]:
+    pieces = [piece for group in groups for piece in (group.by_ranks() if by_ranks else (group,))]
+    return tuple((piece, ModuleCost.of(piece, space, policy, whole_modules=whole_modules)) for piece in pieces)

@@ -65,8 +65,11 @@ class JobPasses:
         return (self._job.tile(prepared, part) for prepared, part in self._parts())
 
     def cores(self) -> Iterator[Cores]:
-        """Start a new pass over whole modules."""
-        return (self._job.cores(prepared, part) for prepared, part in self._parts())
+        """Start a new pass over whole modules, of any shapes at once."""
+        for prepared in self._job.whole_modules():
+            for part in self._job.parts(prepared):
+                self._job.step("statistics", prepared.batch.start + part.modules.start)
+                yield self._job.cores(prepared, part)
 
     def hold(self, nbytes: int) -> None:
         """Count bytes that the statistics keep until the merge ends."""

@@ -34,12 +34,11 @@ def merged(job: Job, batches: Sequence[Batch]) -> Mapping[str, LoraFactors]:
         job.step("merge", batch.start)
     with job.timed("factors"):
         groups, cpu = [batch.group for batch in batches], torch.device("cpu")
-        modules = [module for group in groups for module in group.modules]
-        different = modules[:1] if job.parameters.alike else modules
+        alike = job.parameters.alike
+        different = groups[0].modules[:1] if alike else [module for group in groups for module in group.modules]
         shares = job.spec.coefficients(**job.parameters.tensors(different, cpu), **job.parameters.per_recipe)
-        shares = shares.expand(len(modules), -1)
         if not job.parameters.unscaled:
-            shares = shares * job.parameters.lambdas(modules, cpu)[:, None]
+            shares = shares * job.parameters.lambdas(different, cpu)[:, None]
         shares = _like_terms(job, shares)
         found = [_terms(job, batches, *terms) for terms in _alike(groups, shares)]
     if len(found) == 1:
@@ -48,9 +47,13 @@ def merged(job: Job, batches: Sequence[Batch]) -> Mapping[str, LoraFactors]:
 
 
 def _alike(groups: Sequence[ModuleGroup], shares: Tensor) -> Iterator[tuple[list[int], list[ModuleGroup], Tensor]]:
-    """The adapters that have a share, with the modules that have these terms alone, and their shares (modules, adapters)."""
-    if shares.numpy().all():
-        yield list(range(shares.shape[1])), list(groups), shares
+    """The adapters that have a share, with the modules that have these terms alone, and their shares (modules, adapters).
+
+    shares: (modules, adapters), or (1, adapters) where those of all modules are alike, and then so are those given.
+    """
+    if len(shares) == 1 or shares.numpy().all():
+        used = [index for index, share in enumerate(shares.tolist()[0]) if share]
+        yield used, list(groups), shares if len(used) == shares.shape[1] else shares[:, used]
         return
     patterns = (shares != 0).tolist()
     for pattern in dict.fromkeys(map(tuple, patterns)):
@@ -68,11 +71,12 @@ def _alike(groups: Sequence[ModuleGroup], shares: Tensor) -> Iterator[tuple[list
 def _terms(
     job: Job, batches: Sequence[Batch], used: Sequence[int], groups: Sequence[ModuleGroup], shares: Tensor
 ) -> Mapping[str, LoraFactors]:
-    """Of modules that have the same terms: those of the adapters used, times their shares (modules, adapters)."""
+    """Of modules that have the same terms: those of the adapters used, times their shares, (modules, adapters) or one row."""
     terms = [group.only(used) for group in groups]
     if nothing := [module for group in terms if not group.stacked_rank for module in group.modules]:
         job.report.dropped_modules += nothing
-        shares = shares[torch.tensor([group.stacked_rank > 0 for group in terms for _ in group.modules])]
+        if len(shares) > 1:
+            shares = shares[torch.tensor([group.stacked_rank > 0 for group in terms for _ in group.modules])]
         terms = [group for group in terms if group.stacked_rank]
     if not terms:
         return {}
@@ -83,12 +87,11 @@ def _terms(
     for group in terms:
         job.report.ranks.update(dict.fromkeys(group.modules, group.stacked_rank))
         job.report.energy_kept.update(dict.fromkeys(group.modules))
-    if overflow:  # the one wait for a GPU
-        _explain(job, batches, factors)
+    job.unsettled.append((overflow, batches, factors))
     return factors
 
 
-def _explain(job: Job, batches: Sequence[Batch], factors: Mapping[str, LoraFactors]) -> None:
+def explain(job: Job, batches: Sequence[Batch], factors: Mapping[str, LoraFactors]) -> None:
     """Raise MergeError for factors that are not finite: an adapter's own, or merged ones that their dtype cannot hold."""
     for batch in batches:
         stack = stack_group(batch.group, job.adapters, job.device)

@@ -106,12 +106,16 @@ def descended(gram: Tensor, slots: Sequence[slice], size: Tensor, steps: int, *,
         )  # fmt: skip
 
     judge(0)  # what is there at the start is better than a loss of infinity
+    # Views that are made once: a step is too short for a GPU to wait while Python makes them.
+    change, made = changes.unbind(), grams.unbind()
+    turned, diagonal = [one.mT for one in change], [one.diagonal(dim1=-2, dim2=-1) for one in change]
+    each_shift = shift[:, None]
     for step in range(steps):
         new = (step + 1) % 2
-        torch.bmm(turn, changes[1 - new], out=changes[new])
-        changes[new].diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
-        torch.bmm(changes[new], gram, out=product)
-        torch.bmm(product, changes[new].mT, out=grams[new])
+        torch.bmm(turn, change[1 - new], out=change[new])
+        diagonal[new].add_(each_shift)
+        torch.bmm(change[new], gram, out=product)
+        torch.bmm(product, turned[new], out=made[new])
         judge(new)
         turns.between()
-    return changes[steps % 2]
+    return change[steps % 2]

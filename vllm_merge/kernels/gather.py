@@ -27,6 +27,8 @@ _TILES_EACH = 8  # that a program copies of the largest matrix, one after the ot
 @triton.jit  # type: ignore[untyped-decorator]
 def _copy(  # type: ignore[no-untyped-def]
     entry,
+    weights,
+    period,
     out,
     pieces,
     most,
@@ -45,7 +47,9 @@ def _copy(  # type: ignore[no-untyped-def]
     columns = tl.multiple_of(tl.load(entry + 5 * pieces).to(tl.int32), UNIT)
     target = out + tl.multiple_of(tl.load(entry + 6 * pieces), UNIT)
     target_stride = tl.multiple_of(tl.load(entry + 7 * pieces), UNIT)
-    scale = tl.load(entry + 8 * pieces).to(tl.float64, bitcast=True).to(tl.float32)
+    weight_of = tl.load(entry + 8 * pieces)
+    weight = tl.load(weights + weight_of % period, mask=weight_of >= 0, other=1.0)
+    scale = (tl.load(entry + 9 * pieces).to(tl.float64, bitcast=True) * weight).to(tl.float32)
     across = tl.cdiv(columns, COLUMNS)
     largest = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS) * across, tl.num_programs(1)):
@@ -59,9 +63,11 @@ def _copy(  # type: ignore[no-untyped-def]
     return tl.sum((~(largest <= most)).to(tl.int32))  # nan is not, either
 
 
-@triton.jit(do_not_specialize=["pieces", "first"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pieces", "first", "period"])  # type: ignore[untyped-decorator]
 def _gather(  # type: ignore[no-untyped-def]
     table,
+    weights,
+    period,
     out,
     pieces,
     first,
@@ -75,18 +81,19 @@ def _gather(  # type: ignore[no-untyped-def]
 ):
     entry = table + first + tl.program_id(0)
     if tl.load(entry + 5 * pieces) <= NARROW:  # columns: the others would leave most lanes of a tile idle
-        bad = _copy(entry, out, pieces, most, SOURCE, BYTES, UNIT, TILE // NARROW, NARROW)
+        bad = _copy(entry, weights, period, out, pieces, most, SOURCE, BYTES, UNIT, TILE // NARROW, NARROW)
     else:
-        bad = _copy(entry, out, pieces, most, SOURCE, BYTES, UNIT, TILE // WIDE, WIDE)
+        bad = _copy(entry, weights, period, out, pieces, most, SOURCE, BYTES, UNIT, TILE // WIDE, WIDE)
     if bad > 0:
-        tl.store(table + 9 * pieces, 1)
+        tl.store(weights + period, 1.0)
 
 
-def gather(table: Tensor, out: Tensor, pieces: Pieces, pause: Callable[[], object]) -> None:
-    """out[piece] = scale · source, zero where the source ends, computed in float32.
+def gather(table: Tensor, weights: Tensor, out: Tensor, pieces: Pieces, pause: Callable[[], object]) -> None:
+    """out[piece] = scaling · weight · source, zero where the source ends, computed in float32.
 
-    table: int64 on the GPU, `pieces.table(…)`; its last number becomes 1 where a value is not finite in out's dtype.
-    out: one run of elements. pause(): called before every launch.
+    table: int64 on the GPU, `pieces.table(…)`. weights: float64 on the GPU, (modules · n + 1,), or fewer that are taken again
+    and again; the last number becomes 1 where a value is not finite in out's dtype. out: one run of elements. pause():
+    called before every launch.
     """
     widths = _NARROW if pieces.aligned else _UNALIGNED
     narrow = next((columns for columns in widths if pieces.widest <= columns), _WIDE)
@@ -95,6 +102,8 @@ def gather(table: Tensor, out: Tensor, pieces: Pieces, pause: Callable[[], objec
         pause()
         _gather[(last - first, split)](
             table,
+            weights,
+            len(weights) - 1,
             out,
             pieces.count,
             first,

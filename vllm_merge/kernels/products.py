@@ -22,8 +22,9 @@ from vllm_merge.kernels.masks import keep
 TILE_ROWS, TILE_COLUMNS = 64, 64
 # Numbers whose values, and pointers whose alignment, are not worth a compilation each: of `left`, terms are read one by one.
 COUNTS = ["first", "owners_per_module", "low", "digit_width", "width", "n", "rows", "first_row", "first_column"]
-COUNTS += ["lm", "lr"]
-ANYWHERE = ["left", "weight", "factor", "least", "most", "keys", "limits", "majority"]
+COUNTS += ["lm", "lr", "owners", "guesses", "agreement"]
+ANYWHERE = ["left", "weight", "factor", "least", "most", "keys", "limits", "majority", "strictness"]
+ANYWHERE += ["lowest", "highest", "shift"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Products:
     def strides(self) -> tuple[int, ...]:
         """Of left and right, in elements."""
         return (*self.left.stride(), *self.right.stride())
+
+    def empty(self) -> Tensor:
+        """Room for merged entries, (modules, rows, columns) float32."""
+        return torch.empty(*self.left.shape[:2], self.right.shape[2], device=self.left.device)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _kept(entries, least, most, keys, limits, place, row, column):  # type: ignore[no-untyped-def]
+def trimmed(entries, least, most, keys, limits, place, row, column):  # type: ignore[no-untyped-def]
     """The entries of a task that its rule keeps, zero elsewhere. place: of the task's numbers at the module."""
     if least is not None:
         entries = tl.where(tl.abs(entries) >= tl.load(least + place), entries, 0.0)
@@ -124,7 +129,7 @@ def _kept(entries, least, most, keys, limits, place, row, column):  # type: igno
 
 
 @triton.jit
-def _times(entries, factor):  # type: ignore[no-untyped-def]
+def times(entries, factor):  # type: ignore[no-untyped-def]
     """Rounded before anything is added to it: in one step with a sum, x and −x would not cancel."""
     return tl.fma(entries, factor, 0.0)
 
@@ -152,8 +157,8 @@ def _elect(  # type: ignore[no-untyped-def]
             left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
         )  # fmt: skip
         place = module * n + task
-        kept = _kept(entries, least, most, keys, limits, place, first_row + row, first_column + column)
-        kept = _times(kept, tl.load(factor + place))
+        kept = trimmed(entries, least, most, keys, limits, place, first_row + row, first_column + column)
+        kept = times(kept, tl.load(factor + place))
         total += kept
         if out is not None:
             above += tl.maximum(kept, 0.0)
@@ -198,8 +203,8 @@ def _add(  # type: ignore[no-untyped-def]
             left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
         )  # fmt: skip
         place = module * n + task
-        kept = _kept(entries, least, most, keys, limits, place, first_row + row, first_column + column)
-        total += _times(kept, tl.load(factor + place))
+        kept = trimmed(entries, least, most, keys, limits, place, first_row + row, first_column + column)
+        total += times(kept, tl.load(factor + place))
     there = out + module * rows * columns + row[:, None].to(tl.int64) * columns + column[None, :]
     tl.store(there, total, mask=(row[:, None] < rows) & (column[None, :] < columns))
 
@@ -218,7 +223,7 @@ def _magnitudes(  # type: ignore[no-untyped-def]
     entries = product(
         left, right, bounds, module, task, row, column, rows, columns, lm, lr, lk, rm, rk, rc, DEPTH
     )  # fmt: skip
-    kept = _kept(entries, least, most, keys, limits, module * n + task, first_row + row, first_column + column)
+    kept = trimmed(entries, least, most, keys, limits, module * n + task, first_row + row, first_column + column)
     block = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     there = sums + 2 * (block * tl.num_programs(2) + tl.program_id(2))
     tl.store(there, tl.sum(tl.abs(entries)))
@@ -267,7 +272,7 @@ def elect(products: Products, rule: Rule, *, mean: bool, majority: Tensor | None
 
     majority: (modules,) float32, the sign where a sum is exactly 0; without it the result is 0 there.
     """
-    merged = _empty(products)
+    merged = products.empty()
     counts, undecided = _elected(products, rule, merged, mean=mean, majority=majority)
     return Elected(merged, counts[:, :2], counts[:, 2], undecided)
 
@@ -279,7 +284,7 @@ def votes(products: Products, rule: Rule) -> Tensor:
 
 def add(products: Products, rule: Rule) -> Tensor:
     """The sum of what the rule keeps, times its factor, (modules, rows, columns) float32."""
-    merged = _empty(products)
+    merged = products.empty()
     _add[(*products.grid, len(merged))](
         products.left, products.right, products.bounds, rule.factor, *rule.kept, merged,
         len(products.slots), *merged.shape[1:], *products.corner, *products.strides,
@@ -317,10 +322,6 @@ def signs(products: Products, weight: Tensor) -> Tensor:
     )  # fmt: skip
     turns.between()
     return counts
-
-
-def _empty(products: Products) -> Tensor:
-    return torch.empty(*products.left.shape[:2], products.right.shape[2], device=products.left.device)
 
 
 def _elected(

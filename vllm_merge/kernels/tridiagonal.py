@@ -22,16 +22,18 @@ _STEPS = 40  # QL steps for one eigenvalue; it takes two
 _NEGLIGIBLE = 2e-16  # of an entry beside the diagonal, relative to 1 and its neighbours on it
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _reflect(matrices, transposed, diagonal, beside, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """T's diagonal and the entries beside it, and Qᵀ; (N, N) padded with zeros, N a power of two of at least 4."""
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
+def _reflect(matrices, transposed, diagonal, beside, count, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """T's diagonal and the entries beside it, and Qᵀ; (N, N), N a power of two of at least 4. count: of reflections, N − 2, or
+    fewer where rows of zeros follow.
+    """
     program = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, N)
     columns = tl.arange(0, N)
     square = rows[:, None] * N + columns[None, :]
     a = tl.load(matrices + program * N * N + square)
     reflections = transposed + program * N * N  # row k holds reflection k until Qᵀ takes its place
-    for k in range(N - 2):
+    for k in range(count):
         column = tl.sum(tl.where(columns[None, :] == k, a, 0.0), 1)
         below = tl.where(rows > k, column, 0.0)
         first = tl.sum(tl.where(rows == k + 1, column, 0.0), 0)
@@ -48,17 +50,14 @@ def _reflect(matrices, transposed, diagonal, beside, N: tl.constexpr):  # type: 
         tl.store(reflections + k * N + rows, u)
         tl.store(diagonal + program * N + k, tl.sum(tl.where(rows == k, column, 0.0), 0))
         tl.store(beside + program * N + k, tl.where(there, end, first))
-    last = tl.where((rows[:, None] == N - 1) & (columns[None, :] == N - 1), a, 0.0)
-    before = tl.where((rows[:, None] == N - 2) & (columns[None, :] == N - 2), a, 0.0)
-    between = tl.where((rows[:, None] == N - 1) & (columns[None, :] == N - 2), a, 0.0)
-    tl.store(diagonal + program * N + N - 1, tl.sum(tl.sum(last, 1), 0))
-    tl.store(diagonal + program * N + N - 2, tl.sum(tl.sum(before, 1), 0))
-    tl.store(beside + program * N + N - 2, tl.sum(tl.sum(between, 1), 0))
-    tl.store(beside + program * N + N - 1, 0.0)
+    here = tl.sum(tl.where(rows[:, None] == columns[None, :], a, 0.0), 0)
+    below = tl.sum(tl.where(rows[:, None] == columns[None, :] + 1, a, 0.0), 0)
+    tl.store(diagonal + program * N + columns, here, mask=columns >= count)
+    tl.store(beside + program * N + columns, below, mask=columns >= count)
     tl.debug_barrier()  # every reflection is stored
     q = tl.where(rows[:, None] == columns[None, :], 1.0, 0.0).to(tl.float64)
-    for step in range(N - 2):
-        u = tl.load(reflections + (N - 3 - step) * N + rows)
+    for step in range(count):
+        u = tl.load(reflections + (count - 1 - step) * N + rows)
         q = q - 2.0 * u[:, None] * tl.sum(u[:, None] * q, 0)[None, :]
     tl.debug_barrier()  # and read
     tl.store(reflections + columns[None, :] * N + rows[:, None], q)
@@ -148,7 +147,9 @@ def diagonalized(padded: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     converged = torch.empty(batch, dtype=torch.int8, device=padded.device)
     for part in turns.pieces(batch, padded.device):
         programs, outer, inner = (part.stop - part.start,), rows[part], (diagonal[part], beside[part])
-        _reflect[programs](padded[part], outer, *inner, N=n, num_warps=max(1, min(16, n * n // 1024)))
+        _reflect[programs](
+            padded[part], outer, *inner, min(k - 1, n - 2), N=n, num_warps=max(1, min(16, n * n // 1024))
+        )
         turns.between()
         _rotate[programs](*inner, outer, converged[part], k, _STEPS, _NEGLIGIBLE, N=n, num_warps=1)
         turns.between()

@@ -17,12 +17,11 @@ from torch import Tensor
 from vllm_merge.adapters.arrangement import arranged
 from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.stacking import Sources, gather_stacks, group_modules
-from vllm_merge.kernels import descent, orthonormal, products, selection, tridiagonal
+from vllm_merge.kernels import adam, agreement, descent, orthonormal, powers, products, selection, tridiagonal
 
 Launch = Callable[[], object]
 
 _SIZE = 64  # rows and columns, as divisible as those of models
-_MANY_MODULES, _MANY = 16, (1 << 12) + _SIZE  # and columns: enough entries for a guess
 _GATHERED = (16, 64, 128)  # ranks whose factors are gathered alike, where a thread can read eight elements at once
 _ODD = (12, 68)  # and where it cannot
 # (adapters, rank of each): those that `descent` takes alike, up to 32 adapters.
@@ -49,6 +48,8 @@ def variants(device: torch.device, widest: int, dtype: torch.dtype) -> Iterator[
     for adapters, rank in _TOGETHER:
         for power in (1, 2):
             yield partial(_descended, device, adapters, rank, power)
+    for rows in (16, 1):
+        yield partial(_stepped, device, rows)
 
 
 def _gathering(device: torch.device, widest: int, dtype: torch.dtype) -> Iterator[Launch]:
@@ -70,10 +71,10 @@ def _gathered(device: torch.device, rank: int, source: torch.dtype, target: torc
 
 
 def _entries(device: torch.device, depth: int) -> Iterator[Launch]:
-    """Of two tasks of rank `depth`; thresholds by a guess, which takes many entries, and by digits, and every rule."""
-    few = _products(device, depth, 2, _SIZE)
+    """Of two tasks of rank `depth`; thresholds by digits and by a guess, and every rule."""
+    few = _products(device, depth)
     yield lambda: selection.kth_largest(lambda: [few], torch.full((1, 2), 100, device=device))
-    yield partial(_guessed, device, depth)
+    yield partial(_guessed, device, few)
     one, bits = (torch.ones(2, 2, dtype=of, device=device) for of in (torch.float32, torch.int64))
     trimmed = products.Rule(one, least=one)
     masked = products.Rule(one, keys=bits, limits=bits)
@@ -83,27 +84,42 @@ def _entries(device: torch.device, depth: int) -> Iterator[Launch]:
             yield partial(products.elect, few, rule, mean=mean)
     for rule in (trimmed, masked):
         yield partial(products.votes, few, rule)
+    for frequency in (True, False):
+        yield partial(agreement.by_count, few, trimmed, frequency=frequency)
+    yield partial(agreement.wanted, few, one, one, 2)
     for rule in (masked, band):
         yield partial(products.add, few, rule)
         yield partial(products.magnitudes, few, rule)
 
 
-def _guessed(device: torch.device, depth: int) -> Tensor:
-    many = _products(device, depth, _MANY_MODULES, _MANY)
-    return selection.kth_largest(lambda: [many], torch.full((1, 2), 1 << 20, device=device))
+def _guessed(device: torch.device, few: products.Products) -> None:
+    """The first pass, and those after it."""
+    lowest, highest, shift = torch.zeros(3, 1, 1, 2, dtype=torch.int32, device=device)
+    counters = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    for above in (torch.zeros(1, 1, 2, dtype=torch.int64, device=device), None):
+        selection.count_between(lambda: [few], lowest, highest, shift, above, counters)
 
 
-def _products(device: torch.device, depth: int, modules: int, columns: int) -> products.Products:
-    generator = torch.Generator(device).manual_seed(depth)
-    left = torch.randn(modules, _SIZE, 2 * depth, device=device, generator=generator)
-    right = torch.randn(modules, 2 * depth, columns, device=device, generator=generator)
-    return products.Products(left, right, (slice(0, depth), slice(depth, 2 * depth)), slice(0, modules))
+def _products(device: torch.device, depth: int) -> products.Products:
+    left = torch.ones(2, _SIZE, 2 * depth, device=device)
+    right = torch.ones(2, 2 * depth, _SIZE, device=device)
+    return products.Products(left, right, (slice(0, depth), slice(depth, 2 * depth)), slice(0, 2))
 
 
 def _bases(device: torch.device, rows: int, wide: int) -> Iterator[Launch]:
     columns = torch.ones(1, rows, wide, dtype=torch.float64, device=device)
     yield partial(orthonormal.orthonormalize, columns)
     yield partial(orthonormal.advance, columns, columns, columns.clone(), columns.new_empty(4, 1))
+    if max(rows, wide) <= powers.LARGEST and wide <= powers.WIDEST:
+        side = columns.new_ones(1, max(rows, wide), rows)
+        yield partial(powers.Powers(side, side, wide, wide, 1), columns, columns)
+
+
+def _stepped(device: torch.device, rows: int) -> None:
+    """Of as many entries as `rows` says: a thread reads two of them at once, or one."""
+    start = torch.zeros(1, rows, 3, device=device)
+    moved = start.double()
+    adam.stepped(moved, moved, moved, moved, start, moved[0, 0, :1], moved.new_ones(1, 7), 0)
 
 
 def _descended(device: torch.device, adapters: int, rank: int, power: int) -> Tensor:

@@ -25,19 +25,15 @@ class Bands:
     """
 
     def __init__(self, passes: Passes, entries: Tensor, first: Tensor, last: Tensor, *, rescale: bool) -> None:
-        self._passes = passes
         self._factor: Tensor | None = None
-        self._least = self._threshold(last, bool((last >= entries[:, None]).all()), 0.0)
-        self._most = self._threshold(first, bool((first <= 1).all()), torch.inf)
+        below, above = bool((last < entries[:, None]).any()), bool((first > 1).any())
+        cuts = [position for position, there in ((last, below), (first, above)) if there]
+        found = iter(kth_largest_of(passes, torch.stack(cuts)) if cuts else ())
+        zero, shape = torch.zeros((), device=entries.device), passes.parameters["weight"].shape
+        self._least = (next(found) if below else zero).expand(shape)
+        self._most = (next(found) if above else zero + torch.inf).expand(shape)
         if rescale:
             self._factor = l1_factors(passes, self.kept, self._rule)
-
-    def _threshold(self, position: Tensor, everything: bool, bound: float) -> Tensor:
-        """The magnitude at a position, (all modules, n) float32; the bound where it cuts nothing off."""
-        if everything:
-            return torch.full((), bound, device=position.device).expand(self._passes.parameters["weight"].shape)
-        found = kth_largest_of(self._passes, position)
-        return found.expand(self._passes.parameters["weight"].shape)
 
     def kept(self, tile: Tile) -> Tensor:
         """The tile's values with those outside the band set to 0, float32."""

@@ -17,7 +17,9 @@ from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
 
-@merge_method("consensus", spaces=("delta", "knots", "core"), reference="arXiv:2405.07813", entrywise=True)
+@merge_method(
+    "consensus", spaces=("delta", "knots", "core"), reference="arXiv:2405.07813", entrywise=True, on_the_fly=True
+)
 def consensus(
     tile: Tile,
     statistics: None,
@@ -31,7 +33,12 @@ def consensus(
     Task i wants an entry where |x_i| > strictness · |Σ w_j x_j − x_i|: the larger strictness, the fewer it wants (λ_t of the
     paper, 0.2 to 0.6 there).
     """
+    enough = min(agreement, tile.values.shape[1])
+    if tile.values.is_meta:
+        from vllm_merge.kernels import agreement as kernels
+
+        return kernels.wanted(tile.products(), weight[:, :, 0, 0], strictness[:, :, 0, 0], enough)
     values = tile.values.float()
     total = (weight * values).sum(1)
     wanted = values.abs() > strictness * (total[:, None] - values).abs()
-    return total * (wanted.sum(1) >= min(agreement, values.shape[1]))
+    return total * (wanted.sum(1) >= enough)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_merge.algebra.bases import TOLERANCE
 from vllm_merge.algebra.cores import Cores
-from vllm_merge.algebra.spectral import Triples, polar, triples_of_each
+from vllm_merge.algebra.spectral import Triples, polar_of_each, triples_of_each
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 from vllm_merge.methods.ties import disjoint_merge
@@ -40,14 +40,17 @@ def dc_merge(
     """
     tasks = cores.scaled(weight)
     tasks_of = [tasks.task(index) for index in range(len(tasks.slots))]
-    own = [smoothed(triples, smoothing, rho) for triples in triples_of_each(tasks_of)]
-    ranks = torch.stack([task.rank for task in own], 1)
+    own = triples_of_each(tasks_of, change=lambda triples: smoothed(triples, smoothing, rho))
     every = Triples.cat(own)
-    u, v = polar(every.U), polar(every.V)
-    entries = torch.stack([(u.mT @ task.U) * task.S[:, None] @ (task.V.mT @ v) for task in own], dim=1)
+    u, v = polar_of_each(every.U, every.V)
+    widths = [task.S.shape[1] for task in own]
+    lefts = torch.split((u.mT @ every.U) * every.S[:, None], widths, -1)
+    rights = torch.split(every.V.mT @ v, widths, -2)
+    entries = torch.stack([left @ right for left, right in zip(lefts, rights, strict=True)], dim=1)
     magnitudes = entries.abs()
-    count = (keep * ranks.sum(1).double() ** 2).long().clamp_min(1)
-    descending = magnitudes.flatten(2).sort(-1, descending=True).values
+    count = (keep * every.rank.double() ** 2).long().clamp_min(1)
+    most = max(1, int(keep * every.S.shape[1] ** 2))  # no rank is larger
+    descending = magnitudes.flatten(2).topk(most).values
     least = descending.gather(-1, (count - 1)[:, None, None].expand(-1, len(own), 1))
     least = torch.maximum(SAME * least, TOLERANCE * descending[..., :1])  # rounding of 0 has no sign to elect
     entries = entries * (magnitudes >= least[..., None])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -23,6 +24,7 @@ from vllm_merge.adapters.stacking import ModuleGroup, Stack, group_modules
 from vllm_merge.algebra.bases import gram
 from vllm_merge.algebra.coordinates import owner_matrix
 from vllm_merge.algebra.symmetric import descending_eigh
+from vllm_merge.kernels import turns
 from vllm_merge.methods.preconditions import (
     Context,
     change_stacks,
@@ -32,7 +34,7 @@ from vllm_merge.methods.preconditions import (
 )
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
-_ARRAYS = 12  # float64 arrays of a stack's size alive at once
+_ARRAYS = 8  # float64 arrays of a stack's size alive at once
 _GRAM_ARRAYS = 3  # in the descent
 _HELD = 3  # times the float32 stacks, where they are held there
 _SMALL_ARRAYS = 12  # of a Gram matrix's size there
@@ -69,13 +71,13 @@ def do_orthogonalize(
 
 
 def _sides(stack: Stack) -> Iterator[tuple[Tensor, Tensor]]:
-    """A, then Bᵀ, (modules, K, d) float64, and how many of the K rank-one terms a module has, (modules,).
+    """A, then Bᵀ, (modules, K, d) float32, contiguous, and how many of the K rank-one terms a module has, (modules,).
 
     A term with a zero in A or B is no part of ΔW, and turns nothing away.
     """
     alive = (stack.A != 0).any(2) & (stack.B != 0).any(1)
     for side in (stack.A, stack.B.mT):
-        yield side.double() * alive[:, :, None], alive.sum(1)
+        yield (side * alive[:, :, None]).contiguous(), alive.sum(1)
 
 
 def _descend(
@@ -140,7 +142,7 @@ def _pools(groups: Sequence[ModuleGroup], most: int) -> Iterator[list[ModuleGrou
     yield pool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Pairs:
     """The loss over pairs of adapters. owner: (n, K) float64, 1 where a rank-one term is an adapter's."""
 
@@ -152,6 +154,11 @@ class _Pairs:
     @classmethod
     def of(cls, group: ModuleGroup, device: torch.device, power: int, gamma: float) -> _Pairs:
         return cls(group.slots, owner_matrix(group.slots).mT.to(device, non_blocking=True), power, gamma)
+
+    @cached_property
+    def apart(self) -> Tensor:
+        """(K, K) float64, 4 where two terms are of different adapters."""
+        return 4 * (1 - self.owner.mT @ self.owner)
 
     def norms(self, gram: Tensor) -> Tensor:
         """‖Â_i Â_jᵀ‖_F of i ≠ j, (modules, n, n), from Â Âᵀ (modules, K, K)."""
@@ -167,6 +174,10 @@ class _Pairs:
         """N with ∂/∂Â Σ_{i≠j} ‖Â_i Â_jᵀ‖ᵖ = N Â, (modules, K, K): the blocks times 2p‖·‖ᵖ⁻²; 0 where a block is 0."""
         weights = torch.where(norms > 0, 2 * self.power * norms.pow(self.power - 2), 0.0)
         return (self.owner.mT @ weights @ self.owner) * gram
+
+    def pull_of(self, gram: Tensor) -> Tensor:
+        """`pull` from the Gram matrix alone, which may be overwritten: for p = 2 every weight is 4."""
+        return gram.mul_(self.apart) if self.power == 2 else self.pull(gram, self.norms(gram))
 
     def descended(self, gram: Tensor, steps: int) -> Tensor:
         """C (modules, K, K) with  = C A after `steps` of plain descent, from A Aᵀ (modules, K, K) float64.
@@ -233,15 +244,44 @@ def _largest_eigenvalue(gram: Tensor) -> Tensor:
 
 
 def _adam(start: Tensor, pairs: _Pairs, terms: Tensor, steps: int, lr_scale: float) -> Tensor:
-    """(modules, K, d) float64 after `steps` of Adam on δ from 0. terms: (modules,) int64, rank-one terms of each."""
+    """(modules, K, d) float64 after `steps` of Adam on δ from 0. start: float32, contiguous. terms: (modules,) int64, rank-one
+    terms of each.
+    """
+    moved = start.double()
     entries = (terms * start.shape[-1]).clamp_min(1)
-    rate = lr_scale * (start.square().sum((-1, -2)) / entries).sqrt()[:, None, None]
-    moved, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
-    for step in range(1, steps + 1):
-        gram = moved @ moved.mT
-        slope = pairs.pull(gram, pairs.norms(gram)) @ moved + 2 * pairs.gamma * (moved - start)
-        mean.lerp_(slope, 1 - _BETAS[0])
-        square.mul_(_BETAS[1]).addcmul_(slope, slope, value=1 - _BETAS[1])
-        unbiased = (square / (1 - _BETAS[1] ** step)).sqrt_().add_(_EPSILON)
-        moved.sub_(rate / (1 - _BETAS[0] ** step) * mean / unbiased)
+    rates = lr_scale * (moved.square().sum((-1, -2)) / entries).sqrt()
+    mean, square, slope = torch.zeros_like(moved), torch.zeros_like(moved), torch.empty_like(moved)
+    gram = moved.new_empty(*moved.shape[:2], moved.shape[1])
+    numbers = _numbers(steps, pairs.gamma).to(moved.device, non_blocking=True)
+    step_of = _step_by_torch
+    if moved.is_cuda:
+        from vllm_merge.kernels import adam
+
+        step_of = adam.stepped
+    for step in range(steps):
+        torch.bmm(moved, moved.mT, out=gram)
+        torch.bmm(pairs.pull_of(gram), moved, out=slope)
+        step_of(moved, mean, square, slope, start, rates, numbers, step)
+        turns.between()
     return moved
+
+
+def _numbers(steps: int, gamma: float) -> Tensor:
+    """What a step multiplies and divides by, (steps, 7) float64: 2γ, 1 − β₁, β₂, 1 − β₂, 1 − β₂ᵗ, ε, 1 − β₁ᵗ."""
+    one, two = _BETAS
+    return torch.tensor(
+        [[2 * gamma, 1 - one, two, 1 - two, 1 - two**t, _EPSILON, 1 - one**t] for t in range(1, steps + 1)],
+        dtype=torch.float64,
+    )
+
+
+def _step_by_torch(
+    moved: Tensor, mean: Tensor, square: Tensor, slope: Tensor, start: Tensor, rates: Tensor, numbers: Tensor, step: int
+) -> None:
+    """What `kernels.adam.stepped` does. slope is overwritten."""
+    pull, new, keep, add, unbias_square, epsilon, unbias_mean = numbers[step].tolist()
+    slope.add_(moved - start, alpha=pull)
+    mean.lerp_(slope, new)
+    square.mul_(keep).addcmul_(slope, slope, value=add)
+    torch.div(square, unbias_square, out=slope).sqrt_().add_(epsilon)
+    moved.sub_((rates / unbias_mean)[:, None, None] * mean / slope)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_merge.algebra.bases import TOLERANCE
 from vllm_merge.algebra.cores import Cores
-from vllm_merge.algebra.spectral import Triples, polar, triples_of, triples_of_each
+from vllm_merge.algebra.spectral import Triples, leading_of_each, polar, ranks_of_each, triples_of, triples_of_each
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
@@ -36,7 +36,7 @@ def iso_cts(
     """
     tasks = cores.scaled(weight)
     alone = triples_of_each([tasks.task(index) for index in range(len(tasks.slots))])
-    of_the_sum, of_each = split(torch.stack([task.rank for task in alone], 1), cores.room, common_fraction)
+    of_the_sum, of_each = split(ranks_of_each(alone), cores.room, common_fraction)
     most_of_the_sum, most_of_each = torch.stack([of_the_sum.amax(), of_each.amax()]).tolist()
     common = triples_of(tasks.total()).leading(of_the_sum, most_of_the_sum)
     # A Newton–Schulz step: where singular values are small, U is orthonormal to their rounding alone.
@@ -46,7 +46,7 @@ def iso_cts(
         [outside.task(index) for index in range(len(tasks.slots))],
         [TOLERANCE * task.S[:, :1].sum(1) for task in alone],
     )
-    own = Triples.cat([rest.leading(of_each, most_of_each) for rest in rests])
+    own = leading_of_each(rests, of_each[:, None].expand(-1, len(rests)), most_of_each)
     every = Triples.cat([common, own])
     left = torch.cat([directions, polar(own.U)], -1)  # polar(every.U), as every u_i is orthogonal to U_c
     return every.mean[:, None, None] * (left @ polar(every.V).mT)

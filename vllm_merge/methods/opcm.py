@@ -22,8 +22,11 @@ from vllm_merge.algebra.cores import Cores
 from vllm_merge.algebra.spectral import Triples, triples_of
 from vllm_merge.algebra.tiles import Passes
 from vllm_merge.errors import UserInputError
+from vllm_merge.kernels import turns
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
+
+_ROUNDING = 1e-10  # of what a term has, relative to the largest
 
 
 class OpcmSequence:
@@ -41,9 +44,13 @@ class OpcmSequence:
         total = squares.new_zeros(())
         for cores in passes.cores():
             tasks = cores.scaled(cores.parameters["weight"])
+            reach = _reach(cores)
+            rows, cols = reach[order[0]]
             x = tasks.dense(order[0]) * scale[cores.modules, None, None]
             for index in order[1:]:
-                x = x + projected(tasks.dense(index), triples_of(x), alpha)
+                x += projected(tasks.dense(index), triples_of(x[:, :rows, :cols]), alpha)
+                rows, cols = max(rows, reach[index][0]), max(cols, reach[index][1])
+                turns.between()
             squares += tasks.norms().square().sum(0)
             total += x.square().sum()
             self._sums[cores.modules.start] = x
@@ -72,17 +79,34 @@ class OpcmSequence:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def projected(task: Tensor, merged: Triples, alpha: float) -> Tensor:
-    """P_t(ΔW_t) = ΔW_t − U R Vᵀ, what of the task is new to merged = U S Vᵀ.
+def _reach(cores: Cores) -> list[tuple[int, int]]:
+    """Of each task, how many leading rows and columns have all of it: what is beyond them is rounding.
 
-    R has the entries of UᵀΔW_tV of the leading directions, those with the share alpha of ΣS, and on the diagonal.
+    Bases that were made term by term have task i within the first r_1 + … + r_i, and what is merged is decomposed there.
     """
-    within = merged.U.mT @ task @ merged.V
+    ends = []
+    for side in (cores.left, cores.right.mT):
+        magnitude = side.abs()
+        there = (magnitude > _ROUNDING * magnitude.amax(1, keepdim=True)).any(0)
+        ends.append((there * torch.arange(1, len(there) + 1, device=side.device)[:, None]).amax(0))
+    found = torch.stack(ends).tolist()
+    return [(max([1, *rows]), max([1, *cols])) for rows, cols in ([end[slot] for end in found] for slot in cores.slots)]
+
+
+def projected(task: Tensor, merged: Triples, alpha: float) -> Tensor:
+    """P_t(ΔW_t) = ΔW_t − U R Vᵀ, what of the task is new to merged = U S Vᵀ, in the place of the task.
+
+    R has the entries of UᵀΔW_tV of the leading directions, those with the share alpha of ΣS, and on the diagonal. U and V
+    may lack the last rows, where they are zero.
+    """
+    corner = task[:, : merged.U.shape[1], : merged.V.shape[1]]
+    within = merged.U.mT @ corner @ merged.V
     share = merged.S.cumsum(-1) / merged.S.sum(-1, keepdim=True).clamp_min(torch.finfo(merged.S.dtype).tiny)
     leading = torch.arange(within.shape[-1], device=within.device) < (share <= alpha).sum(-1, keepdim=True)
     remove = leading[:, :, None] & leading[:, None, :]
     remove = remove | torch.eye(within.shape[-1], dtype=torch.bool, device=within.device)
-    return task - merged.U @ (within * remove) @ merged.V.mT
+    corner -= merged.U @ (within * remove) @ merged.V.mT
+    return task
 
 
 def _order(count: int, seed: int | None, first: bool) -> list[int]:

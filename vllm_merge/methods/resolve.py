@@ -26,16 +26,18 @@ class ResolvedParameters:
     @property
     def unscaled(self) -> bool:
         """Whether λ is 1 everywhere."""
-        return not isinstance(self.lam[0], Mapping) and float(self.lam[0]) == 1.0
+        return not _by_module([self.lam]) and float(self.lam[0]) == 1.0
 
     @property
     def alike(self) -> bool:
-        """Whether no per-adapter parameter differs by module."""
-        return not any(isinstance(chain[0], Mapping) for chains in self.per_adapter.values() for chain in chains)
+        """Whether neither a per-adapter parameter nor λ differs by module."""
+        return not any(_by_module([self.lam, *chains]) for chains in self.per_adapter.values())
 
     def tensors(self, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """The per-adapter parameters at these modules, each (modules, n) float64."""
         found = {name: _table(chains, modules) for name, chains in self.per_adapter.items()}
+        if device.type == "cpu":
+            return found
         return {name: table.to(device, non_blocking=True) for name, table in found.items()}
 
     def lambdas(self, modules: Sequence[str], device: torch.device) -> Tensor:
@@ -45,9 +47,14 @@ class ResolvedParameters:
 
 def _table(chains: Sequence[Sequence[Any]], modules: Sequence[str]) -> Tensor:
     """The first candidate of every chain at every module, (modules, chains) float64."""
-    if any(isinstance(chain[0], Mapping) for chain in chains):
+    if _by_module(chains):
         return torch.tensor([[_first(chain, module) for chain in chains] for module in modules], dtype=torch.float64)
-    return torch.tensor([float(chain[0]) for chain in chains], dtype=torch.float64).expand(len(modules), -1)
+    return torch.tensor([[float(chain[0]) for chain in chains]], dtype=torch.float64).expand(len(modules), -1)
+
+
+def _by_module(chains: Sequence[Sequence[Any]]) -> bool:
+    """Whether the first candidate of a chain differs by module."""
+    return any(not isinstance(chain[0], float) and isinstance(chain[0], Mapping) for chain in chains)
 
 
 def _first(candidates: Sequence[Any], module: str) -> float:
@@ -86,7 +93,7 @@ def resolve_parameters(
     typed = []
     for name, mine in zip(names, given, strict=True):
         try:
-            typed.append(spec.validate(space, mine, per_adapter=True))
+            typed.append(spec.validate(space, mine, per_adapter=True) if mine else mine)
         except UserInputError as error:
             raise UserInputError(f"adapter '{name}': {error}") from None
     per_adapter = {

@@ -32,7 +32,12 @@ class CountStatistics:
 
 
 @merge_method(
-    "ties_by_count", spaces=("delta",), reference="arXiv:2306.01708", statistics=CountStatistics, entrywise=True
+    "ties_by_count",
+    spaces=("delta",),
+    reference="arXiv:2306.01708",
+    statistics=CountStatistics,
+    entrywise=True,
+    on_the_fly=True,
 )
 def ties_by_count(
     tile: Tile,
@@ -49,6 +54,12 @@ def ties_by_count(
     or by how many have each sign. compat: peft multiplies the weights by alpha / r, which ΔW_i contains already, as
     PEFT did in August 2026; its release 0.21.2 no longer does.
     """
+    if tile.values.is_meta:
+        from vllm_merge.kernels.agreement import by_count
+        from vllm_merge.kernels.products import Rule
+
+        rule = Rule(weight[:, :, 0, 0], statistics.scaling[tile.modules], statistics.threshold[tile.modules])
+        return by_count(tile.products(), rule, frequency=majority_sign_method == "frequency")
     threshold, scaling = (table[tile.modules][:, :, None, None] for table in (statistics.threshold, statistics.scaling))
     values = torch.where(tile.values.abs() >= threshold, tile.values, 0.0)
     return elected(Side(values, weight * scaling, tile.entries[:, None], 0, divisor=None), majority_sign_method)

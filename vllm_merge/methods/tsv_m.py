@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_merge.algebra.cores import Cores
-from vllm_merge.algebra.spectral import Triples, isotropic, polar, triples_of_each
+from vllm_merge.algebra.spectral import isotropic, leading_of_each, polar_of_each, ranks_of_each, triples_of_each
 from vllm_merge.methods.markers import PerAdapter
 from vllm_merge.methods.registry import merge_method
 
@@ -28,9 +28,9 @@ def tsv_m(
     """
     tasks = cores.scaled(weight)
     own = triples_of_each([tasks.task(index) for index in range(len(tasks.slots))])
-    keep = kept_ranks(torch.stack([task.rank for task in own], 1), cores.room)
-    every = Triples.cat([task.leading(keep[:, index]) for index, task in enumerate(own)])
-    merged = polar(every.U) * every.S[:, None, :] @ polar(every.V).mT
+    every = leading_of_each(own, kept_ranks(ranks_of_each(own), cores.room))
+    u, v = polar_of_each(every.U, every.V)
+    merged = u * every.S[:, None, :] @ v.mT
     return isotropic(merged) if isotropize else merged
 
 

@@ -16,6 +16,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from vllm_merge.algebra.bases import TOLERANCE
+from vllm_merge.algebra.coordinates import owners, task_norms
 from vllm_merge.algebra.cores import Cores
 from vllm_merge.algebra.symmetric import descending_eigh
 from vllm_merge.methods.markers import PerAdapter
@@ -35,15 +36,12 @@ def wudi(
     steps: gradient steps from Σ w_i ΔW_i, 0 being that sum itself; `converged` is the exact minimum.
     """
     tasks = cores.scaled(weight)
-    norms = tasks.norms()
-    inverse = torch.where(norms > 0, 1 / norms.square(), 0.0)[:, :, None, None]
-    grams, targets = [], []
-    for index in range(len(tasks.slots)):
-        left, right = tasks.task(index)
-        half = (left.mT @ left) @ right  # LᵀL R, so that ΔWᵀΔW = Rᵀ half
-        grams.append(right.mT @ half)
-        targets.append(left @ (right @ right.mT) @ half)
-    s, c = ((inverse * torch.stack(parts, dim=1)).sum(1) for parts in (grams, targets))
+    grams_left, grams_right = tasks.own_grams()
+    norms = task_norms(grams_right, grams_left, tasks.slots)
+    inverse = torch.where(norms > 0, 1 / norms.square(), 0.0)
+    # Of all tasks at once, as all but their own blocks is 0: LᵀL R / ‖ΔW‖², so that S = Rᵀ half.
+    half = inverse[:, owners(tasks.slots).to(inverse.device, non_blocking=True), None] * grams_left @ tasks.right
+    s, c = tasks.right.mT @ half, tasks.left @ (grams_right @ half)
     values, vectors = descending_eigh(s)
     support = values > TOLERANCE**2 * values[:, :1]
     least = c @ (vectors * torch.where(support, 1 / values, 0.0)[:, None, :])

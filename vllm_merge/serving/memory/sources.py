@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vllm_merge.adapters.factors import Adapter
 from vllm_merge.adapters.peft import ReadAdapter, parse_adapter, read_bytes, size_of
+from vllm_merge.adapters.reading import host_memory
 from vllm_merge.recipe.plan import Plan, PlannedAdapter
 from vllm_merge.serving.memory.holes import first_hole
 
@@ -91,9 +92,9 @@ class SourceCache:
         self._at_hand = {}
 
     def _read(self, planned: PlannedAdapter, place: int | None, expected: int) -> ReadAdapter:
-        def memory(size: int) -> Tensor:
+        def memory(size: int, first: int) -> Tensor:
             if place is None or size != expected:
-                return torch.empty(size, dtype=torch.uint8)
+                return host_memory(size, first)
             return self._block[place : place + size]
 
         return read_bytes(planned.path, planned.name, expected_hash=planned.content_hash, memory=memory)
