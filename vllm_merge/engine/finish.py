@@ -75,9 +75,11 @@ def facts(cut: Truncated, noise: Tensor, several: Sequence[Lifted]) -> Tensor:
 
 def read(job: Job, several: Sequence[Lifted], known: Sequence[Tensor]) -> dict[str, LoraFactors]:
     """The factors by module, and what the report says of them: the one time the device is waited for. known: their `facts`."""
-    facts = iter(torch.cat(list(known)).tolist())
+    together = torch.cat(list(known))
+    whole = [(one.A.unbind(), one.B.unbind()) for one in several]  # while the device still works
+    facts = iter(together.tolist())
     found: dict[str, LoraFactors] = {}
-    for one in several:
+    for one, (all_a, all_b) in zip(several, whole, strict=True):
         of_rank: dict[int, list[int]] = {}
         for index, module in enumerate(one.modules):
             ranks, norm, energy, exact, noise, largest = next(facts)
@@ -92,12 +94,13 @@ def read(job: Job, several: Sequence[Lifted], known: Sequence[Tensor]) -> dict[s
             job.report.energy_kept[module] = None if exact else energy
             of_rank.setdefault(rank, []).append(index)
         for rank, indices in of_rank.items():
-            a, b = one.A, one.B
+            a, b = all_a, all_b
             # Copies where anything was cut off: nothing must keep its memory.
-            if len(indices) < len(one.modules) or rank < b.shape[2]:
-                where = torch.tensor(indices).to(b.device, non_blocking=True)
-                a, b = a[:, :rank].index_select(0, where), b[:, :, :rank].index_select(0, where)
-            factors = map(LoraFactors, a.unbind(), b.unbind())
+            if len(indices) < len(one.modules) or rank < one.B.shape[2]:
+                where = torch.tensor(indices).to(one.B.device, non_blocking=True)
+                a = one.A[:, :rank].index_select(0, where).unbind()
+                b = one.B[:, :, :rank].index_select(0, where).unbind()
+            factors = map(LoraFactors, a, b)
             found.update(zip([one.modules[index] for index in indices], factors, strict=True))
     return found
 

@@ -208,12 +208,14 @@ class Job:
                 del stack
             core = ModuleGroup.joined([batch.group.cored() for batch in together])
             joined = Grams.of_pairs(each, core.slots)
+            # Before a GPU is waited for, which works meanwhile.
+            parameters = self.parameters.tensors(core.modules, self.device)
+            in_float32 = {name: value.float() for name, value in parameters.items()}
+            lam = self.parameters.lambdas(core.modules, self.device)
             self.check_inputs(core.modules, joined.norms)
             self.workspace.count(sum(batch.cost.small * len(batch.group.modules) for batch in together))
             found = bases(self.space, core, joined, singular=self.spec.entrywise)
-            parameters = self.parameters.tensors(core.modules, self.device)
-            in_float32 = {name: value.float() for name, value in parameters.items()}
-            lam, first = self.parameters.lambdas(core.modules, self.device), 0
+            first = 0
             for batch in together:
                 modules = batch.group.modules
                 piece = slice(first, first + len(modules))

@@ -23,7 +23,7 @@ _MARGIN = 6  # standard deviations that the guess may be wrong by
 _FEW = 1 << 22  # entries of a task up to which no guess is made
 _COUNTERS = 1 << 24  # between the bounds of all guesses
 _WIDEST = 20  # bits of the number of counters of one guess
-_AT_ONCE = 1 << 20  # counters that are summed up
+_AT_ONCE = 1 << 18  # counters that are added up one by one, of all guesses
 _LONG = 128  # terms of a product that more threads are needed for, or they run out of registers
 _LARGEST = 0x7F7FFFFF  # the bit pattern of the largest number
 
@@ -112,21 +112,22 @@ def _kth_largest_by_guess(passes: Callable[[], Iterable[Products]], counts: Tens
         spread = highest - lowest
         shift = (torch.frexp(spread.double()).exponent - most).clamp_min(0)
         width = int((spread >> shift).amax()) + 1
-        counters = torch.zeros(counts.numel(), width, dtype=torch.int32, device=counts.device)
+        block = min(width, max(1, _AT_ONCE // counts.numel()))
+        blocks = -(-width // block)
+        counters = torch.zeros(counts.numel(), blocks * block, dtype=torch.int32, device=counts.device)
         count_between(passes, lowest, highest, shift, above, counters)
+        counters = counters.view(*counts.shape, blocks, block)
+        of_blocks = counters.sum(-1)
         if above is not None:
             missing = counts - above
-            beyond = missing > counters.sum(1).view_as(missing)
+            beyond = missing > of_blocks.sum(-1)
             if bool(((missing < 1) | (beyond & ~down_to_zero)).any()):
                 return None
             above = None  # known from now on
-        rows = max(1, _AT_ONCE // width)
-        pieces = zip(torch.split(counters, rows), torch.split(missing.flatten(), rows), strict=True)
-        place, missing = (
-            torch.cat(part).view_as(counts)
-            for part in zip(*(_from_top(one, wanted) for one, wanted in pieces), strict=True)
-        )
-        lowest = lowest + (place.int() << shift)
+        where, missing = _from_top(of_blocks, missing)
+        inside = counters.gather(-2, where[..., None, None].expand(*counts.shape, 1, block))[..., 0, :]
+        place, missing = _from_top(inside, missing)
+        lowest = lowest + ((where * block + place).int() << shift)
         if not bool(shift.any()):
             return torch.where(beyond, 0, lowest).view(torch.float32)
         highest = torch.minimum(highest, lowest + (1 << shift) - 1)
