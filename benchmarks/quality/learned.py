@@ -231,7 +231,7 @@ def main() -> None:
         work = [(places, left[index::jobs], seconds, f"rows-learned-{index}", jobs) for index in range(jobs)]
         with multiprocessing.get_context("spawn").Pool(jobs, places.take_gpu) as pool:
             done = sum(pool.starmap(learn, work, chunksize=1))
-    record_call(places, "learners", began, max(1, jobs))
+    record_call(places, "learners", began, max(1, jobs), done)
     print(f"learned {done} of {len(left)}; {len(everything) - len(left)} were there", flush=True)
 
 

@@ -29,8 +29,8 @@ def with_learned(rows: Sequence[Row], tasks: Sequence[str], gate: float) -> Scor
 
 @dataclass(frozen=True)
 class Learned:
-    """What a method that learns reached at a rank. gain: over the best that learns nothing, named by `over`, on the same seeds;
-    jobs: how many shared the device."""
+    """What a method that learns reached at a rank. gain: over the best on validation that learns nothing, named by `over`, on the
+    same seeds; beside: over the best on the tests, named by `rival`, where that is another one; jobs: how many shared the device."""
 
     method: str
     rank: str
@@ -41,13 +41,16 @@ class Learned:
     seeds: int
     seconds: float
     jobs: int
+    beside: Interval | None = None
+    rival: str = ""
 
 
 def learned_runs(scores: Scores, rows: Sequence[Row]) -> list[Learned]:
     """Of scores with learned merges, the best first."""
     found = []
     for family in sorted((f for f in scores.families if f.space == SPACE), key=lambda f: -scores.score(f).value):
-        rival = best_without_data(scores, family.rank)
+        chosen, rival = (best_without_data(scores, family.rank, on_tests) for on_tests in (False, True))
+        other = rival if rival != chosen else None
         runs = [row for row in rows if row["kind"] == "learned" and row["method"] == family.method]
         found.append(
             Learned(
@@ -55,14 +58,29 @@ def learned_runs(scores: Scores, rows: Sequence[Row]) -> list[Learned]:
                 family.rank,
                 any(row["labels"] for row in runs),
                 scores.score(family),
-                scores.difference(family, rival) if rival else None,
-                f"{rival.method} in {rival.space}" if rival else "",
+                scores.difference(family, chosen) if chosen else None,
+                _name(chosen),
                 len(scores.families[family]),
                 scores.seconds(family),
                 max(row.get("jobs", 1) for row in runs),
+                scores.difference(family, other) if other else None,
+                _name(other),
             )
         )
     return found
+
+
+def _name(family: Family | None) -> str:
+    return f"{family.method} in {family.space}" if family else ""
+
+
+def beside_best(learned: Sequence[Learned]) -> Iterator[str]:
+    """A sentence for each rank at which what is best on the tests is another merge than the best on validation."""
+    for rank in dict.fromkeys(one.rank for one in learned):
+        mine = [one for one in learned if one.rank == rank and one.beside is not None]
+        if mine:
+            gains = ", ".join(f"{one.method} {one.beside.in_words(sign=True)}" for one in mine if one.beside)
+            yield f"On the tests {mine[0].rival} is the better one, {_at(rank)}. Over it: {gains}."
 
 
 def sign_of(one: Learned) -> str:
@@ -92,7 +110,7 @@ def learned_goals(scores: Scores, learned: Sequence[Learned], rank: int | str) -
     return found
 
 
-def learned_table(learned: Sequence[Learned], scores: Scores) -> Iterator[str]:
+def learned_table(learned: Sequence[Learned]) -> Iterator[str]:
     """Score, seconds and gain of each learned merge, the best first."""
     if not learned:
         return
@@ -107,16 +125,7 @@ def learned_table(learned: Sequence[Learned], scores: Scores) -> Iterator[str]:
             f"{one.gain.in_words(sign=True) if one.gain else ''} | {one.over if one.gain else ''} | {one.seeds} | {one.seconds:.0f} |"
         )
     yield ""
-    for rank in dict.fromkeys(one.rank for one in learned):
-        rival, chosen = best_without_data(scores, rank, on_tests=True), best_without_data(scores, rank)
-        mine = [(one, scores.difference(_family(scores, one), rival)) for one in learned if one.rank == rank and rival]
-        if rival is not None and rival != chosen:
-            gains = ", ".join(f"{one.method} {gain.in_words(sign=True)}" for one, gain in mine if gain is not None)
-            yield f"On the tests {rival.method} in {rival.space} is the better one, {_at(rank)}. Over it: {gains}.\n"
-
-
-def _family(scores: Scores, one: Learned) -> Family:
-    return Family("plain", len(scores.tasks), one.method, SPACE, one.rank)
+    yield from (f"{sentence}\n" for sentence in beside_best(learned))
 
 
 def _at(rank: str) -> str:

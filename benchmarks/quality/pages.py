@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.quality.grid import LOSSLESS
-from benchmarks.quality.learning import METHODS, Learned, sign_of
+from benchmarks.quality.learning import METHODS, Learned, beside_best, sign_of
 
 BEGIN, END = "<!-- generated: make evidence -->", "<!-- end of generated -->"
 MEANING = "score and gain in %, with 95 % intervals; gain over the best recipe of the same rank on validation that learns nothing, on the same seeds."
@@ -58,6 +58,7 @@ def _table(learned: Sequence[Learned]) -> Iterator[str]:
             f"| {one.method} | {one.rank} | {'used' if one.labels else 'for λ'} | {one.score.in_words()} | {gain} | "
             f"{sign_of(one)} | {over} | {one.seeds} | {one.seconds:.0f} |"
         )
+    yield from (f"\n{sentence}" for sentence in beside_best(learned))
     jobs = max(one.jobs for one in learned)
     if jobs > 1:
         yield f"\nUp to {jobs} learners shared the GPU, so alone they are quicker."

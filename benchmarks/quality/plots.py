@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.grid import FIRST, LOSSLESS
-from benchmarks.quality.scores import Family, Scores
+from benchmarks.quality.predictors import unequal
+from benchmarks.quality.scores import Family, Scores, curves
 
-COLOURS = 10  # before they come again
-LEAST_RANKS = 3  # two are in the table already
+MARKERS, COLOURS = "os^vD", (*(f"C{index}" for index in range(10)), "black", "gold")
+RATIOS = (1, 1.5, 2, 3, 4, 5, 6)
 SHOWN = 24  # rows of a plot that would have one for every method
+SIDES = (  # of a point where its name may stand, in points
+    *((4, 2, "left"), (-4, 2, "right"), (4, -8, "left"), (-4, -8, "right")),
+    *((0, 5, "center"), (0, -11, "center"), (4, 9, "left"), (-4, -15, "right")),
+)
 
 
 def write_plots(scores: Scores, folder: Path) -> list[str]:
@@ -66,55 +71,64 @@ def _seconds(axis: Any, scores: Scores) -> bool:
             axis.scatter(*zip(*places, strict=True), color=colour, s=18, label=label)
         if 0 < len(mine) < len(those):
             axis.legend(fontsize=7)
-    for place, family in enumerate(those):
-        x, y = scores.seconds(family), 100 * scores.score(family).value
-        if place < SHOWN // 2 or (family.method, family.space) in FIRST:
-            axis.annotate(_named(family), (x, y), fontsize=7, xytext=(3, 2), textcoords="offset points")
-    axis.margins(x=0.2)  # room for the names
+    axis.margins(x=0.15)  # room for the names
     axis.set(
         xscale="log", xlabel="seconds of the merge", ylabel="score, %", title=f"{len(scores.tasks)} tasks, lossless"
     )
+    axis.xaxis.set_major_formatter("{x:g}")
+    points = {family: (scores.seconds(family), 100 * scores.score(family).value) for family in those}
+    best = those[: SHOWN // 2]
+    named = sorted({*best, *(f for f in those if (f.method, f.space) in FIRST)}, key=lambda family: -points[family][1])
+    _name(axis, list(points.values()), [(_named(family), points[family]) for family in named])
     return bool(those)
+
+
+Point = tuple[float, float]
+
+
+def _name(axis: Any, points: list[Point], names: list[tuple[str, Point]]) -> None:
+    """Write names beside their points where neither a point nor another name is; a name without such a place is left out."""
+    from matplotlib.transforms import Bbox
+
+    axis.figure.canvas.draw()  # from here on places are known
+    frame = axis.get_window_extent()
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in axis.transData.transform(points)] if points else []
+    for name, point in names:
+        for right, up, side in SIDES:
+            text = axis.annotate(name, point, (right, up), textcoords="offset points", ha=side, fontsize=7)
+            box = text.get_window_extent()
+            if frame.x0 < box.x0 and box.x1 < frame.x1 and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _ranks(axis: Any, scores: Scores) -> bool:
     """Score against the rank of the result, of the first seed; at the right end lossless."""
-    seed = min((seed for seeds in scores.families.values() for seed in seeds), default=0)
-    drawn, lines = 0, ("o-", "s--", "^:")
-    for method, space in FIRST:
-        those = {
-            family.rank: 100 * scores.score(family, [seed]).value
-            for family, seeds in scores.families.items()
-            if (family.set, family.size, family.method, family.space) == ("plain", len(scores.tasks), method, space)
-            and seed in seeds
-        }
-        ranks = sorted(int(rank) for rank in those if rank != LOSSLESS)
-        names = [*map(str, ranks), *([LOSSLESS] if LOSSLESS in those else [])]
-        if len(names) >= LEAST_RANKS:
-            axis.plot(names, [those[name] for name in names], lines[drawn // COLOURS], label=f"{method} {space}")
-            drawn += 1
+    found = curves(scores)
+    for place, (name, curve) in enumerate(found.items()):
+        marker, colour = MARKERS[place % len(MARKERS)], COLOURS[place % len(COLOURS)]
+        values = [100 * value for value in curve.values()]
+        axis.plot(list(curve), values, marker=marker, color=colour, markersize=5, label=name)
     axis.set(xlabel="rank of the result", ylabel="score, %", title=f"{len(scores.tasks)} tasks, one seed")
-    if drawn:
-        axis.legend(fontsize=7)
-    return drawn > 0
+    if found:
+        beside = (1.01, 1)  # in the order of the right end
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=beside, frameon=False)
+    return bool(found)
 
 
 def _norms(axis: Any, scores: Scores) -> bool:
     """What DO-Merging gives over task arithmetic, against how unequal the two adapters are."""
-    losses: dict[tuple[str, ...], dict[str, float]] = {}
-    ratios: dict[tuple[str, ...], float] = {}
-    for row in scores.merges:
-        if row["set"] == "mixed" and len(row["tasks"]) == 2 and row["report"] and row["rank"] == LOSSLESS:
-            pair = (str(row["seed"]), *row["tasks"])
-            losses.setdefault(pair, {})[row["method"]] = scores.loss(row)
-            ratios[pair] = row["report"]["norm ratio"]
-    both = [pair for pair, mine in losses.items() if {"do_merging", "task_arithmetic"} <= mine.keys()]
-    gains = [100 * (losses[pair]["task_arithmetic"] - losses[pair]["do_merging"]) for pair in both]
-    axis.scatter([ratios[pair] for pair in both], gains, s=18)
+    found = unequal(scores)
+    if found is None:
+        return False
+    axis.scatter(found.ratios, [100 * gain for gain in found.gains], s=18)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(xscale="log", xlabel="larger norm over smaller", ylabel="DO-Merging over task arithmetic, points")
+    axis.set_xticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
+    axis.set_xticks([], minor=True)
     axis.set_title("pairs of the mixed set")
-    return bool(both)
+    return True
 
 
 def _osrm(axis: Any, scores: Scores) -> bool:

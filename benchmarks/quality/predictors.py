@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 from scipy.stats import rankdata
 
-from benchmarks.quality.grid import LOSSLESS, PREDICTED
+from benchmarks.quality.grid import LOSSLESS, PREDICTED, UNEQUAL
 from benchmarks.quality.records import Row
 from benchmarks.quality.scores import Array, Interval, Scores
 
@@ -23,6 +23,7 @@ SURE = 0.05
 FEWEST_TASKS = 5
 DRAWS, PERMUTATIONS = 1000, 5000
 PREDICTS, DOES_NOT = "predicts", "does not"
+MIXED = "mixed"  # the set whose adapters have very different norms
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,23 @@ class Predictor:
     verdict: str = DOES_NOT
 
 
+@dataclass(frozen=True)
+class Gains:
+    """What DO-Merging gives over task arithmetic on pairs of mixed adapters. ratios: of each pair, the larger norm over the smaller;
+    gains: its score with the one − with the other; mean: of the gains; with_ratio: how they go with the ratios."""
+
+    ratios: tuple[float, ...]
+    gains: tuple[float, ...]
+    mean: Interval
+    with_ratio: Predictor
+
+
 def predictors(scores: Scores) -> list[Predictor]:
     """Of every number of the report that varies, for the methods that were measured on all pairs of the first seed."""
     found = []
-    for method, space in PREDICTED:
-        rows = _pairs(scores, method, space)
+    for kind, (method, space) in (*(("plain", entry) for entry in PREDICTED), *((MIXED, entry) for entry in UNEQUAL)):
+        rows = _pairs(scores, method, space, kind)
+        name = f"{method} {space}{', mixed' if kind == MIXED else ''}"
         tasks = list(dict.fromkeys(task for pair in rows for task in pair))
         if len(tasks) < FEWEST_TASKS or len(rows) < len(tasks) * (len(tasks) - 1) / 2:
             continue
@@ -49,15 +62,36 @@ def predictors(scores: Scores) -> list[Predictor]:
         for number in next(iter(rows.values()))["report"]:
             values = {pair: row["report"][number] for pair, row in rows.items()}
             if None not in values.values() and len(set(values.values())) >= 3:
-                found.append(_correlated(number, f"{method} {space}", _square(tasks, values), losses))
+                found.append(_correlated(number, name, _square(tasks, values), losses))
     return _corrected(found)
 
 
-def _pairs(scores: Scores, method: str, space: str) -> dict[tuple[str, str], Row]:
-    """The merges of two plain adapters of the first seed, both of which learnt their task."""
+def unequal(scores: Scores) -> Gains | None:
+    """Of all pairs of the first seed; None where one was not measured."""
+    plain, ours = (_pairs(scores, method, space, MIXED) for method, space in UNEQUAL)
+    tasks = list(dict.fromkeys(task for pair in plain for task in pair))
+    if len(tasks) < FEWEST_TASKS or plain.keys() != ours.keys() or len(plain) < len(tasks) * (len(tasks) - 1) / 2:
+        return None
+    gains = {pair: scores.loss(row) - scores.loss(ours[pair]) for pair, row in plain.items()}
+    ratios = {pair: float(row["report"]["norm ratio"]) for pair, row in plain.items()}
+    square, rng = _square(tasks, gains), np.random.default_rng(0)
+    draws = [_between(square, rng.integers(len(tasks), size=len(tasks)).tolist()) for _ in range(DRAWS)]
+    low, high = np.quantile([np.mean(draw) for draw in draws if draw], [0.025, 0.975])
+    mean = Interval(float(np.mean(list(gains.values()))), float(low), float(high))
+    found = _correlated("norm ratio", "do_merging over task_arithmetic", _square(tasks, ratios), square)
+    return Gains(tuple(ratios.values()), tuple(gains.values()), mean, found)
+
+
+def _between(square: Array, chosen: Sequence[int]) -> list[float]:
+    """The values of the pairs of what was drawn, without those of a task with itself."""
+    return [float(square[i, j]) for i, j in combinations(chosen, 2) if i != j]
+
+
+def _pairs(scores: Scores, method: str, space: str, kind: str = "plain") -> dict[tuple[str, str], Row]:
+    """The merges of two adapters of the first seed, both of which learnt their task."""
     seed = min((row["seed"] for row in scores.merges), default=0)
-    dull = {one.task for one in scores.left_out if (one.set, one.seed) == ("plain", seed)}
-    wanted = ("plain", seed, method, space, LOSSLESS)
+    dull = {one.task for one in scores.left_out if (one.set, one.seed) == (kind, seed)}
+    wanted = (kind, seed, method, space, LOSSLESS)
     return {
         (row["tasks"][0], row["tasks"][1]): row
         for row in scores.merges
@@ -87,9 +121,8 @@ def _correlated(number: str, method: str, values: Array, losses: Array) -> Predi
     p = (1 + int((np.abs(_pearson(permuted, lost)) >= abs(rho) - 1e-9).sum())) / (1 + PERMUTATIONS)
     drawn = []
     for _ in range(DRAWS):
-        chosen = rng.integers(size, size=size)
-        pairs = [(i, j) for i, j in combinations(chosen, 2) if i != j]
-        mine, other = (rankdata([square[pair] for pair in pairs]) for square in (values, losses))
+        chosen = rng.integers(size, size=size).tolist()
+        mine, other = (rankdata(_between(square, chosen)) for square in (values, losses))
         if len(set(mine)) > 1 and len(set(other)) > 1:
             drawn.append(float(_pearson(mine, other)))
     low, high = np.quantile(drawn, [0.025, 0.975])

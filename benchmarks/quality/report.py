@@ -18,7 +18,8 @@ from benchmarks.quality import tables
 from benchmarks.quality.claims import UNMEASURED
 from benchmarks.quality.learning import learned_table
 from benchmarks.quality.pages import BEGIN, END, renewed, write_tuning
-from benchmarks.quality.plots import write_plots
+from benchmarks.quality.plots import SHOWN, write_plots
+from benchmarks.quality.predictors import unequal
 from benchmarks.quality.recorded import OWN_EDITION, ROOT, SAME_EDITION, Edition, Recorded
 from benchmarks.quality.unmeasured import unmeasured
 from benchmarks.quality.wording import compared, explored
@@ -26,8 +27,11 @@ from benchmarks.quality.wording import compared, explored
 TUNING = ROOT / "docs" / "tuning"
 TITLES = {"plain": "Plain", "osrm": "OSRM", "osrm-mean": "OSRM (mean)", "mixed": "Mixed"}
 PLOTS = {  # a title for each, and what is to be seen
-    "seconds.png": ("Score and time", "Score against the seconds of the merge, plain adapters."),
-    "ranks.png": ("Score and rank", "Score against the rank of the result, plain adapters."),
+    "seconds.png": (
+        "Score and time",
+        "Score against the seconds of the merge, plain adapters; those are named that are best or that the claims are about.",
+    ),
+    "ranks.png": ("Score and rank", "Score against the rank of the result, plain adapters, one seed."),
     "norms.png": ("Score and norms", "DO-Merging over task arithmetic, against how unequal two adapters are."),
     "osrm.png": (
         "With and without OSRM",
@@ -35,7 +39,7 @@ PLOTS = {  # a title for each, and what is to be seen
     ),
     "tasks.png": (
         "Score by task",
-        "Score of every task under every method, plain adapters, lossless, the mean over seeds.",
+        f"Score of every task under each method, of the best {SHOWN} at most, plain adapters, lossless, the mean over seeds.",
     ),
 }
 HELD, GOALS = "What held and what failed", "Goals"
@@ -65,7 +69,8 @@ def _write(found: Recorded, page: Path, tuning: Path | None, other: tuple[Editio
         (found.results / "summary.json").write_text(text, encoding="utf-8")
         for name in write_plots(found.scores, found.results):
             title, caption = PLOTS[name]
-            sections[title] = [f"![{caption}]({os.path.relpath(found.results / name, page.parent)})\n\n{caption}\n"]
+            image = f"![{caption}]({os.path.relpath(found.results / name, page.parent)})\n\n{caption}\n"
+            sections[title].insert(0, image)
     if other is not None:
         _point_to(sections, found, *other, page)
     before = page.read_text(encoding="utf-8") if page.is_file() else f"# Evidence\n\n{BEGIN}\n{END}\n"
@@ -90,12 +95,14 @@ def _sections(found: Recorded) -> Sections:
     for kind in TITLES:
         for size in sorted({*run["settings"]["sizes"], len(scores.tasks)}, reverse=True):
             sections[f"{TITLES[kind]} adapters, {size} tasks"] = list(tables.merges(found, kind, size))
-    sections[f"Merges that learn, {len(scores.tasks)} tasks"] = list(learned_table(found.learned, found.every))
+    sections[f"Merges that learn, {len(scores.tasks)} tasks"] = list(learned_table(found.learned))
     sections["The search for λ"] = list(tables.lambdas(scores))
     sections["One label set for all tasks"] = list(tables.joint(scores, run["settings"]["joint"]))
     sections["Does the interference report foresee the loss?"] = list(tables.predicting(found.predictors))
     sections["Served through vLLM"] = list(tables.served(found.results, run))
     sections |= {title: [] for title, _ in PLOTS.values()}
+    sections[PLOTS["ranks.png"][0]] = list(tables.ranks(scores))
+    sections[PLOTS["norms.png"][0]] = list(tables.norms(unequal(scores)))
     sections[LEFT] = list(unmeasured(run, found.rows))
     return sections
 

@@ -181,7 +181,7 @@ def main() -> None:
     if args.anew:
         begin_anew(results)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `repeatable` needs before the first product
-    began = time.monotonic()
+    began, before = time.monotonic(), _measured(results)
     left = run(
         places,
         until=until,
@@ -191,7 +191,8 @@ def main() -> None:
         seeds=args.seeds,
         sets=args.sets,
     )
-    record_call(places, "merges", began, args.jobs)
+    (merged, trained), (merges, sets) = before, _measured(results)
+    record_call(places, "merges", began, args.jobs, merges - merged, [name for name in sets if name not in trained])
     if left:
         print(f"{left} merges left; the same command goes on, and benchmarks.quality.report shows what is there")
         return
@@ -203,11 +204,25 @@ def main() -> None:
         write_report(results, results / "evidence.md")
 
 
-def record_call(places: Places, what: str, began: float, jobs: int) -> None:
-    """In run.json: on what a call ran, and its minutes, from time.monotonic() at its start."""
-    content = read_run(places.results)
-    minutes = round((time.monotonic() - began) / 60, 2)
-    call = {"what": what, "device": machine(torch.device(places.device)), "minutes": minutes, "jobs": jobs}
+def _measured(results: Path) -> tuple[int, list[str]]:
+    """How many merges are recorded, and of which sets the training is."""
+    sets = [name.removeprefix("adapters ") for name in read_run(results) if name.startswith("adapters ")]
+    return sum(row["kind"] == "merge" for row in read_rows(results)), sets
+
+
+def record_call(places: Places, what: str, began: float, jobs: int, count: int, trained: Sequence[str] = ()) -> None:
+    """In run.json: on what a call ran, its minutes, from time.monotonic() at its start, how much it measured, and the sets of adapters
+    that it trained for it."""
+    content, gpus = read_run(places.results), torch.cuda.device_count() if places.device == "cuda" else 1
+    call = {
+        "what": what,
+        "device": machine(torch.device(places.device)),
+        "devices": min(gpus, jobs),
+        "minutes": round((time.monotonic() - began) / 60, 2),
+        "jobs": jobs,
+        "count": count,
+        "trained": list(trained),
+    }
     write_run(places.results, {**content, "calls": [*content.get("calls", []), call]})
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.quality.grid import groups
+from benchmarks.quality.grid import FIRST, LOSSLESS, groups
 from benchmarks.quality.records import Row, unpacked
 from benchmarks.quality.settings import Settings
 
 DRAWS = 1000
+LEAST_RANKS = 3  # of a curve: two are in the table already
 
 Array = NDArray[np.float64]
 Bits = NDArray[np.bool_]
@@ -236,6 +237,23 @@ class Scores:
 def _interval(points: Array, draws: Array) -> Interval:
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(float(points.mean()), float(low), float(high))
+
+
+def curves(scores: Scores) -> dict[str, dict[str, float]]:
+    """Scores of all tasks by rank, lossless last, of the methods of FIRST at the first seed; the best when lossless first."""
+    seed = min((seed for seeds in scores.families.values() for seed in seeds), default=0)
+    found = {}
+    for method, space in FIRST:
+        those = {
+            family.rank: scores.score(family, [seed]).value
+            for family, seeds in scores.families.items()
+            if (family.set, family.size, family.method, family.space) == ("plain", len(scores.tasks), method, space)
+            and seed in seeds
+        }
+        names = sorted(those, key=lambda rank: float("inf") if rank == LOSSLESS else int(rank))
+        found[f"{method} {space}"] = {name: those[name] for name in names}
+    long = {name: curve for name, curve in found.items() if len(curve) >= LEAST_RANKS}
+    return dict(sorted(long.items(), key=lambda entry: -list(entry[1].values())[-1]))
 
 
 def adapters(scores: Scores) -> dict[str, Mapping[str, float]]:

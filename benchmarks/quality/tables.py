@@ -12,10 +12,10 @@ from typing import Any
 
 from benchmarks.quality.claims import UNMEASURED, Claim, counted
 from benchmarks.quality.grid import LOSSLESS
-from benchmarks.quality.predictors import PREDICTS, Predictor
+from benchmarks.quality.predictors import PREDICTS, Gains, Predictor
 from benchmarks.quality.recorded import Recorded
 from benchmarks.quality.records import WEIGHTS
-from benchmarks.quality.scores import Family, Interval, Scores, adapters
+from benchmarks.quality.scores import Family, Interval, Scores, adapters, curves
 from benchmarks.quality.served import SERVED
 
 ADDED_UP = "added up; several shared a device"
@@ -65,30 +65,52 @@ def minutes(found: Recorded) -> Iterator[str]:
     if "base" in run:
         parts.append(("the base and its tokenizer", run["base"].get("device", device), run["base"]["seconds"] / 60))
     calls = run.get("calls", [])
-    timed = {(call.get("what", "merges"), call["device"]) for call in calls}
-    for call in calls:
-        what = call.get("what", "merges")
-        also = ", with the training of what was missing," if what == "merges" else ""
-        parts.append(
-            (f"{what}{also} in {counted(call['jobs'], 'process', 'processes')}", call["device"], call["minutes"])
-        )
+    parts += [(_call(call), _devices(call), call["minutes"]) for call in calls]
     for name, part in run.items():
         if name.startswith("adapters "):
             where = part.get("device", device)
             which = f"{part['adapters']} {name.removeprefix('adapters ')} adapters"
-            within = ", of the minutes of merges" if ("merges", where) in timed else ""
+            within = ", of the minutes of merges" if any(_trained(call, name, where) for call in calls) else ""
             parts.append((f"training {which}{within}", where, part["seconds"] / 60))
     walls: dict[str, list[float]] = {}
     for row in found.rows:
-        if row["kind"] == "merge" and "wall" in row and ("merges", mine := row.get("device", device)) not in timed:
-            walls.setdefault(mine, []).append(row["wall"])
+        if row["kind"] == "merge" and "wall" in row:
+            walls.setdefault(row.get("device", device), []).append(row["wall"])
     for mine, seconds in walls.items():
-        parts.append((f"{counted(len(seconds), 'merge')}, {ADDED_UP}", mine, sum(seconds) / 60))
+        if not _covered(calls, "merges", mine, len(seconds)):
+            parts.append((f"{counted(len(seconds), 'merge')}, {ADDED_UP}", mine, sum(seconds) / 60))
     learning = {(row["method"], row["seed"]): row["seconds"] for row in found.rows if row["kind"] == "learned"}
-    if learning and ("learners", device) not in timed:
+    if learning and not _covered(calls, "learners", device, len(learning)):
         parts.append((f"{counted(len(learning), 'learner')}, {ADDED_UP}", device, sum(learning.values()) / 60))
     yield from (f"| {what} | {where} | {minutes:.1f} |" for what, where, minutes in parts)
     yield ""
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    """What a call did. One of those first recorded says neither how much it measured nor what it trained, and is of merges."""
+    what = call.get("what", "merges")
+    merging = what == "merges"
+    if "count" in call:
+        what = counted(call["count"], what.removesuffix("s"))
+    also = ", with the training of what was missing," if merging and call.get("trained", True) else ""
+    return f"{what}{also} in {counted(call['jobs'], 'process', 'processes')}"
+
+
+def _devices(call: Mapping[str, Any]) -> str:
+    several = call.get("devices", 1)
+    return f"{several} × {call['device']}" if several > 1 else str(call["device"])
+
+
+def _trained(call: Mapping[str, Any], name: str, device: str) -> bool:
+    """Whether a set of adapters was trained within a call that measured merges."""
+    kind = name.removeprefix("adapters ")
+    return (call.get("what", "merges"), call["device"]) == ("merges", device) and kind in call.get("trained", [kind])
+
+
+def _covered(calls: Sequence[Mapping[str, Any]], what: str, device: str, rows: int) -> bool:
+    """Whether the calls are all of what was measured there."""
+    mine = [call for call in calls if (call.get("what", "merges"), call["device"]) == (what, device)]
+    return bool(mine) and sum(call.get("count", rows) for call in mine) >= rows
 
 
 def merges(found: Recorded, kind: str, size: int) -> Iterator[str]:
@@ -113,6 +135,46 @@ def merges(found: Recorded, kind: str, size: int) -> Iterator[str]:
         line = f"| {method} | {space} | {' | '.join(cells)} | {seeds} | {scores.seconds(first):.2g} |"
         lines.append((-scores.score(first).value, line))
     yield from (line for _, line in sorted(lines))
+    yield ""
+    yield from (f"{sentence}\n" for r in ranks for sentence in _told_apart(scores, [f for f in those if f.rank == r]))
+
+
+def _told_apart(scores: Scores, families: Sequence[Family]) -> Iterator[str]:
+    """Of families of one rank: from which others the best on the tests is told, and which are told from the plain sum."""
+    if len(families) < 3:
+        return
+    best = max(families, key=lambda family: scores.score(family).value)
+    beside = {family: scores.difference(best, family) for family in families if family != best}
+    near = [family for family, gain in beside.items() if gain is None or gain.low <= 0]
+    at = LOSSLESS.capitalize() if best.rank == LOSSLESS else f"Rank {best.rank}"
+    yield f"{at}: {_name(best)} is clearly above {len(beside) - len(near)} of {len(beside)} others{', not' * bool(near)}{_names(near)}."
+    plain = best.other(method="task_arithmetic", space="core")
+    gains = {f: scores.difference(f, plain) for f in families if f != plain} if plain in families else {}
+    told = [(f, gain) for f, gain in gains.items() if gain is not None]
+    if told:
+        above, below = [f for f, gain in told if gain.low > 0], [f for f, gain in told if gain.high < 0]
+        yield f"{at}: clearly above {_name(plain)} are {len(above)} of {len(told)}{_names(above)}, clearly below {len(below)}{_names(below)}."
+
+
+def _name(family: Family) -> str:
+    return f"{family.method} {family.space}"
+
+
+def _names(families: Sequence[Family]) -> str:
+    """In brackets, after a space; nothing of none."""
+    return f" ({', '.join(sorted(map(_name, families)))})" if families else ""
+
+
+def ranks(scores: Scores) -> Iterator[str]:
+    """The curves of the plot in numbers."""
+    found = curves(scores)
+    columns = max(found.values(), key=len, default={})
+    if not columns:
+        return
+    yield f"The same in %:\n\n| method | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
+    for name, curve in found.items():
+        cells = [f"{100 * curve[rank]:.1f}" if rank in curve else "" for rank in columns]
+        yield f"| {name} | {' | '.join(cells)} |"
     yield ""
 
 
@@ -160,8 +222,8 @@ def joint(scores: Scores, tests: int) -> Iterator[str]:
 def predicting(found: Sequence[Predictor]) -> Iterator[str]:
     if not found:
         return
-    yield "Spearman's rank correlation of each number with 1 − score, over all pairs of tasks, lossless: two adapters with a larger number lose more"
-    yield "where it is positive. Pairs share tasks, so the interval (95 %) draws tasks, and p permutes them (Mantel), after Holm for all rows."
+    yield "Spearman's rank correlation of each number with 1 − score, over all pairs of tasks, lossless, plain adapters but where it says mixed: two adapters"
+    yield "with a larger number lose more where it is positive. Pairs share tasks, so the interval (95 %) draws tasks, and p permutes them (Mantel), after Holm for all rows."
     clear = sum(one.verdict == PREDICTS for one in found)
     yield f"**{clear or 'None'} of {len(found)} {'foretells' if clear == 1 else 'foretell'} the loss.**\n"
     yield "| number | method | pairs | correlation | p | |\n|---|---|---|---|---|---|"
@@ -169,6 +231,16 @@ def predicting(found: Sequence[Predictor]) -> Iterator[str]:
         words = f"{one.correlation.value:+.2f} ({one.correlation.low:+.2f} to {one.correlation.high:+.2f})"
         yield f"| {one.number} | {one.method} | {one.pairs} | {words} | {one.p:.2g} | {one.verdict} |"
     yield ""
+
+
+def norms(found: Gains | None) -> Iterator[str]:
+    """What is to be read from the plot of pairs with unequal norms."""
+    if found is None:
+        return
+    above, way = sum(gain > 0 for gain in found.gains), found.with_ratio
+    yield f"Of {len(found.gains)} pairs of mixed adapters, one seed, DO-Merging is above task arithmetic on {above}, by {found.mean.in_words(sign=True)} points in the mean;"
+    rho = f"{way.correlation.value:+.2f} ({way.correlation.low:+.2f} to {way.correlation.high:+.2f})"
+    yield f"Spearman's rank correlation of the gain with the ratio of the norms is {rho}, p {way.p:.2g}. Intervals and p as [above](#does-the-interference-report-foresee-the-loss).\n"
 
 
 def served(results: Path, run: Mapping[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,19 @@ def compared(own: Recorded, same: Recorded) -> Iterator[str]:
     entries = [*FIRST, *((method, SPACE) for method in METHODS)]
     lines: list[tuple[float, str]] = []
     means: list[str] = []
-    for kind in ("plain", "osrm"):
-        for rank in (LOSSLESS, str(own.rank)):
-            families = [Family(kind, len(scores.tasks), method, space, rank) for method, space in entries]
-            pairs = [(one, one.other(set=SAME + kind)) for one in families]
-            there = [pair for pair in pairs if scores.difference(*pair) is not None]
-            lines += [_line(scores, *pair) for pair in there] if kind == "plain" else []
-            plainly = [pair for pair in there if pair[0].space != SPACE]
-            mean = scores.mean_difference(plainly)
-            if mean is not None:
-                of = (
-                    f"{len(plainly)} methods with {kind} adapters, {'lossless' if rank == LOSSLESS else f'rank {rank}'}"
-                )
-                means.append(f"{mean.in_words(sign=True)} on average of {of}")
+    sizes = [len(scores.tasks), *sorted({f.size for f in own.scores.families} - {len(scores.tasks)}, reverse=True)]
+    for size, kind, rank in product(sizes, ("plain", "osrm"), (LOSSLESS, str(own.rank))):
+        families = [Family(kind, size, method, space, rank) for method, space in entries]
+        pairs = [(one, one.other(set=SAME + kind)) for one in families]
+        there = [pair for pair in pairs if scores.difference(*pair) is not None]
+        whole = size == len(scores.tasks)
+        lines += [_line(scores, *pair) for pair in there] if kind == "plain" and whole else []
+        plainly = [pair for pair in there if pair[0].space != SPACE]
+        mean = scores.mean_difference(plainly)
+        if mean is not None:
+            at = "lossless" if rank == LOSSLESS else f"rank {rank}"
+            of = f"{len(plainly)} methods with {kind} adapters{'' if whole else f' of {size} tasks'}, {at}"
+            means.append(f"{mean.in_words(sign=True)} on average of {of}")
     if not lines:
         return
     yield f"{len(scores.tasks)} tasks, plain adapters; score in %, gain in points, with 95 % intervals, on the same tests and on the tasks that the adapters of"

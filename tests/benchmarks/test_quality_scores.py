@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import asdict, replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 
 from benchmarks.quality import claims, grid, pages, plots, records, report, served, tables, wording
 from benchmarks.quality.learning import METHODS, Learned, learned_goals, with_learned
-from benchmarks.quality.predictors import Predictor, _corrected, predictors
+from benchmarks.quality.predictors import Predictor, _corrected, predictors, unequal
 from benchmarks.quality.recorded import OWN_EDITION, ROOT, SAME_EDITION, Edition, Recorded
+from benchmarks.quality.run import Places, record_call
 from benchmarks.quality.scores import Family, Interval, Scores
 from benchmarks.quality.settings import PRESETS, Settings
 from benchmarks.quality.tasks import Example, Task, Words
@@ -329,7 +331,9 @@ def test_pages_of_methods_say_what_they_gained(tmp_path: Path) -> None:
     run = Learned("ssr", "lossless", False, score, Interval(0.08, 0.04, 0.12), "tsv_m in core", 1, 45.2, 4)
     learned = [
         run,
-        replace(run, method="nsc", gain=Interval(-0.2, -0.3, -0.1)),
+        replace(
+            run, method="nsc", gain=Interval(-0.2, -0.3, -0.1), beside=Interval(-0.3, -0.4, -0.2), rival="wudi in core"
+        ),
         replace(run, method="enmp", labels=True, gain=Interval(0.01, -0.1, 0.1)),
     ]
     earlier = [replace(run, score=Interval(0.1, 0, 0.2)), replace(run, method="lorahub", score=Interval(0.3, 0.2, 0.4))]
@@ -341,6 +345,8 @@ def test_pages_of_methods_say_what_they_gained(tmp_path: Path) -> None:
     assert words in found["ssr"]
     assert words in found["index"]
     assert "| no | tsv_m" in found["nsc"]
+    said = "On the tests wudi in core is the better one, lossless. Over it: nsc -30.0 (-40.0 to -20.0)."
+    assert [name for name, text in found.items() if said in text] == ["nsc", "index"]
     assert "| used |" in found["enmp"]
     assert "| undecided | tsv_m" in found["enmp"]
     assert "Not measured yet: regmean." in found["regmean"]
@@ -466,6 +472,89 @@ def test_what_was_measured_on_another_device_is_told(tmp_path: Path) -> None:
     assert counted[2] == "| training 4 plain adapters, of the minutes of merges | GPU | 0.5 |"
     assert counted[1] == "| merges, with the training of what was missing, in 1 process | GPU | 2.0 |"
     assert not any("3 merges" in line for line in counted)
+    two = {**call, "count": 2, "devices": 2, "jobs": 4, "trained": ["osrm"]}
+    counted = list(tables.minutes(replace(found, run={**found.run, "calls": [two]})))
+    assert counted[1] == "| 2 merges, with the training of what was missing, in 4 processes | 2 × GPU | 2.0 |"
+    assert counted[2] == "| training 4 plain adapters | GPU | 0.5 |"  # not within that call
+    assert "| 3 merges, added up; several shared a device | GPU | 0.5 |" in counted  # of which two took those minutes
+    again = {"what": "training once more", "device": "GPU", "minutes": 1.0, "jobs": 1}
+    more = [two, {**two, "count": 1, "trained": []}, again]
+    counted = list(tables.minutes(replace(found, run={**found.run, "calls": more})))
+    assert counted[2:4] == [
+        "| 1 merge in 4 processes | 2 × GPU | 2.0 |",
+        "| training once more in 1 process | GPU | 1.0 |",
+    ]
+    assert not any("3 merges" in line for line in counted)
+
+
+def test_merges_are_told_apart_where_intervals_say_so(tmp_path: Path) -> None:
+    shares = {("tsv_m", "core"): 0.8, ("wudi", "core"): 0.795, ("task_arithmetic", "core"): 0.7, ("ctm", "core"): 0.6}
+    made = rows({(*entry, rank): share for entry, share in shares.items() for rank in ("lossless", "16", "8")})
+    found = recorded(tmp_path, made)
+    lines = list(tables.merges(found, "plain", 2))
+    assert "Lossless: tsv_m core is clearly above 2 of 3 others, not (wudi core).\n" in lines
+    counts = "are 2 of 3 (tsv_m core, wudi core), clearly below 1 (ctm core)"
+    assert f"Rank 16: clearly above task_arithmetic core {counts}.\n" in lines
+    ranks = list(tables.ranks(found.scores))
+    assert "| method | 8 | 16 | lossless |" in ranks[0]
+    assert ranks[1].startswith("| tsv_m core | ")
+    assert ranks[-2] == "| ctm core | 25.0 | 25.0 | 25.0 |"
+    few = recorded(tmp_path / "few", rows({("tsv_m", "core", "lossless"): 0.8, ("wudi", "core", "lossless"): 0.7}))
+    assert not any("clearly" in line for line in tables.merges(few, "plain", 2))
+    assert list(tables.ranks(few.scores)) == []
+
+
+def test_osrm_at_a_rank_stands_beside(tmp_path: Path) -> None:
+    """The verdict is of lossless merges alone."""
+    plain = rows({("tsv_m", "core", "lossless"): 0.7, ("tsv_m", "core", "16"): 0.7})
+    lifted = rows({("tsv_m", "core", "lossless"): 0.8, ("tsv_m", "core", "16"): 0.6}, "osrm")
+    scores = Scores([*plain, *lifted], TASKS)
+    found = {claim.text: claim for claim in (*claims.claims(scores, 16), *claims.goals(scores, 16))}
+    every, goal = found["OSRM lifts every method"], found["OSRM adapters give at least 5 points more"]
+    assert (every.verdict, goal.verdict) == ("held", "held")
+    assert "; at rank 16 0 of 1 lifted, 1 lowered (tsv_m core), from -25.0 (tsv_m core)" in every.found
+    assert "the mean of 1 methods, lossless; at rank 16 -25.0 (" in goal.found
+
+
+def test_a_call_records_what_it_did(tmp_path: Path) -> None:
+    places = Places(Settings(), tmp_path, tmp_path, tmp_path, "cpu")
+    record_call(places, "merges", time.monotonic() - 90, 3, 7, ["plain"])
+    record_call(places, "learners", time.monotonic(), 2, 0)
+    first, second = records.read_run(tmp_path)["calls"]
+    assert (first["what"], first["jobs"], first["count"], first["trained"]) == ("merges", 3, 7, ["plain"])
+    assert first["minutes"] >= 1.5
+    assert first["devices"] == 1
+    assert first["device"].startswith("CPU (")
+    assert (second["what"], second["count"], second["trained"]) == ("learners", 0, [])
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_gains_of_pairs_with_unequal_norms(rising: bool) -> None:
+    """DO-Merging over task arithmetic: more the more unequal the norms are, or whatever they are."""
+    tasks, made = "abcdefg", []
+    for row in paired("abcdefg"):
+        row = {**row, "set": "mixed"}
+        if row["kind"] == "single":
+            made.append(row)
+            continue
+        ratio, gain = 1 + len(made) / 10, 0.005 * len(made) if rising else 0.1 + 0.05 * (len(made) // 2 % 2)
+        for method, space, share in (("task_arithmetic", "core", 0.6), ("do_merging", "knots", 0.6 + gain)):
+            right = {task: bits(share, 1) for task in row["tasks"]}
+            made.append(row | {"method": method, "space": space, "bits": right, "report": {"norm ratio": ratio}})
+    found = unequal(Scores(made, tasks))
+    assert found is not None
+    assert (len(found.gains), found.ratios[0]) == (21, pytest.approx(1.7))
+    assert found.mean.low <= found.mean.value <= found.mean.high
+    if rising:
+        assert found.with_ratio.correlation.value > 0.95
+        assert found.with_ratio.p < 0.05
+    else:
+        assert found.mean.value == pytest.approx((0.1 * 11 + 0.15 * 10) / 21 / 0.45, abs=0.01)
+        assert abs(found.with_ratio.correlation.value) < 0.3
+        assert found.with_ratio.p > 0.05
+    assert "DO-Merging is above task arithmetic on 21, by +" in "".join(tables.norms(found))
+    assert unequal(Scores(made[:-1], tasks)) is None  # a pair is missing
+    assert list(tables.norms(None)) == []
 
 
 def test_two_sets_are_compared_on_the_same_tests(tmp_path: Path) -> None:
