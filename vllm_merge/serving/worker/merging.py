@@ -18,7 +18,7 @@ from vllm_merge.artifact import MergedAdapter
 from vllm_merge.errors import MergeCancelled, MergeError
 from vllm_merge.plan_runner import run_plan
 from vllm_merge.recipe.plan import Plan
-from vllm_merge.serving.memory.arena import Arena, quick_switches
+from vllm_merge.serving.memory.arena import Arena
 from vllm_merge.serving.memory.hasher import Hasher
 from vllm_merge.serving.memory.residency import ArtifactStore, ResidentArtifact
 from vllm_merge.serving.memory.sources import SourceCache
@@ -131,7 +131,7 @@ class Merging:
                 return
             if artifact.tensors_sha256 is None:
                 timeline = Timeline()
-                with timeline.step("hash"), quick_switches:
+                with timeline.step("hash"):
                     artifact.tensors_sha256 = self._hasher.tensors_sha256(artifact)
                 self._tally.stages(timeline.stages())
             self._tiers.store(artifact)
