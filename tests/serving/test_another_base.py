@@ -61,7 +61,7 @@ def test_another_chat_template(folder, tmp_path, mine, base):
     assert ["chat template" in text for text in found] == ([True] if mine is not None and mine != base else [])
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"chat_template": [{"name": "default"}]}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"chat_template": [{"name": "default"}]}', "[" * 100_000])
 def test_what_cannot_be_read_is_no_template(folder, tmp_path, content):
     (folder / "tokenizer_config.json").write_text(content)
     assert another_base(Catalogue().register("add", folder), str(tmp_path)) == ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,8 @@ def host_memory(size: int, first: int) -> Tensor:
     if size < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size + shift, dtype=torch.uint8)[shift:]
     pages = mmap.mmap(-1, size + shift, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without large pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)[shift:]
 
 

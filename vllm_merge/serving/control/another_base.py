@@ -45,6 +45,6 @@ def chat_template(folder: Path) -> str | None:
             content = json.loads(file.read_text(encoding="utf-8"))
             template = content.get("chat_template") if isinstance(content, dict) else None
             return template if isinstance(template, str) else None
-    except (OSError, ValueError):  # what is wrong with it is for those who need it
+    except (OSError, ValueError, RecursionError):  # what is wrong with it is for those who need it
         pass
     return None
