@@ -18,6 +18,7 @@ from calibrate import Foretold, each_point_left_out, point_of, rows_of, seconds_
 from growth import ALONG, series, took
 
 SIZE = (12.0, 8.5)
+COLORS, MARKERS = ("tab:blue", "tab:gray"), "ox"  # of the runs that a file is of, the latest first
 QUANTILES = {"p50": "median", "p99": "99th percentile", "p999": "99.9th percentile", "max": "longest"}
 
 
@@ -144,9 +145,13 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _table(axis: Any, rows: list[dict[str, Any]]) -> None:
+    of_run = dict(zip(_records(rows), COLORS, strict=False))
     rows = rows[::-1]
     names = [row["case"] for row in rows]
-    axis.barh(names, [1e3 * row["seconds"] for row in rows], color="tab:blue", label="measured")
+    axis.barh(names, [1e3 * row["seconds"] for row in rows], color=[of_run[row.get("record")] for row in rows])
+    for record, color in of_run.items():
+        label = f"measured, {record.removesuffix('.md')}" if record else "measured"
+        axis.scatter([], [], marker="s", color=color, label=label)
     axis.scatter([1e3 * row["floor_seconds"] for row in rows], names, marker="|", s=90, color="black", label="floor")
     goals = [(1e3 * row["goal"], row["case"]) for row in rows if row["goal"]]
     if goals:
@@ -154,7 +159,12 @@ def _table(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_xscale("log")
     axis.tick_params(axis="y", labelsize=min(7, 180 / len(rows)))
     axis.set_xlabel("milliseconds")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _records(rows: list[dict[str, Any]]) -> list[str | None]:
+    """The records that rows belong to, in the order of the rows: more than one where a file is of several runs."""
+    return list(dict.fromkeys(row.get("record") for row in rows))
 
 
 def _growth(axis: Any, rows: list[dict[str, Any]], key: str, value: str) -> None:
@@ -170,14 +180,21 @@ def _growth(axis: Any, rows: list[dict[str, Any]], key: str, value: str) -> None
 
 
 def _foretold(axis: Any, content: dict[str, Any]) -> None:
-    """Seconds of each point, forecast from the other points, over measured ones; shaded: within a factor 2."""
+    """Seconds of each point, forecast from the other points, over measured ones; shaded: within a factor 2. A marker per run."""
     by_point: dict[Any, list[Foretold]] = defaultdict(list)
     for one in each_point_left_out(rows_of(content)):
         if one.seconds is not None:
             by_point[point_of(one.row)].append(one)
-    for (shape, n, r), found in by_point.items():
-        measured = [1e3 * seconds_of(one.row) for one in found]
-        axis.scatter(measured, [one.seconds for one in found], s=18, label=f"{shape}, n={n}, r={r}")
+    records = _records(content["rows"])
+    for index, ((shape, n, r), found) in enumerate(by_point.items()):
+        axis.scatter([], [], s=18, color=f"C{index}", label=f"{shape}, n={n}, r={r}")
+        for record, marker in zip(records, MARKERS, strict=False):
+            mine = [one for one in found if one.row.get("record") == record]
+            measured = [1e3 * seconds_of(one.row) for one in mine]
+            axis.scatter(measured, [one.seconds for one in mine], s=18, color=f"C{index}", marker=marker)
+    for record, marker in zip(records, MARKERS, strict=False):
+        if record:
+            axis.scatter([], [], s=18, color="black", marker=marker, label=record.removesuffix(".md"))
     if by_point:
         axis.axhspan(0.5, 2, color="tab:green", alpha=0.15)
         axis.set_xscale("log")

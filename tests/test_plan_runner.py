@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_merge.adapters.catalogue import Catalogue
-from vllm_merge.adapters.factors import LoraFactors
+from vllm_merge.adapters.factors import Adapter, LoraFactors
 from vllm_merge.adapters.peft import write_adapter
 from vllm_merge.errors import MergeCancelled, MergeError, UserInputError
 from vllm_merge.methods.registry import default_registry
@@ -106,6 +106,25 @@ def test_an_adapter_as_it_is(plan: Callable[..., Plan]) -> None:
     close(deltas(merged), {m: A[m].delta() for m in MODULES})
     assert {pair.scaling for pair in merged.factors.values()} == {1.0}
     assert set(merged.report.ranks.values()) == {2}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "dtype", "message"),
+    [
+        ("A", torch.nan, "float32", r"adapter 'a', module 'model\.layers\.1\.mlp\.up_proj': .* not finite"),
+        ("B", -torch.inf, "float32", r"adapter 'a', module 'model\.layers\.1\.mlp\.up_proj': .* not finite"),
+        ("B", 2e5, "float16", r"module 'model\.layers\.1\.mlp\.up_proj': the factors do not fit torch\.float16"),
+    ],
+)
+def test_an_adapter_as_it_is_has_to_be_finite(
+    plan: Callable[..., Plan], part: str, value: float, dtype: str, message: str
+) -> None:
+    """Who reads for a GPU leaves it to what comes next to look."""
+    made = plan("  r: {merge_method: linear, adapters: [{adapter: b}]}", name="a", dtype=dtype)
+    content = {m: LoraFactors(pair.A.clone(), pair.B.clone(), pair.scaling) for m, pair in A.items()}
+    getattr(content["model.layers.1.mlp.up_proj"], part)[1, 1] = value
+    with pytest.raises(MergeError, match=f"^{message}"):
+        run_plan(made, load_adapter=lambda planned: Adapter(planned.name, content))
 
 
 def test_the_plan_crosses_processes(plan: Callable[..., Plan]) -> None:

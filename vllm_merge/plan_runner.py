@@ -125,6 +125,7 @@ def _as_it_is(plan: Plan, adapter: Adapter, device: torch.device, dtype: torch.d
     for module, pair in adapter.factors.items():
         b = pair.B.to(device, torch.float32) * pair.scaling
         factors[module] = LoraFactors(pair.A.to(device, dtype), b.to(dtype), embedding=pair.embedding)
+    _check_finite(adapter, factors)
     report = MergeReport(
         method="none",
         space="factors",
@@ -133,6 +134,22 @@ def _as_it_is(plan: Plan, adapter: Adapter, device: torch.device, dtype: torch.d
         energy_kept=dict.fromkeys(factors),
     )
     return MergedAdapter(plan.name, factors, report, _provenance(plan), adapter.base_model)
+
+
+def _check_finite(adapter: Adapter, factors: Mapping[str, LoraFactors]) -> None:
+    """Raise MergeError where an adapter's own values are not finite, or not those of its factors in their new dtype."""
+    largest = [torch.linalg.vector_norm(side, torch.inf) for pair in factors.values() for side in (pair.A, pair.B)]
+    good = torch.stack(largest).isfinite().view(-1, 2).all(1)
+    for module in (module for module, finite in zip(factors, good.tolist(), strict=True) if not finite):
+        given = adapter.factors[module]
+        if given.A.isfinite().all() and given.B.isfinite().all():
+            raise MergeError(
+                f"module '{module}': the factors do not fit {factors[module].A.dtype}; choose a wider dtype"
+            )
+        raise MergeError(
+            f"adapter '{adapter.name}', module '{module}': its factors hold values that are not finite; the adapter is "
+            "broken and cannot be served"
+        )
 
 
 def _provenance(plan: Plan) -> dict[str, object]:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +91,15 @@ def test_tensors_are_aligned_in_host_memory(size: int, first: int) -> None:
     assert size < 4 << 20 or (data.data_ptr() + first) % ALIGNED == 0
     data.fill_(7)
     assert not size or data[-1] == 7
+
+
+def test_memory_of_a_kernel_without_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Pages)
+    assert host_memory(5 << 20, 8).fill_(7)[-1] == 7
 
 
 def test_large_memory_lives_as_long_as_a_factor_of_it(folder: MakeFolder) -> None:

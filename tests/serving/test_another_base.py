@@ -41,6 +41,12 @@ def test_a_folder_is_not_compared_with_a_name(folder, tmp_path):
     assert another_base(configured(folder, base_model_name_or_path=str(tmp_path)), BASE) == ()
 
 
+def test_a_folder_of_the_model_may_look_like_a_name(folder, tmp_path, monkeypatch):
+    (tmp_path / BASE).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert another_base(configured(folder, base_model_name_or_path="an/other"), BASE) == ()
+
+
 def test_another_revision(folder):
     adapter = configured(folder, base_model_name_or_path=BASE, revision="v1")
     assert another_base(adapter, BASE, "v2") == ("it was trained on revision 'v1' of an/base, and is used on v2",)

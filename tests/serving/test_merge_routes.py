@@ -18,7 +18,9 @@ from starlette.requests import ClientDisconnect
 from tests.serving.companions import accompany
 from tests.serving.played_server import ADMIN, BASE, environment, played, recipe_file, write_adapter
 from vllm_merge.adapters.factors import Adapter
+from vllm_merge.forecast.cost import calibrations
 from vllm_merge.recipe.yaml_tree import MAX_BYTES
+from vllm_merge.serving.routes import foresight
 from vllm_merge.serving.settings import ADAPTER_ROOT_VARIABLE
 
 MERGED = {"merge_method": "ties", "adapters": [{"adapter": "a0"}, {"adapter": "a1"}]}
@@ -36,7 +38,9 @@ async def get(api, path, **headers):
 # -- plan and validate ------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_says_what_a_merge_will_make_and_merges_nothing(config):
+def test_a_plan_says_what_a_merge_will_make_and_merges_nothing(config, monkeypatch):
+    monkeypatch.setattr(foresight, "cost_on", lambda device: None)  # nothing was measured on any CPU
+
     async def scenario(server):
         api = server.apis[0]
         for merge in (MERGED, "merge:ties(a0,a1)", "m0", "a0"):
@@ -59,6 +63,17 @@ def test_a_plan_says_what_a_merge_will_make_and_merges_nothing(config):
         assert ready["predicted"]["measured_on"] == "this server"
         row = server.service.store.describe()["artifacts"][0]
         assert (row["rank"], row["bytes"]) == (found["rank"], found["bytes"]), "what was foretold is what was made"
+
+    played(scenario, config)
+
+
+def test_a_plan_foretells_seconds_from_merges_that_were_measured_elsewhere(config):
+    async def scenario(server):
+        found = (await server.apis[0].client.post("/v1/merge/recipes/plan", json={"merge": "m0"})).json()
+        assert found["predicted"]["seconds"] > 0
+        assert found["predicted"]["workspace_bytes"] > 0
+        assert found["predicted"]["measured_on"] in {known.device for known in calibrations() if known.type == "cpu"}
+        assert server.service._merging.merges == 0
 
     played(scenario, config)
 

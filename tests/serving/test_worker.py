@@ -329,6 +329,12 @@ def test_a_finished_job_keeps_no_artifact_alive(serve, merges):
     talk(service, scenario)
 
 
+def test_what_follows_a_merge_does_not_keep_the_process_from_ending(serve, merges):
+    """It waits where vLLM sleeps, and a server that sleeps may be stopped."""
+    service = serve()
+    assert service._merging.after.submit(threading.current_thread).result(30).daemon
+
+
 @pytest.mark.parametrize("short_of_memory", [1, 2])
 def test_a_merge_that_finds_no_memory_begins_anew_once(serve, merges, monkeypatch, short_of_memory):
     """What the first attempt held is free by then, and so is what the allocator kept."""

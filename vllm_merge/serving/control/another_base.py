@@ -22,7 +22,8 @@ def another_base(adapter: RegisteredAdapter, base_model: str, revision: str | No
     """
     found = []
     trained_on = adapter.summary.base_model
-    if trained_on and not is_local(trained_on) and not is_local(base_model):
+    named = not is_local(base_model) and not Path(base_model).is_dir()
+    if trained_on and not is_local(trained_on) and named:
         if trained_on != base_model:
             found.append(f"it was trained on {shown(trained_on)}, and is used on {base_model}")
         elif adapter.base_revision and revision and adapter.base_revision != revision:

@@ -14,7 +14,7 @@ from vllm_merge.serving.memory.residency import ResidentArtifact
 
 
 class Hasher:
-    """For the merging thread of one worker. What lies on a GPU passes through memory that was pinned at the start."""
+    """For one thread of one worker. What lies on a GPU passes through memory that was pinned at the start."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = SideStream(device)

@@ -17,7 +17,7 @@ class PlaceHangs(OSError):
 
 
 class Place:
-    """A thread that makes calls one after another; thread-safe. A daemon: a place that hangs must not keep the process from
+    """A thread that makes calls one after another; thread-safe. A daemon: a call that hangs must not keep the process from
     ending.
     """
 

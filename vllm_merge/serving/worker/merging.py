@@ -10,7 +10,6 @@ import logging
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -20,6 +19,7 @@ from vllm_merge.plan_runner import run_plan
 from vllm_merge.recipe.plan import Plan
 from vllm_merge.serving.memory.arena import Arena
 from vllm_merge.serving.memory.hasher import Hasher
+from vllm_merge.serving.memory.place import Place
 from vllm_merge.serving.memory.residency import ArtifactStore, ResidentArtifact
 from vllm_merge.serving.memory.sources import SourceCache
 from vllm_merge.serving.memory.tiers import Tiers
@@ -72,8 +72,9 @@ class Merging:
         self._prepare_thread, self._begun, self._ended, self._look = prepare_thread, begun, ended, look
         self._hasher = Hasher(device)
         self._settle = SETTLE_SECONDS if device.type == "cuda" else 0.0
-        self.after = ThreadPoolExecutor(1, "vllm-merge-after", initializer=prepare_thread)
-        """What follows a merge."""
+        self.after = Place("vllm-merge-after")
+        """What follows a merge, in a thread that does not keep the process from ending: it waits while vLLM sleeps."""
+        self.after.submit(prepare_thread)
         self.merges = 0
 
     def run_forever(self) -> None:
@@ -99,7 +100,8 @@ class Merging:
             self._line.ended(time.monotonic() - started if merged else None)
             self._ended(job, result)
             if isinstance(result, ResidentArtifact):
-                self.after.submit(self._remember, digest, weakref.ref(result), time.monotonic() + self._settle)
+                begin = time.monotonic() + self._settle
+                self.after.submit(functools.partial(self._remember, digest, weakref.ref(result), begin))
             else:
                 self._tiers.release(digest)
             del job, result  # while it waits, this thread keeps no artifact alive
