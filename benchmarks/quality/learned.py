@@ -25,7 +25,7 @@ import yaml
 
 from benchmarks.quality.grid import LOSSLESS
 from benchmarks.quality.learning import METHODS
-from benchmarks.quality.prepare import Bench, trained_otherwise, validation
+from benchmarks.quality.prepare import Bench, machine, trained_otherwise, validation
 from benchmarks.quality.records import Row, Writer, key, read_rows
 from benchmarks.quality.run import Places, places_of, record_call, with_options
 from benchmarks.quality.scoring import joint_norm
@@ -151,6 +151,7 @@ def learned(bench: Bench, sweep: Sweep, one: Wanted) -> list[Row]:
         about = {name: run[name] for name in ("objective", "start", "best", "best_step", "steps")}
         labels = one.method in LABELLED
         row = {**one.row(rank), "weights": one.start["weights"], "seconds": round(seconds, 2), "labels": labels}
+        row["device"] = machine(bench.device)
         rows.append({**row, "run": about, "notes": result.facts["notes"], **found})
     print(f"{one.method}, seed {one.start['seed']}: {seconds:.0f} s, validation {rows[0]['validation']}", flush=True)
     return rows

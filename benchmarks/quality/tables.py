@@ -79,9 +79,13 @@ def minutes(found: Recorded) -> Iterator[str]:
     for mine, seconds in walls.items():
         if not _covered(calls, "merges", mine, len(seconds)):
             parts.append((f"{counted(len(seconds), 'merge')}, {ADDED_UP}", mine, sum(seconds) / 60))
-    learning = {(row["method"], row["seed"]): row["seconds"] for row in found.rows if row["kind"] == "learned"}
-    if learning and not _covered(calls, "learners", device, len(learning)):
-        parts.append((f"{counted(len(learning), 'learner')}, {ADDED_UP}", device, sum(learning.values()) / 60))
+    learning: dict[str, dict[tuple[str, int], float]] = {}
+    for row in found.rows:
+        if row["kind"] == "learned":
+            learning.setdefault(row.get("device", device), {})[row["method"], row["seed"]] = row["seconds"]
+    for mine, runs in learning.items():
+        if not _covered(calls, "learners", mine, len(runs)):
+            parts.append((f"{counted(len(runs), 'learner')}, {ADDED_UP}", mine, sum(runs.values()) / 60))
     yield from (f"| {what} | {where} | {minutes:.1f} |" for what, where, minutes in parts)
     yield ""
 
