@@ -142,9 +142,9 @@ async def truncated_while_read(server: PlayedServer) -> list[httpx.Response]:
 @contextlib.contextmanager
 def front_of_read(path: Path, change: Callable[[], object]) -> Iterator[None]:
     """Once, `change` happens between the look at the file's size and the reading of it."""
-    from vllm_merge.adapters import peft
+    from vllm_merge.adapters import reading
 
-    original, done = peft.os.fstat, threading.Event()
+    original, done = reading.os.fstat, threading.Event()
 
     class Os:
         def __getattr__(self, name: str) -> Any:
@@ -158,7 +158,7 @@ def front_of_read(path: Path, change: Callable[[], object]) -> Iterator[None]:
                 change()
             return status
 
-    with patched(peft, os=Os()):
+    with patched(reading, os=Os()):
         yield
     assert done.is_set()
 
