@@ -98,6 +98,10 @@ class Running:
             (worker,) = json.load(reply)["data"]
             return worker
 
+    def file_state(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.server.url}/v1/merge/recipes", timeout=LONG) as reply:
+            return json.load(reply)["file"]
+
     def worker_pid(self) -> int:
         (path,) = self.runtime.glob("worker-*.sock")
         return int(path.stem.split("-")[1])
@@ -212,9 +216,11 @@ def test_the_recipe_file_is_rewritten_under_load(faulty):
     try:
         for i in range(12):
             text = yaml.safe_dump(document(f"c{i % 4}")) + f"# {i}\n"
+            before = asked[0], faulty.file_state()
             faulty.config.write_text(text if i % 3 != 2 else text[: len(text) // 2])
-            before = asked[0]
-            until(lambda before=before: asked[0] > before + 3, "nobody was answered")
+            if i % 2:  # else it is written again at once
+                until(lambda before=before: faulty.file_state() != before[1], "the change was not seen")
+            until(lambda before=before: asked[0] > before[0] + 3, "nobody was answered")
         faulty.config.write_text(yaml.safe_dump(document("c3")))
         until(lambda: faulty.ask("assistant")[1] == labels["c3"], "the last file was never served")
     finally:

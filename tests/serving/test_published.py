@@ -136,6 +136,20 @@ def test_a_wrong_file_is_said_by_all_and_changes_nothing(two):
     two(scenario)
 
 
+def test_a_file_is_not_read_while_it_is_written(two):
+    async def scenario(processes, config):
+        for length in range(60):
+            config.write_text("wrong" + " " * length)
+            await asyncio.sleep(published_module.WATCH_SECONDS / 4)
+        assert sum(process.front.reads for process in processes) == 1
+        config.write_text("linear")
+        await until(lambda: all(process.answers == "ours://linear@1" for process in processes))
+        assert {process.published.state.error for process in processes} == {None}
+        assert sum(process.front.reads for process in processes) == 2
+
+    two(scenario)
+
+
 def test_a_move_is_everywhere_when_it_is_done_and_its_target_is_ready(two):
     async def scenario(processes, config):
         for number, target in enumerate(["linear", "ties", "linear"]):

@@ -28,7 +28,7 @@ from vllm_merge.serving.experiments.experiments import Experiments
 
 logger = logging.getLogger("vllm_merge")
 
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 0.5
 MAX_ADDED = 256  # recipes beside the file's
 MAX_NAME = 256  # characters of a name that vLLM was given
 
@@ -93,11 +93,18 @@ class Published:
         self._shared.on_event(event)
 
     async def watch(self) -> None:
-        """Follow the file for as long as the server runs."""
+        """Follow the file for as long as the server runs.
+
+        A file that was changed is read once two looks have found it alike: who writes it in place leaves it empty, or cut
+        off where it is still YAML and only lacks recipes, for as long as the writing takes.
+        """
+        seen = None
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                await self._look()
+                seen, before = await asyncio.to_thread(_stamp, self._config), seen
+                if seen == before:
+                    await self._look()
             except ControlError as error:
                 logger.warning("%s", error)
             except Exception:
