@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from tests.conftest import DEMO
+from tests.serving.facts import FACTS
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.serving.control.another_base import another_base
 from vllm_merge.serving.control.names import resolve_names
 
 BASE = "an/base"
-FACTS = {"base_model": BASE, "base_revision": None, "base_model_hash": "b", "dtype": "float32", "max_lora_rank": 64}
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_the_server_says_so_once_and_serves_it(folder, tmp_path, caplog):
     file.write_text(yaml.safe_dump({"version": 1, "adapters": {"add": {"path": str(folder)}}, "recipes": {}}))
     catalogue = Catalogue()
     with caplog.at_level(logging.WARNING, "vllm_merge"):
-        found = [resolve_names(file, FACTS, catalogue, {}) for _ in range(2)]
+        found = [resolve_names(file, {**FACTS, "base_model": BASE}, catalogue, {}) for _ in range(2)]
     assert [names.warnings["add"] for names in found] == [("it was trained on 'an/other', and is used on an/base",)] * 2
     assert found[0].names["add"].digest is not None
     assert len([record for record in caplog.records if "an/other" in record.getMessage()]) == 1

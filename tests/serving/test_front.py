@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import ROOT
+from tests.serving.facts import FACTS
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError
 from vllm_merge.serving.control import front as front_module
@@ -366,8 +367,7 @@ def test_an_eager_recipe_that_fails_stops_the_start_or_only_itself(on_error, whe
 
 
 def test_what_a_file_says_of_misses_reaches_its_names():
-    facts = {"base_model": "b", "base_revision": None, "base_model_hash": "b", "dtype": "float32", "max_lora_rank": 64}
-    names = resolve_names(ROOT / "configs" / "on_miss.yaml", facts, Catalogue(), {}).names
+    names = resolve_names(ROOT / "configs" / "on_miss.yaml", FACTS, Catalogue(), {}).names
     said = {name: (names[name].on_miss, names[name].fallback) for name in ("first", "second", "third", "assistant")}
     assert said == {
         "first": ("wait", None),

@@ -11,16 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import DEMO
+from tests.serving.facts import FACTS
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.serving.control.names import resolve_names
 
-FACTS = {
-    "base_model": "an/unknown-base",
-    "base_revision": None,
-    "base_model_hash": "0" * 64,
-    "dtype": "float32",
-    "max_lora_rank": 64,
-}
 RECIPE = "{{merge_method: linear, adapters: [{{adapter: add}}]{more}}}"
 
 

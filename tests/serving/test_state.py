@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.serving.facts import FACTS
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.plan import Plan
@@ -14,13 +15,6 @@ from vllm_merge.serving.control.names import Names, resolve_names
 from vllm_merge.serving.control.state import State
 
 ROOT = Path(__file__).resolve().parents[2]
-FACTS = {
-    "base_model": "an/unknown-base",
-    "base_revision": None,
-    "base_model_hash": "0" * 64,
-    "dtype": "float32",
-    "max_lora_rank": 64,
-}
 
 
 @pytest.fixture(scope="module")
