@@ -33,12 +33,17 @@ ALIGNED = 256  # bytes; what any kernel asks of an address
 _LARGE_BYTES = 4 << 20  # from here on memory comes in large pages, which take a quarter of the time to get
 
 
+def own_pages(size: int) -> mmap.mmap:
+    """Memory beside malloc's heap, which the system has again at once when nobody uses it any more."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def host_memory(size: int, first: int) -> Tensor:
     """New host memory."""
     shift = -first % ALIGNED
     if size < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size + shift, dtype=torch.uint8)[shift:]
-    pages = mmap.mmap(-1, size + shift, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = own_pages(size + shift)
     with suppress(OSError):  # a kernel without large pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)[shift:]

@@ -9,7 +9,6 @@ merging thread. On the CPU the same lists are copied in a loop.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_merge.adapters.reading import own_pages
 from vllm_merge.kernels import turns
 
 COPIED_AT_ONCE = 4 << 20  # bytes that come from outside of a device
@@ -155,13 +155,12 @@ def flat_copy(
 
 
 def _storage(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(elements,), not filled. On the CPU pages of its own, which the system has again at once when nobody uses them any more: in
-    malloc's heap, artifacts that come and go leave holes between those that stay, and hundreds of merges fill a machine with them.
+    """(elements,), not filled. On the CPU pages of its own: in malloc's heap, artifacts that come and go leave holes between those
+    that stay, and hundreds of merges fill a machine with them.
     """
     if device.type != "cpu" or not elements:
         return torch.empty(elements, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype)
+    return torch.frombuffer(own_pages(elements * dtype.itemsize), dtype=dtype)
 
 
 def _pieces(places: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Sequence[tuple[Tensor, Tensor]]]:
