@@ -35,6 +35,23 @@ def interpret(module: str, names: Mapping[str, object]) -> None:
     assert done.stdout.splitlines() == [f"done {check.__name__}" for check in checks_of(names)]
 
 
+def both_ways(
+    module: str, names: Mapping[str, object]
+) -> tuple[Callable[[], None], Callable[[Callable[[str], None]], None]]:
+    """The tests of a module whose checks are its `names`: all in Triton's interpreter, and each on a GPU."""
+
+    def in_tritons_interpreter() -> None:
+        interpret(module, names)
+
+    @pytest.mark.gpu
+    @on_a_gpu
+    @pytest.mark.parametrize("check", checks_of(names), ids=lambda check: check.__name__)
+    def on_gpu(check: Callable[[str], None]) -> None:
+        check("cuda")
+
+    return in_tritons_interpreter, on_gpu
+
+
 def run_all(names: Mapping[str, object]) -> None:
     """What such a program does."""
     for check in checks_of(names):

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
+from tests.kernels.running import both_ways, run_all
 from vllm_merge.methods.do_orthogonalize import _numbers, _step_by_torch
 
 SHAPES = ((1, 1, 3), (3, 5, 7), (2, 16, 64), (5, 12, 171))
@@ -89,15 +86,7 @@ def check_what_is_not_finite_stays_so(device: str) -> None:
     assert torch.equal(moved.cpu().isfinite(), slope.isfinite())
 
 
-def test_in_tritons_interpreter() -> None:
-    interpret("tests.kernels.test_adam", globals())
-
-
-@pytest.mark.gpu
-@on_a_gpu
-@pytest.mark.parametrize("check", checks_of(globals()), ids=lambda check: check.__name__)
-def test_on_a_gpu(check: Callable[[str], None]) -> None:
-    check("cuda")
+test_in_tritons_interpreter, test_on_a_gpu = both_ways("tests.kernels.test_adam", globals())
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
 from tests.adapters_in_memory import map_factors
-from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
+from tests.kernels.running import both_ways, run_all
 from vllm_merge import Adapter, LoraFactors
 from vllm_merge.adapters.arrangement import arranged
 from vllm_merge.adapters.pieces import Pieces, all_aligned
@@ -210,15 +208,7 @@ def check_whole_adapters(device: str) -> None:
             torch.testing.assert_close(b.cpu(), expected.B * torch.cat(columns, 1)[:, None, :].float())
 
 
-@pytest.mark.gpu
-@on_a_gpu
-@pytest.mark.parametrize("check", checks_of(globals()))
-def test_on_a_gpu(check: Callable[[str], None]) -> None:
-    check("cuda")
-
-
-def test_in_tritons_interpreter() -> None:
-    interpret("tests.kernels.test_gather", globals())
+test_in_tritons_interpreter, test_on_a_gpu = both_ways("tests.kernels.test_gather", globals())
 
 
 if __name__ == "__main__":

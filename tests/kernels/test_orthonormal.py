@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
+from tests.kernels.running import both_ways, run_all
 
 SHAPES = {
     "cpu": ((5, 3), (20, 1), (24, 8)),
@@ -86,15 +83,7 @@ def check_what_is_not_finite_is_told(device: str) -> None:
     assert measured[1].isnan().tolist() == [False, True, False]
 
 
-def test_in_tritons_interpreter() -> None:
-    interpret("tests.kernels.test_orthonormal", globals())
-
-
-@pytest.mark.gpu
-@on_a_gpu
-@pytest.mark.parametrize("check", checks_of(globals()), ids=lambda check: check.__name__)
-def test_on_a_gpu(check: Callable[[str], None]) -> None:
-    check("cuda")
+test_in_tritons_interpreter, test_on_a_gpu = both_ways("tests.kernels.test_orthonormal", globals())
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
+from tests.kernels.running import both_ways, run_all
 from vllm_merge.algebra import tucker
 from vllm_merge.algebra.subspace import WAYS
 
@@ -133,15 +132,7 @@ def check_iterations_are_those_of_products(device: str) -> None:
     assert settled == of_settled >= 1
 
 
-def test_in_tritons_interpreter() -> None:
-    interpret("tests.kernels.test_powers", globals())
-
-
-@pytest.mark.gpu
-@on_a_gpu
-@pytest.mark.parametrize("check", checks_of(globals()), ids=lambda check: check.__name__)
-def test_on_a_gpu(check: Callable[[str], None]) -> None:
-    check("cuda")
+test_in_tritons_interpreter, test_on_a_gpu = both_ways("tests.kernels.test_powers", globals())
 
 
 if __name__ == "__main__":
