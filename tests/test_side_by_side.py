@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.adapters_in_memory import SHAPES, distance, map_factors, random_adapter, three, weighted_sum
-from vllm_merge import Adapter, LoraFactors, MergeCancelled, MergedAdapter, MergeError, merge
+from vllm_merge import Adapter, LoraFactors, MergeCancelled, MergedAdapter, MergeError, UserInputError, merge
 
 WEIGHTS = [0.7, 0.25, -0.4]
 
@@ -188,6 +188,32 @@ def test_merged_again_with_other_weights() -> None:
         assert list(merged.factors) == list(SHAPES)
         assert distance(merged, weighted_sum(adapters, weights)) < 1e-6
         assert merged.report.ranks == dict.fromkeys(SHAPES, 10)
+
+
+def test_like_adapters_change_no_later_merge_with_these_weights() -> None:
+    first, second, third = three()
+    expected = summed([first, second, third], WEIGHTS)
+    assert summed([first, first, second], WEIGHTS).rank == first.rank + second.rank
+    again = summed([first, second, third], WEIGHTS)
+    assert all(torch.equal(again.factors[m].B, pair.B) for m, pair in expected.factors.items())
+
+
+def test_every_parameter_counts_in_merges_that_are_made_again_and_again() -> None:
+    adapters, (module, *others) = three(), list(SHAPES)
+    total = sum(WEIGHTS)
+    for _ in range(2):
+        for normalize, lam in ((True, 1.0), (False, 1.0), (False, 0.5), (True, 0.5)):
+            parameters = {"normalize": normalize, "lambda": lam}
+            merged = merge(adapters, merge_method="linear", weights=WEIGHTS, parameters=parameters)
+            shares = [lam * w / (total if normalize else 1.0) for w in WEIGHTS]
+            assert distance(merged, weighted_sum(adapters, shares)) < 1e-6
+        by_module = {"lambda": {module: 0.5} | dict.fromkeys(others, 1.0), "normalize": False}
+        merged = merge(adapters, merge_method="linear", weights=WEIGHTS, parameters=by_module)
+        whole, half = weighted_sum(adapters, WEIGHTS), weighted_sum(adapters, [0.5 * w for w in WEIGHTS])
+        for name, factors in merged.factors.items():
+            assert torch.allclose(factors.delta(), (half if name == module else whole)[name].float(), atol=1e-5)
+    with pytest.raises(UserInputError, match="add up to 0"):
+        merge(adapters, merge_method="linear", weights=[1.0, -1.0, 0.0])
 
 
 def test_the_module_that_does_not_fit_is_named() -> None:

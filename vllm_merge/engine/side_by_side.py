@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from vllm_merge.errors import MergeError
 if TYPE_CHECKING:
     from vllm_merge.engine.batches import Batch
     from vllm_merge.engine.job import Job
+    from vllm_merge.methods.registry import Coefficients
 
 
 def fits(job: Job, group: ModuleGroup) -> bool:
@@ -29,21 +31,36 @@ def fits(job: Job, group: ModuleGroup) -> bool:
 
 def merged(job: Job, batches: Sequence[Batch]) -> Mapping[str, LoraFactors]:
     """A = [A_1; …; A_n], B = [c_1 B_1, …, c_n B_n]: exact, without a rounding but that of c_i B_i to the dtype."""
-    assert job.spec.coefficients is not None
     for batch in batches:
         job.step("merge", batch.start)
     with job.timed("factors"):
-        groups, cpu = [batch.group for batch in batches], torch.device("cpu")
-        alike = job.parameters.alike
-        different = groups[0].modules[:1] if alike else [module for group in groups for module in group.modules]
-        shares = job.spec.coefficients(**job.parameters.tensors(different, cpu), **job.parameters.per_recipe)
-        if not job.parameters.unscaled:
-            shares = shares * job.parameters.lambdas(different, cpu)[:, None]
-        shares = _like_terms(job, shares)
-        found = [_terms(job, batches, *terms) for terms in _alike(groups, shares)]
+        groups = [batch.group for batch in batches]
+        found = [_terms(job, batches, *terms) for terms in _alike(groups, _like_terms(job, _shares(job, groups)))]
     if len(found) == 1:
         return found[0]
     return {module: factors for some in found for module, factors in some.items()}
+
+
+def _shares(job: Job, groups: Sequence[ModuleGroup]) -> Tensor:
+    """c_i · λ at every module, (modules, n) float64, on the CPU; (1, n) where those of all modules are alike."""
+    coefficients, parameters = job.spec.coefficients, job.parameters
+    assert coefficients is not None
+    if (told := parameters.told) is not None:
+        return _told_shares(coefficients, *told)
+    modules, cpu = [module for group in groups for module in group.modules], torch.device("cpu")
+    shares = coefficients(**parameters.tensors(modules, cpu), **parameters.per_recipe)
+    return shares * parameters.lambdas(modules, cpu)[:, None]
+
+
+@lru_cache(maxsize=16)  # of the merges that are made again and again
+def _told_shares(
+    coefficients: Coefficients,
+    own: tuple[tuple[str, tuple[float, ...]], ...],
+    recipe: tuple[tuple[str, Any], ...],
+    lam: float,
+) -> Tensor:
+    tables = {name: torch.tensor([values], dtype=torch.float64) for name, values in own}
+    return coefficients(**tables, **dict(recipe)) * lam
 
 
 def _alike(groups: Sequence[ModuleGroup], shares: Tensor) -> Iterator[tuple[list[int], list[ModuleGroup], Tensor]]:

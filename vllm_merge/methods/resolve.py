@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,14 @@ class ResolvedParameters:
         return not _by_module([self.lam]) and float(self.lam[0]) == 1.0
 
     @property
-    def alike(self) -> bool:
-        """Whether neither a per-adapter parameter nor λ differs by module."""
-        return not any(_by_module([self.lam, *chains]) for chains in self.per_adapter.values())
+    def told(self) -> tuple[tuple[tuple[str, tuple[float, ...]], ...], tuple[tuple[str, Any], ...], float] | None:
+        """Per-adapter and per-recipe parameters and λ as what can be looked up; None where one differs by module, or is a list."""
+        if _by_module([self.lam]) or any(map(_by_module, self.per_adapter.values())):
+            return None
+        if not all(isinstance(value, Hashable) for value in self.per_recipe.values()):
+            return None
+        own = tuple((name, tuple(float(chain[0]) for chain in chains)) for name, chains in self.per_adapter.items())
+        return own, tuple(self.per_recipe.items()), float(self.lam[0])
 
     def tensors(self, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """The per-adapter parameters at these modules, each (modules, n) float64."""
