@@ -241,6 +241,33 @@ def test_a_merge_that_is_stopped_between_two_adapters_leaves_no_reservation(fold
     assert all(same(adapters[path.name], path) for path in paths)
 
 
+def test_a_read_that_cannot_begin_leaves_nothing_behind(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [folder(name) for name in "abc"]
+    plan, cache = planned(*folders), SourceCache(1 << 20, CPU)
+    submit, begun = cache._readers.submit, []
+
+    def fails(*arguments: object) -> object:
+        begun.append(arguments)
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        return submit(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache._readers, "submit", fails)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            cache.fetch(plan, lambda: None)
+    assert len(begun) == 2
+    assert cache.bytes == 0
+    assert all(same(adapter, path) for adapter, path in zip(fetched(cache, plan).values(), folders, strict=True))
+
+
+def test_readers_run_before_anything_is_read() -> None:
+    cache = SourceCache(1 << 20, CPU)
+    assert len(cache._readers._threads) == cache._readers._max_workers
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_adapters_lie_in_pinned_memory(folder, reads):

@@ -9,10 +9,11 @@ Used by the merging thread alone.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class SourceCache:
         self._at_hand: dict[str, Adapter] = {}  # of the plan that is merged
         self.budget_bytes = budget_bytes
         self.lookups: Counter[str] = Counter()  # adapters that plans asked for, by where they were: memory or file
-        self._readers = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), "vllm-merge-read")
+        self._readers = _readers(min(READERS, os.cpu_count() or 1))
 
     @property
     def bytes(self) -> int:
@@ -63,9 +64,13 @@ class SourceCache:
         cold = {p.content_hash: p for p in plan.adapters.values() if p.content_hash not in self._at_hand}
         self.lookups.update(memory=len(self._at_hand), file=len(cold))
         sizes = {key: size_of(planned.path) for key, planned in cold.items()}
-        places = {key: self._place(key, size, wanted) for key, size in sizes.items()}
-        reads = {key: self._readers.submit(self._read, cold[key], places[key], size) for key, size in sizes.items()}
+        places: dict[str, int | None] = {}
+        reads: dict[str, Future[ReadAdapter]] = {}
         try:
+            for key, size in sizes.items():
+                places[key] = self._place(key, size, wanted)
+            for key, size in sizes.items():
+                reads[key] = self._readers.submit(self._read, cold[key], places[key], size)
             for key, read in reads.items():
                 # On the GPU the merge itself finds what is not finite.
                 adapter = parse_adapter(read.result(), check_values=not self._block.is_pinned())
@@ -111,6 +116,14 @@ class SourceCache:
 
     def _hole(self, size: int) -> int | None:
         return first_hole(((kept.start, kept.stop) for kept in self._kept.values()), size, self._block.numel())
+
+
+def _readers(count: int) -> ThreadPoolExecutor:
+    """Threads that run already: where one cannot be started, that is known before something is to be read."""
+    pool = ThreadPoolExecutor(count, "vllm-merge-read")
+    all_run = threading.Barrier(count)
+    list(pool.map(lambda _: all_run.wait(), range(count)))
+    return pool
 
 
 _NOTHING = Adapter("", {})
