@@ -2,6 +2,7 @@
 """A worker's service without vLLM: merges that are played, the real control line, cache and tiers."""
 
 import asyncio
+import json
 import sys
 import tempfile
 import threading
@@ -333,6 +334,37 @@ def test_what_follows_a_merge_does_not_keep_the_process_from_ending(serve, merge
     """It waits where vLLM sleeps, and a server that sleeps may be stopped."""
     service = serve()
     assert service._merging.after.submit(threading.current_thread).result(30).daemon
+
+
+def test_what_leaves_the_cache_before_it_is_hashed_is_hashed_when_it_is_back(serve, merges, monkeypatch, tmp_path):
+    """As on a GPU, where the hash comes after the merge: only what has one may go to the disk."""
+    whole = merging.Merging._resident
+
+    def unhashed(*arguments):
+        made = whole(*arguments)
+        hashes[made.digest], made.tensors_sha256 = made.tensors_sha256, None
+        return made
+
+    hashes: dict[str, str] = {}
+    monkeypatch.setattr(merging.Merging, "_resident", unhashed)
+    service = serve(cache_bytes=SIZE, host_bytes=4 * SIZE, disk=tmp_path)
+    go = threading.Event()
+    service._merging.after.submit(lambda: go.wait(60))
+
+    async def scenario(link):
+        await prepare(link, "a")
+        await prepare(link, "b")  # a leaves
+        go.set()
+        await asyncio.to_thread(service._merging.after.submit(lambda: None).result, 60)
+        assert (await prepare(link, "a"))["tier"] == "host"
+        await written(service, tmp_path, "a")
+        stored = json.loads((tmp_path / digest("a") / "artifact.json").read_text())
+        assert stored["tensors_sha256"] == hashes[digest("a")]
+        await prepare(link, "b")  # a leaves again, with its hash
+        with service._tiers.fetch(digest("a")) as (tier, packed):
+            assert (tier, packed.tensors_sha256) == ("host", hashes[digest("a")])
+
+    talk(service, scenario)
 
 
 @pytest.mark.parametrize("short_of_memory", [1, 2])

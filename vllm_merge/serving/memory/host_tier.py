@@ -7,7 +7,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,8 +41,11 @@ class HostTier:
     def put(self, packed: Packed) -> bool:
         """Copy an artifact in, over those that were not used for longest; False if there is no room for it."""
         with self._lock:
-            if packed.digest in self._kept:
+            if (kept := self._kept.get(packed.digest)) is not None:
                 self._kept.move_to_end(packed.digest)
+                if kept.packed.tensors_sha256 is None:  # it was not hashed yet when it came first
+                    told = replace(kept.packed, tensors_sha256=packed.tensors_sha256)
+                    self._kept[packed.digest] = _Kept(kept.start, told)
                 return True
             if packed.nbytes > self.budget_bytes:
                 return False

@@ -100,8 +100,7 @@ class Merging:
             self._line.ended(time.monotonic() - started if merged else None)
             self._ended(job, result)
             if isinstance(result, ResidentArtifact):
-                begin = time.monotonic() + self._settle
-                self.after.submit(functools.partial(self._remember, digest, weakref.ref(result), begin))
+                self.remember(result)
             else:
                 self._tiers.release(digest)
             del job, result  # while it waits, this thread keeps no artifact alive
@@ -119,6 +118,11 @@ class Merging:
         gc.collect()
         self._arena.give_back()
         return self._wakefulness.awake(merge)
+
+    def remember(self, artifact: ResidentArtifact) -> None:
+        """Hash an artifact, and see to it that the disk has it, in the thread `after`."""
+        begin = time.monotonic() + self._settle
+        self.after.submit(functools.partial(self._remember, artifact.digest, weakref.ref(artifact), begin))
 
     def _remember(self, digest: str, reference: weakref.ref[ResidentArtifact], begin: float) -> None:
         """What can wait until the artifact is served, and until time.monotonic() is `begin`: its hash, and its way to the disk.

@@ -23,7 +23,9 @@ logger = logging.getLogger("vllm_merge.worker")
 
 
 class Returning:
-    """cold: the jobs to look for. Called in the thread: ended(job, result or error), and merge(job) for what no tier has."""
+    """cold: the jobs to look for. Called in the thread: ended(job, result or error), merge(job) for what no tier has, and
+    remember(artifact) for one that left the cache before it was hashed.
+    """
 
     def __init__(
         self,
@@ -37,10 +39,12 @@ class Returning:
         prepare_thread: Callable[[], None],
         ended: Callable[[Job, ResidentArtifact | Exception], None],
         merge: Callable[[Job], None],
+        remember: Callable[[ResidentArtifact], None],
     ) -> None:
         self._cold, self._tiers, self._store, self._arena = cold, tiers, store, arena
         self._placing, self._wakefulness = placing, wakefulness
         self._prepare_thread, self._ended, self._merge = prepare_thread, ended, merge
+        self._remember = remember
 
     def run_forever(self) -> None:
         self._prepare_thread()
@@ -59,6 +63,8 @@ class Returning:
                 self._merge(job)
             else:
                 self._ended(job, result)
+                if isinstance(result, ResidentArtifact) and result.tensors_sha256 is None:
+                    self._remember(result)
             del job, result
 
     def _returned(self, plan: Plan) -> ResidentArtifact | None:

@@ -169,6 +169,7 @@ class WorkerService:
             prepare_thread=self._unbind,
             ended=functools.partial(self._post, self._making.finish),
             merge=functools.partial(self._post, self._making.enqueue),
+            remember=self._merging.remember,
         )
         self._server = ControlServer(socket_path, self)
 
