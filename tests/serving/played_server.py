@@ -36,7 +36,7 @@ from vllm_merge.serving import compat
 from vllm_merge.serving.control import front, links
 from vllm_merge.serving.control.control import RUNTIME_DIR_VARIABLE
 from vllm_merge.serving.control.front import Artifact, FrontDoor
-from vllm_merge.serving.control.published import Published
+from vllm_merge.serving.control.published import Published, stamp_of
 from vllm_merge.serving.memory import sources
 from vllm_merge.serving.memory.residency import ResidentArtifact
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, MergeEndpoints
@@ -193,6 +193,10 @@ class PlayedApi:
     async def admin(self, method: str, path: str, **body: Any) -> httpx.Response:
         return await self.client.request(method, f"/v1/merge/{path}", headers=ADMIN, json=body or None)
 
+    async def look(self) -> None:
+        """Read the recipe file, if it has changed, without waiting whether it rests."""
+        await self.published._look(stamp_of(self.published._config))
+
     async def end(self) -> None:
         """Its connections close, and nothing that it held is given back by itself."""
         for task in self.watching:
@@ -247,6 +251,9 @@ class PlayedServer:
 
     async def admin(self, method: str, path: str, **body: Any) -> httpx.Response:
         return await self.apis[0].admin(method, path, **body)
+
+    async def look(self) -> None:
+        await self.apis[0].look()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + WAIT_SECONDS

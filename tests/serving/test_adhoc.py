@@ -283,7 +283,7 @@ def test_a_merge_that_is_forgotten_while_it_runs_leaves_when_it_has_ended(config
         await server.until(lambda: server.front.artifacts[digest].users)
         write_adapter(server.files / "a0", 99)
         config.write_text(config.read_text() + "\n")
-        await server.published._look()
+        await server.look()
         merges._follow()
         assert label not in server.front.adhoc
         merges.table.sweep()
@@ -416,7 +416,7 @@ def test_an_adapter_that_changes_takes_its_merges_along(config):
         await server.idle()
         write_adapter(server.files / "a0", 99)
         config.write_text(config.read_text() + "\n")
-        await server.published._look()
+        await server.look()
         assert (await server.ask(label)).status_code == 404
         again = (await server.ask(NAME)).json()["model"]
         assert again != label

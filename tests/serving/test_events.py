@@ -106,9 +106,9 @@ def test_everything_that_happens_is_told_at_every_process(config, tmp_path, monk
             assert told == [("added", "found"), ("removed", "found")]
             right = config.read_text()
             config.write_text("wrong")
-            await server.published._look()
+            await server.look()
             config.write_text(right + "\n")
-            await server.published._look()
+            await server.look()
             await server.until(lambda: len(reader.of("config")) == 2)
             assert [event["state"] for event in reader.of("config")] == ["refused", "reloaded"]
             assert "recipes.yaml:1" in reader.of("config")[0]["error"]

@@ -266,9 +266,9 @@ async def rewritten(server: PlayedServer) -> list[httpx.Response]:
     for i in range(9):
         text = yaml.safe_dump({**document, "aliases": {"assistant": f"m{i % 3}"}})
         server.config.write_text(text if i % 3 != 2 else text[:40] + f"\n{i}: [")
-        await server.published._look()
+        await server.look()
     server.config.write_text(yaml.safe_dump(document))
-    await server.published._look()
+    await server.look()
     done.set()
     await asyncio.gather(*loads)
     return replies

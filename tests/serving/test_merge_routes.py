@@ -302,7 +302,7 @@ def test_what_the_file_says_anew_is_not_gone_back_from(config):
         api = server.apis[0]
         await api.admin("POST", "aliases/assistant", target="m1")
         config.write_text(config.read_text().replace("assistant: m0", "assistant: m3"))
-        await server.published._look()
+        await server.look()
         assert (await api.admin("POST", "aliases/assistant/back")).status_code == 409
         assert (await get(api, "aliases")).json()["data"][0]["target"] == "m3"
 
@@ -339,7 +339,7 @@ def test_an_adapter_from_the_root_is_served_by_every_process_until_it_is_removed
         assert rows["a0"]["origin"] == "file"
         assert str(root) not in json.dumps(rows)
         config.write_text(config.read_text() + "\n")
-        await server.published._look()
+        await server.look()
         assert (await other.ask("fresh")).status_code == 200, "it stays when the file is read again"
         assert (await one.admin("POST", "adapters/fresh")).status_code == 409
         assert (await other.admin("DELETE", "adapters/fresh")).status_code == 200

@@ -117,7 +117,7 @@ class Story:
         document = yaml.safe_load(self.server.config.read_text())
         self.targets.append(target)
         self.server.config.write_text(yaml.safe_dump({**document, "aliases": {"assistant": target}}))
-        await api.published._look()
+        await api.look()
 
     async def end(self) -> None:
         """Everything may go on, and has ended."""

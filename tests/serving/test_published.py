@@ -3,6 +3,7 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from vllm_merge.recipe_files import load_recipes
 from vllm_merge.serving.control import published as published_module
 from vllm_merge.serving.control.control import ControlServer, WorkerLink
 from vllm_merge.serving.control.names import Name, Names
-from vllm_merge.serving.control.published import Published
+from vllm_merge.serving.control.published import Published, Rewritten, stamp_of
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 RECIPES = load_recipes(CONFIG)
@@ -146,6 +147,75 @@ def test_a_file_is_not_read_while_it_is_written(two):
         await until(lambda: all(process.answers == "ours://linear@1" for process in processes))
         assert {process.published.state.error for process in processes} == {None}
         assert sum(process.front.reads for process in processes) == 2
+
+    two(scenario)
+
+
+def test_a_file_is_not_read_while_it_is_written_when_the_turn_comes(two):
+    """A process that has found one change at rest waits for the turn, and meanwhile the next one is being written."""
+
+    async def scenario(processes, config):
+        ready = asyncio.Event()
+
+        async def wait(name):
+            await ready.wait()
+
+        processes[0].front.ready = wait
+        moving = asyncio.create_task(processes[0].published.move("x", "linear"))
+        await until(lambda: processes[0].front.reads == 1 or processes[1].front.reads == 1)
+        config.write_text("linear # at rest")
+        looking = asyncio.create_task(processes[1].published._look(stamp_of(config)))
+        await asyncio.sleep(4 * published_module.WATCH_SECONDS)  # of the looks that find it at rest and wait, too
+        reads = sum(process.front.reads for process in processes)
+        ready.set()
+        for length in range(40):
+            config.write_text("wrong" + " " * length)
+            await asyncio.sleep(published_module.WATCH_SECONDS / 4)
+        await asyncio.gather(moving, looking)
+        assert sum(process.front.reads for process in processes) == reads
+        config.write_text("ties")
+        await until(lambda: all(process.published.state.stamp == stamp_of(config) for process in processes))
+        assert {process.published.state.error for process in processes} == {None}
+        assert sum(process.front.reads for process in processes) == reads + 1
+
+    two(scenario)
+
+
+@pytest.mark.parametrize("half", ["wrong", "linear"], ids=["refused", "served"])
+def test_what_was_read_while_it_was_written_does_not_count(two, half):
+    async def scenario(processes, config):
+        read = []
+
+        async def written_meanwhile(resolve, *arguments):
+            read.append(config.read_text())
+            try:
+                return await resolve(*arguments)
+            finally:
+                if len(read) == 1:
+                    config.write_text("ties # whole")
+
+        for process in processes:  # whichever finds it at rest first
+            process.front.resolve = partial(written_meanwhile, process.front.resolve)
+        config.write_text(half)
+        await until(lambda: len(read) == 2)
+        await until(lambda: all(process.published.state.stamp == stamp_of(config) for process in processes))
+        assert read == [half, "ties # whole"]
+        assert {process.published.state.generation for process in processes} == {2}
+        assert {process.published.state.error for process in processes} == {None}
+        assert {process.answers for process in processes} == {"ours://ties@1"}
+
+    two(scenario)
+
+
+def test_nothing_is_added_beside_a_file_that_is_being_written(two):
+    async def scenario(processes, config):
+        config.write_text("linear # not served yet")
+        state = processes[0].published.state
+        with pytest.raises(Rewritten, match=r"recipes\.yaml is being changed; ask again when that is served") as raised:
+            await processes[0].published._with(state)
+        assert (raised.value.kind, raised.value.retry_after) == ("busy", 2)
+        await until(lambda: all(process.published.state.generation == 2 for process in processes))
+        await processes[0].published._with(processes[0].published.state)
 
     two(scenario)
 

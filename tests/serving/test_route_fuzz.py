@@ -72,7 +72,7 @@ def test_every_route_keeps_what_its_description_promises(tmp_path):
                 assert await asyncio.to_thread(fuzz, operation) > 1
             assert (await api.ask("m0")).status_code == 200, "and the server serves"
         recipe_file(tmp_path / "files")  # without the experiment, which holds its arms
-        await server.published._look()
+        await server.look()
         await server.idle()
 
     with environment(**{ADAPTER_ROOT_VARIABLE: str(tmp_path / "root")}), patched(played_server, SLOTS=4):

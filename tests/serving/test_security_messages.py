@@ -39,7 +39,7 @@ def test_what_vllm_was_given_under_an_evil_name_stays_vllms(tmp_path):
         for name in (EVIL, "org/adapter", "é", "x" * 1000):
             models.lora_requests[name] = SimpleNamespace(lora_name=name, lora_path=str(tmp_path / "a1"), lora_int_id=1)
         server.config.write_text(server.config.read_text() + "# changed\n")
-        await server.published._look()
+        await server.look()
         assert server.published.state.error is None
         assert server.front.known("org/adapter") is not None
         assert [server.front.known(name) for name in (EVIL, "é", "x" * 1000)] == [None] * 3
@@ -121,7 +121,7 @@ def test_messages_to_holders_of_the_key_name_no_folder(tmp_path, caplog):
                 said.append((await client.post("/v1/merge/recipes/plan", json={"merge": merge})).text)
             document = yaml.safe_load(config.read_text())
             config.write_text(yaml.safe_dump({**document, "aliases": {"assistant": "nobody"}}))
-            await server.published._look()
+            await server.look()
             for method, path in routes_of(server.apis[0].app):
                 if method == "GET" and not path.endswith(("/events", "/download")):
                     for name in ("m0", "m3", "m5", "a0", "a5", "trial"):

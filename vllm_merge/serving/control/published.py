@@ -29,8 +29,16 @@ from vllm_merge.serving.experiments.experiments import Experiments
 logger = logging.getLogger("vllm_merge")
 
 WATCH_SECONDS = 0.5
+RETRY_SECONDS = 2
 MAX_ADDED = 256  # recipes beside the file's
 MAX_NAME = 256  # characters of a name that vLLM was given
+
+
+class Rewritten(ControlError):
+    """The recipe file changes while it is read."""
+
+    def __init__(self, config: Path) -> None:
+        super().__init__("busy", f"{config.name} is being changed; ask again when that is served", RETRY_SECONDS)
 
 
 class Published:
@@ -57,7 +65,7 @@ class Published:
         try:
             async with self._shared.turn() as found:
                 if found is None:
-                    stamp = _stamp(self._config)
+                    stamp = stamp_of(self._config)
                     names = await self._read()
                     trials = await self.experiments.resolve(names)
                     failed = await self.experiments.arms.hold(names.recipes.experiments, names)
@@ -102,32 +110,34 @@ class Published:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                seen, before = await asyncio.to_thread(_stamp, self._config), seen
+                seen, before = await asyncio.to_thread(stamp_of, self._config), seen
                 if seen == before:
-                    await self._look()
+                    await self._look(seen)
             except ControlError as error:
                 logger.warning("%s", error)
             except Exception:
                 logger.exception("could not look at %s", self._config.name)
 
-    async def _look(self) -> None:
-        stamp = await asyncio.to_thread(_stamp, self._config)
-        if stamp is None or stamp == self.state.stamp:
+    async def _look(self, seen: Stamp | None) -> None:
+        """Read the file if it has changed to what was `seen`, and is that still when it is this process's turn."""
+        if seen is None or seen == self.state.stamp:
             return  # a file that is gone is not a wish to serve nothing
         async with self._shared.turn():
-            stamp = await asyncio.to_thread(_stamp, self._config)
-            if stamp is not None and stamp != self.state.stamp:  # else another process has read it meanwhile
-                await self._reload(stamp)
+            now = await asyncio.to_thread(stamp_of, self._config)
+            if now == seen != self.state.stamp:  # else another process has read it meanwhile, or it changes again
+                await self._reload(seen)
 
     async def _reload(self, stamp: Stamp) -> None:
         """Serve what the file says now, or keep everything and remember why not."""
         before, name = self.state, self._config.name
         try:
-            names = await self._read()
+            names = await self._read_as_of(stamp)
             resolved = before.reread(names, stamp, await self.experiments.resolve(names))
             await self._front.warm_eager(resolved.names)  # raises for one that must not fail
             if failed := await self.experiments.arms.hold(names.recipes.experiments, names):
                 raise MergeError(_no_arms(failed))
+        except Rewritten:
+            return  # it is read when it rests
         except MergeError as error:
             logger.error("%s was changed and is wrong; what was served before stays:\n%s", name, error)
             await self._shared.propose(before.refused(str(error), stamp))
@@ -260,8 +270,27 @@ class Published:
         """`before` with other adapters or recipes beside the file's, which is read for it. Raises UserInputError."""
         added = before.added if added is None else added
         added_recipes = before.added_recipes if added_recipes is None else added_recipes
-        names = await self._read(added, added_recipes)
+        names = await self._read_as_of(before.stamp, added, added_recipes)
         return replace(before.reread(names, before.stamp, before.trials), added=added, added_recipes=added_recipes)
+
+    async def _read_as_of(
+        self,
+        stamp: Stamp | None,
+        added: Mapping[str, str] | None = None,
+        added_recipes: Mapping[str, Any] | None = None,
+    ) -> Names:
+        """`_read`. Raises Rewritten where the file is not as it was any more, so that half of it may have been read."""
+        try:
+            names = await self._read(added, added_recipes)
+        except MergeError:
+            await self._check_rests(stamp)
+            raise
+        await self._check_rests(stamp)
+        return names
+
+    async def _check_rests(self, stamp: Stamp | None) -> None:
+        if await asyncio.to_thread(stamp_of, self._config) not in (stamp, None):
+            raise Rewritten(self._config)
 
     async def _read(
         self, added: Mapping[str, str] | None = None, added_recipes: Mapping[str, Any] | None = None
@@ -319,7 +348,7 @@ def _fits_a_header(name: str) -> bool:
     return len(name) <= MAX_NAME and name.isascii() and name.isprintable()
 
 
-def _stamp(path: Path) -> Stamp | None:
+def stamp_of(path: Path) -> Stamp | None:
     try:
         status = path.stat()
     except OSError:
