@@ -137,7 +137,7 @@ def there(adapter: Adapter) -> Adapter:
 
 def test_pieces_are_found_again_for_the_same_adapters_alone() -> None:
     """Until an adapter is gone, whoever has its address then; nothing keeps one alive."""
-    _known.cache_clear()
+    _known.clear()
     x, y = there(random_adapter("x", 3, 1)), there(random_adapter("y", 5, 2))
     arrangement, sources = arranged(tuple(group_modules([x, y]))), Sources(CPU, 0)
 
@@ -149,13 +149,28 @@ def test_pieces_are_found_again_for_the_same_adapters_alone() -> None:
     assert pieces(x, y.named("z")) is first, "another name of the same factors"
     assert pieces(there(random_adapter("x", 3, 1)), y) is not first
     gone = weakref.ref(x.places)
+    assert any(known is first for known in _known.values())
     del x
     gc.collect()
     assert gone() is None
+    assert not _known, "nor what a GPU was told of it"
     for _ in range(20):  # one of these may stand where x stood
         again = there(random_adapter("x", 3, 1))
         assert pieces(again, y) is not first
         del again
+
+
+def test_pieces_that_were_not_asked_for_for_longest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    _known.clear()
+    monkeypatch.setattr("vllm_merge.adapters.pieces._KEPT", 3)
+    adapters = [there(random_adapter(name, 3, index)) for index, name in enumerate("abcd")]
+    arrangement, sources = arranged(tuple(group_modules(adapters[:1]))), Sources(CPU, 0)
+    a, b, _ = (pieces_of(arrangement, [adapter.places], sources) for adapter in adapters[:3])
+    assert pieces_of(arrangement, [adapters[0].places], sources) is a
+    pieces_of(arrangement, [adapters[3].places], sources)
+    assert len(_known) == 3
+    assert pieces_of(arrangement, [adapters[0].places], sources) is a
+    assert pieces_of(arrangement, [adapters[1].places], sources) is not b
 
 
 def test_a_launch_has_one_dtype_and_a_bounded_number_of_elements(monkeypatch: pytest.MonkeyPatch) -> None:

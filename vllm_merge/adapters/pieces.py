@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 from weakref import ReferenceType, ref
@@ -60,15 +59,25 @@ class Pieces:
 
 def pieces_of(arrangement: Arrangement, places: Sequence[Places], sources: Sources) -> Pieces:
     """The pieces of adapters, whose factors may lie anywhere: those on the host are first copied to the GPU."""
-    if not any(mine.any_on_host for mine in places):
-        return _known(arrangement, tuple(ref(mine) for mine in places))
-    return _pieces(arrangement, places, sources)
+    if any(mine.any_on_host for mine in places):
+        return _pieces(arrangement, places, sources)
+    key = arrangement, tuple(ref(mine, _forget) for mine in places)
+    found = _known.pop(key, None) or _pieces(arrangement, places, None)
+    _known[key] = found  # behind those that were not asked for since
+    for oldest in list(_known)[:-_KEPT]:
+        _known.pop(oldest, None)
+    return found
 
 
-# Of the merges that are made again and again. A weak reference to what is gone equals no other.
-@lru_cache(maxsize=128)
-def _known(arrangement: Arrangement, places: tuple[ReferenceType[Places], ...]) -> Pieces:
-    return _pieces(arrangement, [mine for known in places if (mine := known()) is not None], None)
+_KEPT = 128
+_known: dict[tuple[Arrangement, tuple[ReferenceType[Places], ...]], Pieces] = {}
+"""Of the merges that are made again and again, of adapters that are on a GPU. What is kept there goes with the adapters."""
+
+
+def _forget(gone: ReferenceType[Places]) -> None:
+    for key in list(_known):
+        if any(mine is gone for mine in key[1]):
+            _known.pop(key, None)
 
 
 def _pieces(arrangement: Arrangement, places: Sequence[Places], sources: Sources | None) -> Pieces:
