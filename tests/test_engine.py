@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from tests.adapters_in_memory import SHAPES, distance, map_factors, random_adapter, three, weighted_sum, zero_adapter
 from vllm_merge import Adapter, LoraFactors, MergeCancelled, MergeError, UserInputError, merge
 from vllm_merge.algebra.workspace import Workspace
-from vllm_merge.engine import Job
+from vllm_merge.engine import Job, _check_reachable
 
 
 def test_the_example_of_the_documentation() -> None:
@@ -31,6 +32,20 @@ def test_the_example_of_the_documentation() -> None:
     assert m.delta("layers.0.q_proj").shape == (8, 16)
     assert m.report.ranks == {"layers.0.q_proj": factors.rank}
     assert m.nbytes == factors.nbytes
+
+
+def test_adapters_on_another_gpu_are_refused() -> None:
+    def on(device: str) -> Any:
+        return SimpleNamespace(
+            name=device, factors={"m": SimpleNamespace(A=SimpleNamespace(device=torch.device(device)))}
+        )
+
+    for adapters, target in ((["cuda:1", "cpu", "cuda:1"], "cuda:1"), (["cuda:0", "cuda:1"], "cpu")):
+        _check_reachable([on(device) for device in adapters], torch.device(target))
+    with pytest.raises(
+        UserInputError, match="adapter 'cuda:0' lies on cuda:0, and the merge works on cuda:1; read it to"
+    ):
+        _check_reachable([on("cpu"), on("cuda:0")], torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize("space", ["core", "delta", "knots"])

@@ -128,6 +128,8 @@ def check_a_guess_that_is_no_help(device: str) -> None:
         with guessing_from(selection, 32, _MARGIN=0):
             assert selection._kth_largest_by_guess(batches(given), counts) is None
             assert torch.equal(selection.kth_largest(batches(given), counts)[0], kth_largest(stored(given), counts[0]))
+        with guessing_from(selection, 4096, _COUNTERS=2 * counts.numel() - 1):
+            assert selection._kth_largest_by_guess(batches(given), counts) is None
         assert selection._kth_largest_by_guess(batches(given), counts) is None
 
 

@@ -83,6 +83,7 @@ def merge(
             spec, chosen, [names[i] for i in used], those(weights), parameters, those(adapter_parameters)
         )
     target = torch.device(device) if device is not None else _device_of(adapters)
+    _check_reachable(adapters, target)
     context = Context(target, seed, workspace_bytes)
     kept: Sequence[Adapter] = [adapters[index] for index in used]
     for change in changes:
@@ -148,6 +149,18 @@ def _zero_adapters(adapters: Sequence[Adapter]) -> set[int]:
 def _norm(factors: LoraFactors) -> Tensor:
     a, b = factors.A.double(), factors.B.double()
     return task_norm(a @ a.mT, b.mT @ b) * abs(factors.scaling)
+
+
+def _check_reachable(adapters: Sequence[Adapter], target: torch.device) -> None:
+    """Refuse adapters on another GPU: the kernels of one do not read what lies on another."""
+    if target.type != "cuda":
+        return
+    own = torch.device("cuda", target.index if target.index is not None else torch.cuda.current_device())
+    for adapter in adapters:
+        if (there := _device_of([adapter])).type == "cuda" and there != own:
+            raise UserInputError(
+                f"adapter '{adapter.name}' lies on {there}, and the merge works on {own}; read it to {own} or to host memory"
+            )
 
 
 def _device_of(adapters: Sequence[Adapter]) -> torch.device:

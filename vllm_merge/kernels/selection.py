@@ -98,6 +98,8 @@ def kth_largest(passes: Callable[[], Iterable[Products]], counts: Tensor) -> Ten
 
 def _kth_largest_by_guess(passes: Callable[[], Iterable[Products]], counts: Tensor) -> Tensor | None:
     """None where the samples were too small, or no help. counts: (guesses, all modules or 1, n)."""
+    if 2 * counts.numel() > _COUNTERS:
+        return None  # a counter for each halves no range
     guessed = _guess(passes, counts)
     if guessed is None:
         return None
@@ -105,7 +107,7 @@ def _kth_largest_by_guess(passes: Callable[[], Iterable[Products]], counts: Tens
     # Zeros, which may be many, are not counted: what is sought beyond all that is not zero is one of them.
     beyond = down_to_zero = lowest == 0
     lowest, highest = lowest.clamp_min(1), highest.clamp_min(1)
-    most = min(_WIDEST, max(1, _COUNTERS // counts.numel()).bit_length() - 1)
+    most = min(_WIDEST, (_COUNTERS // counts.numel()).bit_length() - 1)
     above: Tensor | None = torch.zeros(counts.shape, dtype=torch.int64, device=counts.device)
     missing = counts
     while True:
