@@ -293,7 +293,30 @@ def test_serve_says_what_is_wrong_before_vllm_starts(run: Run, recipe: Path, tmp
     (tmp_path / "b/adapter_config.json").write_text("{")
     code, _, err = run("serve", base, "--config", recipe)
     assert code == 2
-    assert [line.split(":")[0] for line in err.splitlines()] == ["Error", "adapter 'b'"]
+    first, second = err.splitlines()
+    assert first.startswith(f"Error: {recipe}:3: adapters.a.path: adapter 'a': ")
+    assert second.startswith(f"{recipe}:3: adapters.b.path: adapter 'b': ")
+
+
+def test_a_base_model_that_is_not_there(run: Run, recipe: Path, tmp_path: Path) -> None:
+    """Nothing is made, served or asked of another; what may be a model of the Hub is not looked for."""
+    recipe.write_text(RECIPE.replace("base_model: org/base", "base_model: ./modl"))
+    told = f"there is no {tmp_path}/modl; give the folder of the base model, or its Hub name"
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"task": "t", "prompt": "p", "answer": "a"}\n')
+    for command in (("plan", recipe), ("merge", recipe, "-o", tmp_path / "out"), ("eval", recipe, "--data", tasks)):
+        assert run(*command) == (2, "", f"Error: {recipe}:2: base_model: {told}\n")
+    for command in (
+        ("serve", tmp_path / "modl", "--config", recipe),
+        ("serve", f"{tmp_path}/modl/", "--config", recipe),
+    ):
+        code, out, err = run(*command)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"Error: MODEL: there is no {tmp_path}/modl")
+    model = ("--model", tmp_path / "other")
+    told = f"there is no {tmp_path}/other; give the folder of the base model, or its Hub name"
+    assert run("eval", recipe, "--data", tasks, *model) == (2, "", f"Error: --model: {told}\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_system_refuses_is_no_traceback(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

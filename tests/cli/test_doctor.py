@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.cli.conftest import Run
+from tests.conftest import DEMO, ROOT
 from vllm_merge import diagnosis
 from vllm_merge.diagnosis import Check, check_base, check_config, check_memory, check_python, check_torch
 from vllm_merge.serving import diagnosis as serving
@@ -117,6 +118,28 @@ ENVIRONMENTS = {
         ("VLLM_MERGE_CACHE_BYTES", "ok", "2.0 GiB for merged adapters", ""),
     ),
 }
+
+
+TEXTS = {
+    "VLLM_MERGE_ADHOC": ("count=8,rank=32", "onn", "is 'onn'", "give on, off, or limits such as count=16,rank=32"),
+    "VLLM_MERGE_ADAPTER_ROOT": ("/", "adapters", "is 'adapters'", "give the absolute path of a folder, or unset it"),
+    "VLLM_MERGE_STORE_DAYS": ("90", "x", "is 'x'", "give a whole number of at least 1, or unset it (for ever)"),
+    "VLLM_MERGE_JUDGE": ("", "me:secret@host", "is no URL", "give http(s)://HOST/v1, or unset it (no judge)"),
+}
+
+
+@pytest.mark.parametrize("variable", TEXTS)
+def test_what_a_server_would_refuse(variable: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor says so, and `serve` before vLLM starts."""
+    right, wrong, found, advice = TEXTS[variable]
+    assert {check.state for check in check_environment({variable: right}) if check.name == variable} <= {"ok"}
+    check = by_name(check_environment({variable: wrong}))[variable]
+    assert (check.state, check.found) == ("problem", found)
+    assert check.advice.startswith(advice)
+    monkeypatch.setenv(variable, wrong)
+    monkeypatch.setattr("os.execve", lambda *arguments: pytest.fail("vLLM starts"))
+    code, _, error = run("serve", DEMO / "model", "--config", ROOT / "configs" / "demo.yaml")
+    assert (code, error) == (2, f"Error: {variable} {found}; {check.advice}\n")
 
 
 @pytest.mark.parametrize("case", ENVIRONMENTS)

@@ -74,7 +74,7 @@ def test_refusals(run: Run, recipe: Path, tasks: Path, served: FakeServer, monke
             "--server and --model: give one of the two; the server has its model already",
         ),
         (("nothing", "--server", url), f"{recipe}: no recipe or adapter 'nothing' (known: sum, best, a, b)"),
-        (("--chat", "--model", DEMO / "adapters"), f"--model {DEMO}/adapters: transformers cannot load it: "),
+        (("--chat", "--model", DEMO / "adapters"), f"base model {DEMO}/adapters: transformers cannot load it: "),
     ]
     for arguments, message in cases:
         code, out, err = run("eval", recipe, "--data", tasks, *arguments)

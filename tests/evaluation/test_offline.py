@@ -86,7 +86,7 @@ def test_modules_that_the_model_does_not_have(model: OfflineModel) -> None:
 
 
 def test_no_model_there(tmp_path: Path) -> None:
-    with pytest.raises(UserInputError, match=rf"^--model {tmp_path}: transformers cannot load it: "):
+    with pytest.raises(UserInputError, match=rf"^base model {tmp_path}: transformers cannot load it: "):
         OfflineModel(str(tmp_path), "cpu", 5)
 
 

@@ -74,7 +74,7 @@ def test_everything_that_can_be_said(tmp_path):
     assert not found.runs_at(datetime(2026, 1, 1, tzinfo=UTC))
     assert found.runs_at(datetime(2026, 2, 28, 6, tzinfo=UTC))
     assert not found.runs_at(datetime(2026, 2, 28, 7, tzinfo=UTC))
-    assert recipes.experiment_lines == {"ab": FIRST}
+    assert recipes.lines["experiments.ab"] == FIRST
 
 
 ARMS = "arms: {one: 1, two: 1}"

@@ -64,7 +64,7 @@ def eval_(
       vllm-merge eval recipe.yaml support --data tasks.jsonl --server http://localhost:8000 --floor 0.6
       vllm-merge eval recipe.yaml --data tasks.jsonl --model ./model --limit 50 --json
     """
-    from vllm_merge.cli.files import adapters_of
+    from vllm_merge.cli.files import adapters_of, check_base_model
     from vllm_merge.evaluation.tasks import read_tasks
     from vllm_merge.recipe_files import load_recipes
 
@@ -83,6 +83,7 @@ def eval_(
             path = model or file.base_model
             if path is None:
                 raise UserInputError(f"{recipe_file}: names no base_model; give --model DIR, or --server URL")
+            check_base_model(path, "--model" if model else file.place("base_model"))
             found = list(_offline(file, path, device, max_rank, [*adapters, *recipes], examples, max_tokens, chat, bar))
     low = [scores for scores in found if scores.name in recipes and floor is not None and scores.mean.accuracy < floor]
     if json:

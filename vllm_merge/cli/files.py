@@ -39,7 +39,7 @@ def register_all(file: RecipeFile, names: Collection[str] | None = None, bar: Pr
         try:
             catalogue.register(name, file.adapters[name].path, file.adapters[name].revision)
         except MergeError as error:
-            problems.append(str(error))
+            problems.append(f"{file.place('adapters', name, 'path')}: {error}")
     if problems:
         raise UserInputError("\n".join(problems))
     return catalogue
@@ -68,11 +68,19 @@ def check_fit(model: str, catalogue: Catalogue) -> list[str]:
     return odd
 
 
+def check_base_model(model: str, where: str) -> None:
+    """Refuse what can only be a path, and leads nowhere. where: what named it, for the message."""
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+        raise UserInputError(f"{where}: there is no {model}; give the folder of the base model, or its Hub name")
+
+
 def planned(path: Path, name: str | None, dtype: Dtype, max_rank: int | None, bar: ProgressBar) -> Planned:
     """The plan for `name` of the recipe file, or for its only recipe."""
     file = load_recipes(path)
     chosen = file.target(name) if name is not None else _only_recipe(file)
     used = adapters_of(file, chosen)
+    if file.base_model:
+        check_base_model(file.base_model, file.place("base_model"))
     catalogue = register_all(file, used, bar)
     odd = check_fit(file.base_model, catalogue) if file.base_model else []
     hashes = {}

@@ -38,10 +38,14 @@ def serve(
       vllm-merge serve meta-llama/Llama-3.1-8B-Instruct --config recipes.yaml
       vllm-merge serve ./model --config recipes.yaml --port 8001 --max-loras 8
     """
+    from vllm_merge.cli.files import check_base_model
     from vllm_merge.serving import launch
+    from vllm_merge.serving.settings import check_variables
 
     if model.startswith("-"):
         raise UserInputError(f"serve {model}: the model comes first, then --config FILE and vLLM's options")
+    check_base_model(model, "MODEL")
+    check_variables()
     rank = wanted_rank(model, config)
     if importlib.util.find_spec("vllm") is None:
         raise MergeError("vLLM is not installed; install it with `pip install 'vllm-merge[vllm]'`, then try again")

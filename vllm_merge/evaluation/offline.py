@@ -36,7 +36,7 @@ class OfflineModel:
             self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserInputError(f"--model {path}: transformers cannot load it: {reason}") from None
+            raise UserInputError(f"base model {path}: transformers cannot load it: {reason}") from None
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         if chat and self._tokenizer.chat_template is None:

@@ -57,18 +57,13 @@ def _resumes(registry: Registry, method: str) -> bool:
     return any(parameter.name == RESUME for parameter in registry.get(method).parameters)
 
 
-def place(file: RecipeFile, name: str) -> str:
-    """`file:line: recipes.name.continue`, for messages."""
-    return f"{file.path}:{file.continue_lines.get(name, 1)}: recipes.{name}.continue"
-
-
 def check_digits(file: RecipeFile, names: Sequence[str], digest_of: Callable[[str], str]) -> None:
     """Raise UserInputError where one of the recipes `names` continues NAME@DIGITS, and NAME has another digest now."""
     for name in names:
         earlier, digits = file.recipes[name].continued, (file.recipes[name].continues or "").partition("@")[2]
         if earlier is not None and digits and not (digest := digest_of(earlier)).startswith(digits):
             raise UserInputError(
-                f"{place(file, name)}: {earlier!r} is {earlier}@{digest[:12]} now, not {earlier}@{digits}: its recipe, "
+                f"{file.place('recipes', name, 'continue')}: {earlier!r} is {earlier}@{digest[:12]} now, not {earlier}@{digits}: its recipe, "
                 "its adapters, or the server's rank or dtype changed; write the new digits, or register the folder that "
                 "the earlier result was saved to"
             )
@@ -86,7 +81,7 @@ def check_states(file: RecipeFile, names: Iterable[str], state_of: Callable[[str
         if (found := state_of(recipe.continued)) != recipe.merge_method:
             carries = "carries no state of a sequential merge" if found is None else f"carries the state of {found!r}"
             raise UserInputError(
-                f"{place(file, name)}: adapter {recipe.continued!r} {carries}, so {recipe.merge_method!r} cannot go on "
+                f"{file.place('recipes', name, 'continue')}: adapter {recipe.continued!r} {carries}, so {recipe.merge_method!r} cannot go on "
                 "from it; give a folder that vllm-merge wrote for that method, with its merge_report.json, or merge all "
                 "adapters anew without `continue`"
             )

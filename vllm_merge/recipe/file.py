@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.experiments import Experiment
-from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.problems import dotted, listed, nearest
 from vllm_merge.recipe.schema import AdapterEntry, Recipe
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -24,10 +24,14 @@ class RecipeFile:
     adapters: Mapping[str, AdapterEntry]
     recipes: Mapping[str, Recipe]
     aliases: Mapping[str, str]
-    continue_lines: Mapping[str, int] = field(default_factory=dict)
-    """The line of `continue` of every recipe that has it, for what is found when its source is looked at."""
     experiments: Mapping[str, Experiment] = field(default_factory=dict)
-    experiment_lines: Mapping[str, int] = field(default_factory=dict)
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """Of keys such as `adapters.NAME.path` that name something outside of the file, for what is found there."""
+
+    def place(self, *path: str) -> str:
+        """`file:line: key`, for messages."""
+        key = dotted(path)
+        return f"{self.path}:{self.lines[key]}: {key}" if key in self.lines else f"{self.path}: {key}"
 
     def with_adapters(self, adapters: Mapping[str, AdapterEntry]) -> "RecipeFile":
         """The file with further registered adapters. Raises UserInputError where a name is taken."""

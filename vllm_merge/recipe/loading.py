@@ -11,7 +11,7 @@ from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.checks import check_document
 from vllm_merge.recipe.file import RecipeFile, absolute_path, base_model_path
 from vllm_merge.recipe.hints import message
-from vllm_merge.recipe.problems import Problem, RecipeError
+from vllm_merge.recipe.problems import KeyPath, Problem, RecipeError, dotted
 from vllm_merge.recipe.protocols import CheckPrecondition, Registry
 from vllm_merge.recipe.schema import RecipeDocument
 from vllm_merge.recipe.yaml_tree import YamlTree, parse_yaml, read_yaml
@@ -81,17 +81,20 @@ def _checked(
         for name, entry in document.adapters.items()
     }
     base_model = base_model_path(document.base_model, file.parent) if document.base_model else None
-    lines = {name: tree.line(("recipes", name, "continue")) for name, r in document.recipes.items() if r.continues}
-    experiment_lines = {name: tree.line(("experiments", name)) for name in document.experiments}
+    named: list[KeyPath] = [
+        *([("base_model",)] if document.base_model else []),
+        *(("adapters", name, "path") for name in document.adapters),
+        *(("recipes", name, "continue") for name, recipe in document.recipes.items() if recipe.continues),
+        *(("experiments", name) for name in document.experiments),
+    ]
     return RecipeFile(
         file,
         base_model,
         adapters,
         document.recipes,
         document.aliases,
-        lines,
         document.experiments,
-        experiment_lines,
+        {dotted(path): tree.line(path) for path in named},
     )
 
 

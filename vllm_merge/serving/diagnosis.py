@@ -14,7 +14,7 @@ from pathlib import Path
 from vllm_merge.diagnosis import Check
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.serving.plugin import CONFIG_VARIABLE, PLUGIN, PLUGINS_VARIABLE, extended_plugins
-from vllm_merge.serving.settings import CACHE_BYTES_VARIABLE, NUMBERS, number
+from vllm_merge.serving.settings import CACHE_BYTES_VARIABLE, NUMBERS, TEXTS, number, wrong_variables
 
 ENTRY_POINT_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 RUNTIME_UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -78,6 +78,10 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> Iterator[C
     for variable, (default, _) in NUMBERS.items():
         if variable != CACHE_BYTES_VARIABLE and variable in environment:
             yield _check_number(environment, variable, default)
+    wrong = wrong_variables(environment)
+    for variable in TEXTS:
+        if environment.get(variable):
+            yield _check_text(variable, wrong.get(variable))
 
 
 def _check_plugins(environment: Mapping[str, str]) -> Check:
@@ -93,6 +97,13 @@ def _check_plugins(environment: Mapping[str, str]) -> Check:
         "" if by_hand else "; `vllm-merge serve` adds it, `vllm serve` does not"
     )
     return Check(PLUGINS_VARIABLE, "problem" if by_hand else "warning", found, advice)
+
+
+def _check_text(variable: str, wrong: str | None) -> Check:
+    if wrong is None:
+        return Check(variable, "ok", "set")  # some hold passwords
+    found, _, advice = wrong.removeprefix(variable).strip().partition("; ")
+    return Check(variable, "problem", found, advice)
 
 
 def _check_number(environment: Mapping[str, str], variable: str, default: int) -> Check:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 from vllm_merge.errors import UserInputError
@@ -98,9 +99,8 @@ def number(environment: Mapping[str, str], variable: str) -> int:
     if value is None:
         return default
     if not value.isdecimal() or int(value) < least:
-        raise UserInputError(
-            f"{variable} is {value!r}; give a whole number of at least {least}, or unset it ({default})"
-        )
+        whole = "whole number of bytes," if variable.endswith("_BYTES") else "whole number"
+        raise UserInputError(f"{variable} is {value!r}; give a {whole} of at least {least}, or unset it ({default})")
     return int(value)
 
 
@@ -187,3 +187,34 @@ class JudgeSettings:
         if not model:
             raise UserInputError(f"{JUDGE_VARIABLE} is set, but not {JUDGE_MODEL_VARIABLE}; name the judge's model")
         return cls(url.rstrip("/"), model, environment.get(JUDGE_KEY_VARIABLE, ""))
+
+
+TEXTS: Mapping[str, Callable[[Mapping[str, str]], object]] = {
+    ADHOC_VARIABLE: AdHocSettings.read,
+    ADAPTER_ROOT_VARIABLE: adapter_root,
+    STORE_DAYS_VARIABLE: store_days,
+    JUDGE_VARIABLE: JudgeSettings.read,
+}
+"""What reads the variables that are no plain numbers, and raises UserInputError for what is none."""
+
+
+def wrong_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """{variable: what is wrong and what is allowed}, of all variables that a server would refuse."""
+    readers = dict(TEXTS)
+    unset_by_nothing = (HOST_BYTES_VARIABLE, WORKSPACE_BYTES_VARIABLE)  # as WorkerSettings.read takes them
+    for variable in NUMBERS:
+        if environment.get(variable) or variable not in unset_by_nothing:
+            readers[variable] = partial(number, variable=variable)
+    found = {}
+    for variable, read in readers.items():
+        try:
+            read(environment)
+        except UserInputError as error:
+            found[variable] = str(error)
+    return found
+
+
+def check_variables(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises UserInputError with a line for each of `wrong_variables`."""
+    if wrong := wrong_variables(environment):
+        raise UserInputError("\n".join(wrong.values()))

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from vllm_merge.recipe.file import RecipeFile
-from vllm_merge.recipe.problems import Problem, RecipeError
+from vllm_merge.recipe.problems import Problem, RecipeError, dotted
 
 if TYPE_CHECKING:
     from vllm_merge.serving.control.names import Name
@@ -30,7 +30,8 @@ def check_slots(recipes: RecipeFile, names: Mapping[str, Name], max_loras: int, 
         parts.append(f"{len(new)} for {name}")
     if len(slots) <= max_loras - 1:
         return
-    line = min(recipes.experiment_lines.values(), default=None)
+    lines = [recipes.lines.get(dotted(("experiments", name))) for name in recipes.experiments]
+    line = min((line for line in lines if line is not None), default=None)
     message = (
         f"the arms need {' + '.join(parts)} = {len(slots)} slots, but --max-loras {max_loras} leaves {max_loras - 1} beside "
         f"one for all others; start vLLM with --max-loras {len(slots) + 1}, or run fewer arms at a time"
