@@ -23,6 +23,7 @@ from vllm_merge.serving.requests.bodies import Asked, read_body
 from vllm_merge.serving.requests.misses import hold
 from vllm_merge.serving.requests.refusals import Refused
 from vllm_merge.serving.requests.replies import Reply
+from vllm_merge.serving.requests.unknown import UnknownName
 
 # What vLLM's API-key check covers in every version. Elsewhere (/pooling, /score, …) nothing of ours happens before vLLM has
 # let the request through: it reaches its artifact through the engine client, waits there, and is answered alike.
@@ -62,6 +63,9 @@ class MergeMiddleware:
         name = asked.model
         known = front.known(name) if name is not None else None
         if name is None or known is None:
+            if name is not None and path.startswith(_GUARDED):  # elsewhere who asks may have no key
+                names = sorted(front.names, key=lambda known: front.names[known].kind == "adapter")  # these come last
+                send = UnknownName(name, names, send).send
             return await self._app(asked.scope, asked.receive, send)
         facts = AnswerFacts(name, known.kind, "", known.name, "", time.monotonic(), time.time())
         try:
