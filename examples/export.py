@@ -4,7 +4,7 @@
 python examples/export.py FOLDER
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from peft import PeftModel
@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_merge import Adapter, merge
 
 DEMO = Path(__file__).resolve().parent / "demo"
-folder = Path(sys.argv[1])
+arguments = argparse.ArgumentParser(description="Merge two adapters to a PEFT folder, and load it with PEFT.")
+arguments.add_argument("folder", metavar="FOLDER", type=Path)
+folder = arguments.parse_args().folder
 
 adapters = [Adapter.from_peft(DEMO / "adapters" / name) for name in ("upper", "sort")]
 merged = merge(adapters, merge_method="task_arithmetic", rank="lossless")

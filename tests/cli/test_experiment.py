@@ -166,9 +166,42 @@ def test_promote_and_stop_ask_the_server(run, server, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (None, []),
+        (
+            {"alias": "assistant", "target": "m1", "before": "m0"},
+            [
+                "alias assistant still stands for m1, as it was promoted; POST /v1/merge/aliases/assistant/back moves it back "
+                "to m0"
+            ],
+        ),
+        (
+            {"alias": "assistant", "target": "m1", "before": None},
+            ["alias assistant still stands for m1, as it was promoted; POST /v1/merge/aliases/assistant moves it"],
+        ),
+    ],
+)
+def test_stop_names_the_alias_that_a_promotion_moved(run, server, monkeypatch, left, said):
+    url, _, answers = server
+    monkeypatch.setenv(ADMIN_TOKEN_VARIABLE, "a token")
+    answers.append((200, json.dumps({"status": "stopped", "alias_left": left})))
+    code, out, _ = run("experiment", "stop", "ab", "--server", url)
+    assert (code, out.splitlines()) == (0, ["ab: stopped; everybody gets control", *said])
+
+
+@pytest.mark.parametrize(
     ("answer", "code", "what"),
     [
         ((404, '{"error": {"message": "no such experiment"}}'), 2, "404: no such experiment"),
+        (
+            (404, '{"detail":"Not Found"}'),
+            2,
+            "404: has no route /v1/merge/experiments/ab/stop: it was started without VLLM_MERGE_ADMIN_TOKEN, or is no vllm-merge "
+            "server",
+        ),
+        ((404, "<html>nothing here</html>"), 2, "404: <html>nothing here"),
+        ((403, '{"detail":"Not Found"}'), 2, "403: Not Found"),
         ((403, "{}"), 2, "403"),
         ((503, '{"error": {"message": "not now"}}'), 1, "503: not now"),
         ((200, "<html>"), 1, "is not JSON"),

@@ -27,9 +27,13 @@ def definition(name: str) -> Definition | None:
     return Definition(name, 1, 0.0, {"experiment": {"seed": seeds[name]}}) if name in seeds else None
 
 
+def known() -> list[str]:
+    return ["ab", "seeded"]
+
+
 def one(**fields):
     given = {"response_id": f"chatcmpl-{TICKET.sign()}", **fields}
-    return read_outcomes({key: value for key, value in given.items() if value is not None}, definition)[0]
+    return read_outcomes({key: value for key, value in given.items() if value is not None}, definition, known)[0]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +105,12 @@ WRONG = [
     (
         {"score": 1, "response_id": None, "experiment": "no", "unit": "u", "id": "x"},
         "experiment",
-        "there is no experiment 'no'",
+        r"experiment: there is no experiment 'no' \(experiments: ab, seeded\)$",
+    ),
+    (
+        {"score": 1, "response_id": None, "experiment": "sedeed", "unit": "u", "id": "x"},
+        "experiment",
+        r"experiment: there is no experiment 'sedeed', did you mean 'seeded'\? \(experiments: ab, seeded\)$",
     ),
     (
         {"score": 1, "response_id": None, "experiment": "a\0", "unit": "u", "id": "x"},
@@ -127,19 +136,19 @@ def test_what_is_wrong_is_named(given, field, what):
     good = {"response_id": TICKET.sign(), "score": 1}
     wrong = {k: v for k, v in {"response_id": TICKET.sign(), **given}.items() if v is not None}
     with pytest.raises(WrongOutcome) as among:
-        read_outcomes({"outcomes": [good, good, wrong]}, definition)
+        read_outcomes({"outcomes": [good, good, wrong]}, definition, known)
     assert among.value.place == ("outcomes[2]" if field is None else f"outcomes[2].{field}")
-    assert str(among.value).startswith(among.value.place)
+    assert str(among.value).startswith(f"{among.value.place}: ")
 
 
 @pytest.mark.parametrize("body", [None, 3, [], "text", {"outcomes": []}, {"outcomes": 3}, {"outcomes": [None]}, [{}]])
 def test_other_bodies_are_refused(body):
     with pytest.raises(WrongOutcome):
-        read_outcomes(body, definition)
+        read_outcomes(body, definition, known)
 
 
 def test_a_batch_is_bounded():
     row = {"response_id": TICKET.sign(), "score": 1}
-    assert len(read_outcomes({"outcomes": [row] * MOST_ROWS}, definition)) == MOST_ROWS
+    assert len(read_outcomes({"outcomes": [row] * MOST_ROWS}, definition, known)) == MOST_ROWS
     with pytest.raises(WrongOutcome, match=f"1 to {MOST_ROWS}"):
-        read_outcomes({"outcomes": [row] * (MOST_ROWS + 1)}, definition)
+        read_outcomes({"outcomes": [row] * (MOST_ROWS + 1)}, definition, known)

@@ -66,6 +66,33 @@ def test_a_recipe_in_the_body_or_as_a_name_answers_as_the_file_s_recipe_does(con
     played(scenario, config)
 
 
+def test_the_list_says_the_rank_that_a_result_has_and_the_most_that_it_may_have(config):
+    async def listed(server):
+        (row,) = (await server.apis[0].client.get("/v1/merge/adhoc")).json()["data"]
+        return row["rank"], row["max_rank"]
+
+    async def scenario(server):
+        allow(server.apis[0])
+        label = (await server.ask(BASE, merge=RECIPE)).json()["model"]
+        assert await listed(server) == (8, 64), "two adapters of rank 4, and what the server takes"
+        await server.idle()
+        assert (await server.admin("POST", f"artifacts/{label}/evict")).json()["evicted"]
+        assert await listed(server) == (None, 64)
+
+    played(scenario, config)
+
+
+@pytest.mark.parametrize(("rank", "most"), [(6, 6), ({"energy": 0.9}, 64)])
+def test_the_most_rank_is_the_recipe_s_where_it_says_one(config, rank, most):
+    async def scenario(server):
+        allow(server.apis[0])
+        assert (await server.ask(BASE, merge={**RECIPE, "rank": rank})).status_code == 200
+        (row,) = (await server.apis[0].client.get("/v1/merge/adhoc")).json()["data"]
+        assert (0 < row["rank"] <= 8, row["max_rank"]) == (True, most)
+
+    played(scenario, config)
+
+
 def test_it_is_off_by_default(config):
     async def scenario(server):
         for response in (await server.ask(BASE, merge=RECIPE), await server.ask(NAME)):

@@ -220,6 +220,31 @@ def test_a_stop_returns_everybody_to_control_until_the_definition_changes(run, t
     run(scenario, {"ab": AB})
 
 
+def test_a_stop_leaves_a_promoted_alias_and_says_so_until_it_is_moved_back(run):
+    left = {"alias": "assistant", "target": "m1", "before": "m0"}
+
+    async def scenario(server):
+        assert (await server.admin("POST", "experiments/ab/stop")).json()["alias_left"] is None
+        await server.admin("POST", "experiments/ab/promote", arm="m1")
+        for api in reversed(server.apis):
+            stopped = (await api.admin("POST", "experiments/ab/stop")).json()
+            assert (stopped["status"], stopped["alias_left"]) == ("stopped", left)
+        for api in server.apis:
+            assert (await api.ask("ab", user="u")).json()["model"].startswith("m0@")
+            assert (await api.ask("assistant", user="u")).json()["model"].startswith("m1@")
+        assert (await server.admin("POST", "aliases/assistant/back")).json()["target"] == "m0"
+        assert (await server.admin("POST", "experiments/ab/stop")).json()["alias_left"] is None
+        await server.admin("POST", "experiments/ab/promote", arm="m1")
+        await server.admin("POST", "experiments/ab/stop")
+
+    async def restarted(server):
+        assert (await server.ask("assistant", user="u")).json()["model"].startswith("m0@"), "as the file says"
+        assert (await server.admin("POST", "experiments/ab/stop")).json()["alias_left"] is None
+
+    run(scenario, {"ab": AB})
+    run(restarted, {"ab": AB})
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("fastapi", reason="vLLM is not installed")
 
+from fastapi.routing import APIRoute
 from safetensors.torch import load_file, save_file
 from starlette.requests import ClientDisconnect
 
@@ -21,6 +22,7 @@ from vllm_merge.adapters.factors import Adapter
 from vllm_merge.forecast.cost import calibrations
 from vllm_merge.recipe.yaml_tree import MAX_BYTES
 from vllm_merge.serving.routes import foresight
+from vllm_merge.serving.routes.json_route import JsonRoute
 from vllm_merge.serving.settings import ADAPTER_ROOT_VARIABLE
 
 MERGED = {"merge_method": "ties", "adapters": [{"adapter": "a0"}, {"adapter": "a1"}]}
@@ -102,6 +104,82 @@ def test_a_plan_of_what_is_wrong_says_what(config, merge, status, param):
     async def scenario(server):
         response = await server.apis[0].client.post("/v1/merge/recipes/plan", json={"merge": merge})
         assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+    played(scenario, config)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "says"),
+    [
+        (
+            "POST",
+            "recipes/plan",
+            {"merge": "asistant"},
+            "no recipe, alias or adapter 'asistant', {near} (known: m0, m1, ",
+        ),
+        (
+            "GET",
+            "artifacts/asistant/report",
+            {},
+            "no recipe, alias, adapter or artifact 'asistant', {near} (known: m0, ",
+        ),
+        (
+            "POST",
+            "artifacts/asistant/warm",
+            {},
+            "no recipe, alias, adapter or artifact 'asistant', {near} (known: m0, ",
+        ),
+        ("POST", "aliases/asistant/back", {}, "the recipe file has no alias 'asistant', {near} (aliases: assistant"),
+        ("DELETE", "recipes/zzz", {}, "there is no recipe 'zzz' (recipes: m0, m1"),
+        ("DELETE", "adapters/zzz", {}, "there is no adapter 'zzz' (adapters: a0, a1"),
+    ],
+)
+def test_a_name_that_is_none_is_told_with_those_that_there_are(config, method, path, body, says):
+    async def scenario(server):
+        response = await server.admin(method, path, **body)
+        assert response.status_code == 404
+        assert response.json()["error"]["message"].startswith(says.format(near="did you mean 'assistant'?"))
+
+    played(scenario, config)
+
+
+def test_a_list_of_known_names_is_bounded(tmp_path):
+    config = recipe_file(tmp_path / "files", aliases={f"alias-{i}": "m0" for i in range(100)})
+
+    async def scenario(server):
+        response = await server.admin("POST", "recipes/plan", merge="x" * 1000)
+        assert " and " in response.json()["error"]["message"]
+        assert len(response.json()["error"]["message"]) < 500
+
+    played(scenario, config)
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "application/json", None])
+def test_json_is_taken_under_whatever_content_type(config, content_type):
+    headers = {**ADMIN, "content-type": content_type} if content_type else ADMIN
+
+    async def scenario(server):
+        async def post(path, document):
+            body = json.dumps(document).encode()
+            return await server.apis[0].client.post(f"/v1/merge/{path}", content=body, headers=headers)
+
+        assert (await post("recipes/plan", {"merge": "m0"})).json()["artifact"].startswith("m0@")
+        assert (await post("recipes/found", {"merge": MERGED})).json()["recipe"] == "found"
+        assert (await post("aliases/assistant", {"target": "m1"})).json()["target"] == "m1"
+        assert (await post("recipes/plan", {"merge": "m0", "more": 1})).status_code == 422
+        assert (await post("recipes/plan", None)).status_code == 422
+
+    played(scenario, config)
+
+
+def test_every_route_that_takes_json_takes_it_so(config):
+    async def scenario(server):
+        ours = [r for r in server.apis[0].app.routes if isinstance(r, APIRoute) and r.path.startswith("/v1/merge/")]
+        taking = {route.path: type(route) for route in ours if route.body_field is not None}
+        assert set(taking.values()) == {JsonRoute}, taking
+        assert len(taking) == 5, (
+            "plan, a recipe, an alias, promote, stop; outcomes and validate read their bodies themselves"
+        )
 
     played(scenario, config)
 

@@ -77,10 +77,20 @@ def test_a_batch_is_written_whole_or_not_at_all(store):
         wrong = client.post(ROUTE, json={"outcomes": [*rows, {"response_id": response_id(50), "score": "high"}]})
         assert wrong.status_code == 422
         assert wrong.json()["error"]["param"] == "outcomes[50].score"
-        assert wrong.json()["error"]["message"].startswith("outcomes[50].score is not a number")
+        assert wrong.json()["error"]["message"].startswith("outcomes[50].score: is not a number")
         assert count(store) == 0
         assert client.post(ROUTE, json={"outcomes": rows}).json()["recorded"] == 50
     assert count(store) == 50
+
+
+def test_a_name_that_no_experiment_has_is_told_with_those_that_there_are(store):
+    define(store, name="other")
+    with serving(store) as client:
+        found = client.post(ROUTE, json={"outcomes": [{"experiment": "othre", "unit": "u", "id": "x", "score": 1}]})
+    assert (found.status_code, found.json()["error"]["message"]) == (
+        422,
+        "outcomes[0].experiment: there is no experiment 'othre', did you mean 'other'? (experiments: ab, other)",
+    )
 
 
 def test_what_is_posted_is_reported(store):

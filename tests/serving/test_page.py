@@ -59,6 +59,11 @@ def test_it_shows_an_experiment_and_promotes_the_better_arm(tmp_path: Path) -> N
         assert await page.locator("img").count() == 0, "what people write is text"
         assert (await server.ask("assistant")).headers["x-vllm-merge-artifact"] == server.label("m1")
         await page.locator("#events li").filter(has_text="experiment:").first.wait_for()
+        await card.get_by_role("button", name="Stop").click()
+        said = await page.locator("#confirm-text").inner_text()
+        assert (
+            said == "Everybody who asks for greeting gets m0. The alias assistant stays where the promotion moved it."
+        )
 
     on_the_page(tmp_path, scenario)
 

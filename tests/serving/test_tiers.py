@@ -370,6 +370,13 @@ def test_wrong_numbers_name_their_variable(value):
         settings(queue=value)
 
 
+@pytest.mark.parametrize(("name", "least"), [("cache_bytes", 1), ("host_bytes", 0), ("workspace_bytes", 64 << 20)])
+def test_wrong_sizes_say_that_they_are_in_bytes(name, least):
+    said = rf"VLLM_MERGE_{name.upper()} is '4GB'; give a whole number of bytes, of at least {least}, or unset it"
+    with pytest.raises(UserInputError, match=said):
+        settings(**{name: "4GB"})
+
+
 def test_every_variable_is_in_the_documentation():
     text = Path(__file__).parents[2].joinpath("docs/operations.md").read_text()
     for variable in (*NUMBERS, DISK_VARIABLE, ADMIN_TOKEN_VARIABLE):

@@ -16,6 +16,7 @@ TOKEN_VARIABLE = "VLLM_MERGE_ADMIN_TOKEN"
 TOKEN_HEADER = "x-vllm-merge-admin-token"
 KEY_VARIABLES = ("VLLM_API_KEY", "OPENAI_API_KEY")
 TIMEOUT_SECONDS = 120.0
+NO_ROUTE = (404, "Not Found")  # what FastAPI says of a path that no route has; no route says it of a name
 
 
 def admin_post(server: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +36,10 @@ def admin_post(server: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(reply.read())
             return found
     except urllib.error.HTTPError as error:
-        message = f"--server {server}: {error.code}: {_said(error)}"
+        said = _said(error)
+        if (error.code, said) == NO_ROUTE:
+            said = f"has no route {path}: it was started without {TOKEN_VARIABLE}, or is no vllm-merge server"
+        message = f"--server {server}: {error.code}: {said}"
         raise (UserInputError if error.code < 500 else MergeError)(message) from None
     except urllib.error.URLError as error:
         what = getattr(error.reason, "strerror", None) or error.reason

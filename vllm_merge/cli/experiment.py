@@ -120,12 +120,16 @@ def promote(
 
 @experiment.command(short_help="Give everybody control.")
 def stop(name: Name, server: Server = HERE, reason: Reason = "") -> None:
-    """End an experiment without a winner: everybody gets control.
+    """End an experiment without a winner: everybody who asks for it gets control. An alias that a promotion moved stays.
 
     Needs the admin token in VLLM_MERGE_ADMIN_TOKEN, and the server's API key, where it has one, in VLLM_API_KEY.
     """
-    _decide(server, name, "stop", {"reason": reason})
+    left = _decide(server, name, "stop", {"reason": reason}).get("alias_left")
     print_text(f"{name}: stopped; everybody gets control")
+    if left:
+        back, moved = f"POST /v1/merge/aliases/{left['alias']}", left["before"] is not None
+        how = f"{back}/back moves it back to {left['before']}" if moved else f"{back} moves it"
+        print_text(f"alias {left['alias']} still stands for {left['target']}, as it was promoted; {how}")
 
 
 @experiment.command(short_help="How many units an experiment needs.")
@@ -240,7 +244,7 @@ def _baseline(
     return baseline_like(_open(store), str(like))
 
 
-def _decide(server: str, name: str, what: str, body: dict[str, Any]) -> None:
+def _decide(server: str, name: str, what: str, body: dict[str, Any]) -> dict[str, Any]:
     from vllm_merge.cli.admin_call import admin_post
 
-    admin_post(server, f"/v1/merge/experiments/{name}/{what}", body)
+    return admin_post(server, f"/v1/merge/experiments/{name}/{what}", body)

@@ -165,10 +165,11 @@ def tune(
 
         with interrupts() as stopped, _memory(device):
             result = run(request, replan=replan, notify=bar.update, stopped=stopped)
-    _print(result, warnings, json)
+    written = output / result.recipe.name  # as it was given
+    _print(result, written, warnings, json)
     if result.failure:
         raise MergeError(
-            f"{result.failure}; the best so far, of step {result.facts['run']['best_step']}, is in {result.recipe}"
+            f"{result.failure}; the best so far, of step {result.facts['run']['best_step']}, is in {written}"
         )
 
 
@@ -259,14 +260,14 @@ def _memory(device: str) -> Iterator[None]:
         raise MergeError(f"--device {device}: {reason}; a smaller --batch needs less, and --resume goes on") from None
 
 
-def _print(result: Result, warnings: list[str], json: bool) -> None:
+def _print(result: Result, written: Path, warnings: list[str], json: bool) -> None:
     facts = result.facts
     if json:
         print_json({**facts, "recipe": str(result.recipe.absolute()), "warnings": warnings})
         return
     print_warnings(warnings)
     run = facts["run"]
-    print_text(f"{facts['artifact']} → {result.recipe}", style="bold")
+    print_text(f"{facts['artifact']} → {written}", style="bold")
     ended = (
         f"stopped after {run['steps']} of {run['planned']} steps; --resume goes on"
         if run["stopped"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -16,6 +16,7 @@ from vllm_merge.experiments.hashing import unit_hash
 from vllm_merge.experiments.measures import MEASURES
 from vllm_merge.experiments.records import Definition, Outcome
 from vllm_merge.experiments.tickets import read_ticket
+from vllm_merge.recipe.problems import listed, nearest
 from vllm_merge.recipe.values import NAME
 
 MOST_ROWS = 1000
@@ -28,20 +29,22 @@ _AHEAD_SECONDS = 300.0  # how far a client's clock may be ahead
 _THUMBS = {"up": 1.0, "down": 0.0, True: 1.0, False: 0.0}
 
 Definitions = Callable[[str], Definition | None]
+Known = Callable[[], Sequence[str]]
 
 
-def read_outcomes(body: object, definition: Definitions) -> list[Outcome]:
+def read_outcomes(body: object, definition: Definitions, known: Known) -> list[Outcome]:
     """The outcomes of a request's body: an object, or {"outcomes": [objects]}.
 
-    definition: the newest one of an experiment. Raises WrongOutcome that names row and field; then nothing is to be written.
+    definition: the newest one of an experiment; known: the names of all, for who mistypes one. Raises WrongOutcome that names
+    row and field; then nothing is to be written.
     """
     definition = cache(definition)
     if isinstance(body, dict) and body.keys() == {"outcomes"}:
         rows = body["outcomes"]
         if not isinstance(rows, list) or not 0 < len(rows) <= MOST_ROWS:
             raise WrongOutcome(f"outcomes is no list of 1 to {MOST_ROWS} outcomes", "outcomes")
-        return [_Row(row, f"outcomes[{index}]", definition).outcome() for index, row in enumerate(rows)]
-    return [_Row(body, "", definition).outcome()]
+        return [_Row(row, f"outcomes[{index}]", definition, known).outcome() for index, row in enumerate(rows)]
+    return [_Row(body, "", definition, known).outcome()]
 
 
 class WrongOutcome(UserInputError):
@@ -55,8 +58,8 @@ class WrongOutcome(UserInputError):
 class _Row:
     """One outcome as it was sent."""
 
-    def __init__(self, given: object, place: str, definition: Definitions) -> None:
-        self._place, self._definition = place, definition
+    def __init__(self, given: object, place: str, definition: Definitions, known: Known) -> None:
+        self._place, self._definition, self._known = place, definition, known
         if not isinstance(given, dict):
             raise self._wrong("", "is not an object")
         unknown = [str(key) for key in given if key not in FIELDS]
@@ -117,7 +120,9 @@ class _Row:
         experiment, unit = self._text("experiment"), self._text("unit")
         found = self._definition(experiment) if NAME.fullmatch(experiment) else None
         if found is None:
-            raise self._wrong("experiment", f"there is no experiment {experiment[:64]!r}")
+            known = self._known()
+            hint = f"{nearest(experiment, known)} (experiments: {listed(known)})"
+            raise self._wrong("experiment", f"there is no experiment {experiment[:64]!r}{hint}")
         seed = found.document["experiment"].get("seed") or experiment
         return {"experiment": experiment, "unit": unit_hash(seed, unit)}
 
@@ -157,7 +162,7 @@ class _Row:
 
     def _wrong(self, field: str, what: str) -> WrongOutcome:
         place = ".".join(part for part in (self._place, field) if part)
-        return WrongOutcome(f"{place or 'the outcome'} {what}", place or None)
+        return WrongOutcome(f"{place}: {what}" if place else f"the outcome {what}", place or None)
 
 
 def _key(*parts: str) -> str:

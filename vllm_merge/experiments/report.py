@@ -46,11 +46,10 @@ def find(store: Store, name: str, version: int | None = None) -> Running:
     found = store.definition(name, version)
     if found is not None:
         return running_of(found)
-    known = [definition.experiment for definition in store.definitions()]
+    known = store.experiments()
     if name in known:
         raise UserInputError(f"experiment {name} has no version {version} in {store.place}")
-    there = f"there are {listed(known)}" if known else "there is none yet"
-    raise UserInputError(f"no experiment {name!r}{nearest(name, known)} in {store.place}; {there}")
+    raise UserInputError(f"{store.place}: no experiment {name!r}{nearest(name, known)} (experiments: {listed(known)})")
 
 
 def state(running: Running, decisions: Sequence[Decision], now: float) -> str:

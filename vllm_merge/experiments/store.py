@@ -133,6 +133,12 @@ class Store:
             row = connection.execute(wanted.order_by(definitions.c.version.desc()).limit(1)).one_or_none()
         return Definition(**row._mapping) if row is not None else None
 
+    def experiments(self) -> list[str]:
+        """The name of every experiment, in order."""
+        wanted = select(definitions.c.experiment).distinct().order_by(definitions.c.experiment)
+        with self.reading() as connection:
+            return list(connection.execute(wanted).scalars())
+
     def definitions(self) -> list[Definition]:
         """The newest definition of every experiment, by name."""
         newest = (

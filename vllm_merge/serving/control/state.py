@@ -115,6 +115,11 @@ class State:
         move = self.moved.get(alias)
         return move.target if move is not None else self.names.recipes.aliases[alias]
 
+    def before(self, alias: str) -> str | None:
+        """What `with_move_back` returns an alias to; None where it was not moved."""
+        trail = self.trails.get(alias)
+        return trail[-1] if trail else None
+
     def _check_alias(self, alias: str) -> None:
         aliases = self.names.recipes.aliases
         if alias not in aliases:

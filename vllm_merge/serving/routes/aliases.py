@@ -8,17 +8,21 @@ from collections.abc import Awaitable
 from fastapi import APIRouter, Depends, Request
 
 from vllm_merge.errors import UserInputError
+from vllm_merge.recipe.problems import listed, nearest
 from vllm_merge.serving.control.control import ControlError
 from vllm_merge.serving.control.front import ArtifactUnavailable
 from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.control.state import State
 from vllm_merge.serving.routes.admin import require_admin
+from vllm_merge.serving.routes.json_route import JsonRoute
 from vllm_merge.serving.routes.overview import current
 from vllm_merge.serving.routes.route_errors import RouteError, errors
 from vllm_merge.serving.routes.route_models import AliasList, AliasName, AliasRow, MovedAlias, Target
 
 router = APIRouter(prefix="/v1/merge/aliases", tags=["merge"])
-admin_router = APIRouter(prefix="/v1/merge/aliases", tags=["merge"], dependencies=[Depends(require_admin)])
+admin_router = APIRouter(
+    prefix="/v1/merge/aliases", tags=["merge"], dependencies=[Depends(require_admin)], route_class=JsonRoute
+)
 
 
 @router.get("", summary="Every alias", responses=errors())
@@ -52,8 +56,10 @@ async def back(alias: AliasName, request: Request) -> MovedAlias:
 
 def _published(request: Request, alias: str) -> Published:
     published: Published = request.app.state.vllm_merge_published
-    if alias not in published.state.names.recipes.aliases:
-        raise RouteError(404, f"the recipe file has no alias {alias!r}", param="alias")
+    aliases = published.state.names.recipes.aliases
+    if alias not in aliases:
+        hint = f"{nearest(alias, aliases)} (aliases: {listed(aliases)})"
+        raise RouteError(404, f"the recipe file has no alias {alias!r}{hint}", param="alias")
     return published
 
 
@@ -79,5 +85,5 @@ def _row(state: State, alias: str) -> dict[str, str | None]:
         "target": target,
         "artifact": state.names.names[alias].label or None,
         "file_says": says if target != says else None,
-        "before": state.trails[alias][-1] if state.trails.get(alias) else None,
+        "before": state.before(alias),
     }

@@ -21,11 +21,14 @@ from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.control.state import State
 from vllm_merge.serving.folders import without_folders
 from vllm_merge.serving.routes.admin import require_admin
+from vllm_merge.serving.routes.json_route import JsonRoute
 from vllm_merge.serving.routes.overview import current
 from vllm_merge.serving.routes.route_errors import RouteError, errors
 
 router = APIRouter(prefix="/v1/merge/experiments", tags=["merge"])
-changes = APIRouter(prefix="/v1/merge/experiments", tags=["merge"], dependencies=[Depends(require_admin)])
+changes = APIRouter(
+    prefix="/v1/merge/experiments", tags=["merge"], dependencies=[Depends(require_admin)], route_class=JsonRoute
+)
 
 Reason = Annotated[str, Field(max_length=500, description="Why, for whoever reads the report.")]
 
@@ -102,28 +105,44 @@ async def promote(name: str, promotion: Promotion, request: Request) -> dict[str
     recipes, served = published.state.names.recipes, arms[promotion.arm].serve
     if unsafe := refusal(recipes.recipes, recipes.aliases.get(served, served)):
         raise RouteError(422, unsafe, param="arm")
-    return await _decide(published, name, "promote", promotion.arm, promotion.reason)
+    return _answer(await _decide(published, name, "promote", promotion.arm, promotion.reason), name)
 
 
 @changes.post("/{name}/stop", summary="Give everybody control", responses=errors(403, 404, 503))
 async def stop(name: str, request: Request, stop: Stop | None = None) -> dict[str, Any]:
-    """Give everybody control, until the experiment's definition changes."""
+    """Give everybody who asks for the experiment control, until its definition changes. An alias that a promotion moved stays
+    where it is: `alias_left` says which, what it stands for, and what `POST /v1/merge/aliases/{alias}/back` returns it to.
+    """
     published: Published = request.app.state.vllm_merge_published
     _known(published.state, name)
-    return await _decide(published, name, "stop", "", stop.reason if stop is not None else "")
+    state = await _decide(published, name, "stop", "", stop.reason if stop is not None else "")
+    return {**_answer(state, name), "alias_left": _alias_left(state, name)}
 
 
-async def _decide(
-    published: Published, name: str, kind: Literal["promote", "stop"], arm: str, reason: str
-) -> dict[str, Any]:
+async def _decide(published: Published, name: str, kind: Literal["promote", "stop"], arm: str, reason: str) -> State:
     version = published.state.trials.running[name].version
     decision = Decision(name, version, kind, time.time(), arm, reason=reason)
     try:
         await asyncio.to_thread(published.experiments.open_store().decide, decision)
-        state = await published.take_decisions()
+        return await published.take_decisions()
     except (MergeError, ControlError) as error:
         raise RouteError(503, str(error), retry_after=5) from None
+
+
+def _answer(state: State, name: str) -> dict[str, Any]:
     return {"generation": state.generation, **_row(state, name)}
+
+
+def _alias_left(state: State, name: str) -> dict[str, str | None] | None:
+    """The alias that still stands for what an experiment's promotion moved it to; None where none does."""
+    experiment = state.trials.running[name].experiment
+    alias, promoted = experiment.alias, [d.arm for d in state.trials.decided(name) if d.kind == "promote"]
+    if alias is None or alias not in state.moved or not promoted:
+        return None
+    target = state.target(alias)
+    if target != experiment.arms[promoted[-1]].serve:
+        return None
+    return {"alias": alias, "target": target, "before": state.before(alias)}
 
 
 def _known(state: State, name: str) -> Any:

@@ -91,7 +91,7 @@ async def outcomes(request: Request) -> Recorded:
         raise RouteError(404, "the recipe file has no experiments, so there is nothing that outcomes could belong to")
     body = await _body(request)
     try:
-        rows = await run_in_threadpool(read_outcomes, body, commits.store.definition)
+        rows = await run_in_threadpool(read_outcomes, body, commits.store.definition, commits.store.experiments)
         if wait := desk.seconds_until(len(rows)):
             raise RouteError(429, f"more than {RATE:.0f} outcomes a second", retry_after=max(1, round(wait)))
         new = await commits.add(rows)

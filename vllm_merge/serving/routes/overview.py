@@ -46,10 +46,8 @@ def _row(front: FrontDoor, known: Name, workers: Sequence[Message]) -> dict[str,
     }
     if known.digest is None:
         return {**row, "state": "failed", "reason": known.reason}
-    held = [find([*worker.get("artifacts", ()), *_on_host(worker)], known.digest) for worker in workers]
-    first = held[0]
-    if first is not None and all(found is not None for found in held):
-        facts: dict[str, Any] = {key: first[key] for key in ("rank", "bytes", "seconds", "tier") if key in first}
+    if held := in_memory(workers, known.digest):
+        facts: dict[str, Any] = {key: held[key] for key in ("rank", "bytes", "seconds", "tier") if key in held}
         return {**row, "state": "ready", "reason": None, **facts}
     if any(find(worker.get("merging", ()), known.digest) for worker in workers):
         return {**row, "state": "preparing", "reason": None}
@@ -59,6 +57,12 @@ def _row(front: FrontDoor, known: Name, workers: Sequence[Message]) -> dict[str,
     artifact = front.artifacts.get(known.digest)
     state = artifact.state if artifact is not None and artifact.state == "failed" else "cold"
     return {**row, "state": state, "reason": artifact.reason if artifact is not None and state == "failed" else None}
+
+
+def in_memory(workers: Sequence[Message], digest: str) -> Message | None:
+    """What the first worker says of an artifact that every worker has in memory; None for any other."""
+    held = [find([*worker.get("artifacts", ()), *_on_host(worker)], digest) for worker in workers]
+    return held[0] if all(found is not None for found in held) else None
 
 
 def _on_host(worker: Message) -> Sequence[Message]:

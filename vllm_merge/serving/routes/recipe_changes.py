@@ -6,12 +6,16 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Request
 
 from vllm_merge.recipe.adhoc import PREFIX, AdHocError, Written, parse_name
+from vllm_merge.recipe.problems import listed, nearest
 from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.routes.admin import require_admin
+from vllm_merge.serving.routes.json_route import JsonRoute
 from vllm_merge.serving.routes.route_errors import RouteError, errors, told_of_changes
 from vllm_merge.serving.routes.route_models import ChangedRecipe, RecipeName, ToAdd
 
-admin_router = APIRouter(prefix="/v1/merge/recipes", tags=["merge"], dependencies=[Depends(require_admin)])
+admin_router = APIRouter(
+    prefix="/v1/merge/recipes", tags=["merge"], dependencies=[Depends(require_admin)], route_class=JsonRoute
+)
 
 LASTS = "until the server ends; the recipe file must have it too to be served after that"
 
@@ -49,8 +53,10 @@ async def remove(name: RecipeName, request: Request) -> ChangedRecipe:
     answer.
     """
     published: Published = request.app.state.vllm_merge_published
-    if name not in published.state.names.recipes.recipes:
-        raise RouteError(404, f"there is no recipe {name!r}", param="name")
+    recipes = published.state.names.recipes.recipes
+    if name not in recipes:
+        hint = f"{nearest(name, recipes)} (recipes: {listed(recipes)})"
+        raise RouteError(404, f"there is no recipe {name!r}{hint}", param="name")
     with told_of_changes():
         state = await published.remove_recipe(name)
     known = state.names.names.get(name)  # the recipe file's, where it has one of that name

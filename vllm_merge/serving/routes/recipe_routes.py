@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from vllm_merge.errors import MergeError
 from vllm_merge.recipe.adhoc import PREFIX, AdHocError, Limits, Written, parse_name
 from vllm_merge.recipe.plan import Plan
-from vllm_merge.recipe.problems import MAX_KEY, MAX_MESSAGE, cut, dotted
+from vllm_merge.recipe.problems import MAX_KEY, MAX_MESSAGE, cut, dotted, listed, nearest
 from vllm_merge.recipe.yaml_tree import MAX_BYTES
 from vllm_merge.recipe_files import problems_of
 from vllm_merge.serving.control.control import ControlError
@@ -21,12 +21,13 @@ from vllm_merge.serving.control.names import MAX_ADAPTERS
 from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.requests.adhoc import plan_written, shapes_of
 from vllm_merge.serving.routes.foresight import foresee
+from vllm_merge.serving.routes.json_route import JsonRoute
 from vllm_merge.serving.routes.route_errors import RouteError, errors
 from vllm_merge.serving.routes.route_models import PlanAnswer, ProblemRow, ToPlan, Validation
 
 logger = logging.getLogger("vllm_merge")
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 MAX_PROBLEMS = 50  # that are told
 FILE = Path("recipes.yaml")  # what a text is called in messages
@@ -65,7 +66,8 @@ def _planned(front: FrontDoor, published: Published, wanted: ToPlan) -> Plan:
     if isinstance(wanted.merge, str) and not wanted.merge.startswith(PREFIX):
         known = front.known(wanted.merge)
         if known is None:
-            raise RouteError(404, f"no recipe, alias or adapter {cut(wanted.merge, 100)!r} is served", param="merge")
+            hint = f"{nearest(wanted.merge, front.names)} (known: {listed(front.names)})"
+            raise RouteError(404, f"no recipe, alias or adapter {cut(wanted.merge, 100)!r}{hint}", param="merge")
         if known.digest is None:
             raise RouteError(409, f"{known.name} has no artifact: {known.reason}", param="merge")
         return front.artifacts[known.digest].plan

@@ -254,7 +254,8 @@ class AdHocRow(BaseModel):
     digest: str
     adapters: list[str]
     merge_method: str
-    rank: int | str | dict[str, Any]
+    rank: int | None = Field(description="The result's; null while it is not in every worker's cache.")
+    max_rank: int = Field(description="The most that its recipe and the server allow.")
     bytes: int = Field(description="The most that it can have.")
     idle_seconds: float
 

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from fastapi import APIRouter, Request
 
+from vllm_merge.serving.control.control import Message
 from vllm_merge.serving.requests.adhoc import AdHocMerges
 from vllm_merge.serving.requests.adhoc_table import Entry
-from vllm_merge.serving.routes.overview import current, describe_names
+from vllm_merge.serving.routes.overview import current, describe_names, in_memory
 from vllm_merge.serving.routes.recipe_routes import router as recipe_router
 from vllm_merge.serving.routes.route_errors import errors
 from vllm_merge.serving.routes.route_models import (
@@ -57,19 +59,23 @@ async def adhoc(request: Request) -> AdHocList:
     merges: AdHocMerges | None = getattr(request.app.state, "vllm_merge_adhoc", None)
     if merges is None:
         return AdHocList(limits=None, data=[])
-    rows = [_adhoc_row(entry) for entry in merges.table.entries()]
+    workers = await request.app.state.vllm_merge.describe_workers()
+    rows = [_adhoc_row(entry, workers) for entry in merges.table.entries()]
     return AdHocList(limits=asdict(merges.table.settings), data=rows)
 
 
-def _adhoc_row(entry: Entry) -> AdHocRow:
+def _adhoc_row(entry: Entry, workers: Sequence[Message]) -> AdHocRow:
     stage = entry.plan.stages[-1]
+    max_rank = stage.rank if isinstance(stage.rank, int) else entry.plan.max_rank
+    assert max_rank is not None, "plans of requests are made for a server"
     sources = [next(iter(item.source.model_dump().values())) for item in stage.inputs]
     return AdHocRow(
         artifact=entry.label,
         digest=entry.plan.digest,
         adapters=sources,
         merge_method=stage.merge_method,
-        rank=stage.rank if isinstance(stage.rank, int | str) else stage.rank.model_dump(),
+        rank=(in_memory(workers, entry.plan.digest) or {}).get("rank"),
+        max_rank=max_rank,
         bytes=entry.bytes,
         idle_seconds=round(time.monotonic() - entry.used, 1),
     )

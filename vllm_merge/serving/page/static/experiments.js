@@ -73,6 +73,7 @@ function controls(row, act) {
   const choice = el("select", { "data-key": `arm-${row.experiment}`, "aria-label": `Arm of ${row.experiment} to promote` },
     row.arms.map((arm) => el("option", { value: arm.arm }, arm.arm)));
   const path = `experiments/${encodeURIComponent(row.experiment)}`;
+  const left = row.alias && row.status === "promoted" ? ` The alias ${row.alias} stays where the promotion moved it.` : "";
   return el("p", { class: "buttons" }, choice,
     button("Promote", `promote-${row.experiment}`, () => act({
       title: `Promote ${choice.value}?`, reason: true,
@@ -80,7 +81,7 @@ function controls(row, act) {
       run: (reason) => call(`${path}/promote`, "POST", { arm: choice.value, reason }),
     }), true),
     button("Stop", `stop-${row.experiment}`, () => act({
-      title: `Stop ${row.experiment}?`, reason: true, text: `Everybody gets ${row.control}.`,
+      title: `Stop ${row.experiment}?`, reason: true, text: `Everybody who asks for ${row.experiment} gets ${row.control}.${left}`,
       run: (reason) => call(`${path}/stop`, "POST", { reason }),
     })));
 }
