@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,17 +50,39 @@ def test_modules_are_looked_up_by_name_not_by_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "alike"),
+    ("given", "weight", "density", "lam"),
     [
-        ({}, True),
-        ({"weights": [2, 3.0], "parameters": {"lambda": 0.5}}, True),
-        ({"weights": [{"layers.0.q_proj": 5.0}, 2.0]}, False),
-        ({"parameters": {"density": {"layers.0.q_proj": 0.5}}}, False),
-        ({"parameters": {"lambda": {"layers.0.q_proj": 0.5}}}, False),
+        ({}, (1.0, 1.0), (0.2, 0.2), 1.0),
+        ({"weights": [2, 3.0], "parameters": {"lambda": 0.5}}, (2.0, 3.0), (0.2, 0.2), 0.5),
+        ({"adapter_parameters": [{}, {"density": 0.4}]}, (1.0, 1.0), (0.2, 0.4), 1.0),
     ],
 )
-def test_whether_all_modules_are_treated_alike(given: dict[str, Any], alike: bool) -> None:
-    assert resolved(**given).alike == alike
+def test_parameters_that_are_alike_at_all_modules_can_be_looked_up(
+    given: dict[str, Any], weight: tuple[float, ...], density: tuple[float, ...], lam: float
+) -> None:
+    found = resolved(**given).scalars
+    assert found is not None
+    own, recipe, scale = found
+    assert (dict(own), scale) == ({"weight": weight, "density": density}, lam)
+    assert hash(found) == hash(resolved(**given).scalars)
+    assert dict(recipe) == resolved(**given).per_recipe
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"weights": [{"layers.0.q_proj": 5.0}, 2.0]},
+        {"parameters": {"density": {"layers.0.q_proj": 0.5}}},
+        {"parameters": {"lambda": {"layers.0.q_proj": 0.5}}},
+    ],
+)
+def test_those_that_differ_by_module_cannot(given: dict[str, Any]) -> None:
+    assert resolved(**given).scalars is None
+
+
+def test_nor_can_lists() -> None:
+    found = replace(resolved(), per_recipe={"stages": [1, 2]})
+    assert found.scalars is None
 
 
 @pytest.mark.parametrize(

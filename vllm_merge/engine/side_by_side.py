@@ -45,15 +45,15 @@ def _shares(job: Job, groups: Sequence[ModuleGroup]) -> Tensor:
     """c_i · λ at every module, (modules, n) float64, on the CPU; (1, n) where those of all modules are alike."""
     coefficients, parameters = job.spec.coefficients, job.parameters
     assert coefficients is not None
-    if (told := parameters.told) is not None:
-        return _told_shares(coefficients, *told)
+    if (scalars := parameters.scalars) is not None:
+        return _shares_of(coefficients, *scalars)
     modules, cpu = [module for group in groups for module in group.modules], torch.device("cpu")
     shares = coefficients(**parameters.tensors(modules, cpu), **parameters.per_recipe)
     return shares * parameters.lambdas(modules, cpu)[:, None]
 
 
 @lru_cache(maxsize=16)  # of the merges that are made again and again
-def _told_shares(
+def _shares_of(
     coefficients: Coefficients,
     own: tuple[tuple[str, tuple[float, ...]], ...],
     recipe: tuple[tuple[str, Any], ...],

@@ -29,7 +29,7 @@ class ResolvedParameters:
         return not _by_module([self.lam]) and float(self.lam[0]) == 1.0
 
     @property
-    def told(self) -> tuple[tuple[tuple[str, tuple[float, ...]], ...], tuple[tuple[str, Any], ...], float] | None:
+    def scalars(self) -> tuple[tuple[tuple[str, tuple[float, ...]], ...], tuple[tuple[str, Any], ...], float] | None:
         """Per-adapter and per-recipe parameters and λ as what can be looked up; None where one differs by module, or is a list."""
         if _by_module([self.lam]) or any(map(_by_module, self.per_adapter.values())):
             return None
