@@ -30,7 +30,7 @@ OTHERS = {
 
 def answer(response: Response, names: list[str] = NAMES, name: str = "suport") -> httpx.Response:
     async def app(scope, receive, send):
-        await response(scope, receive, UnknownName(name, names, send).send)
+        await response(scope, receive, UnknownName(name, lambda: names, send).send)
 
     async def talk() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AsyncExitStack, nullcontext
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -30,6 +31,11 @@ from vllm_merge.serving.requests.unknown import UnknownName
 _GUARDED = ("/v1/", "/v2/", "/inference/")
 # Routes under these that take a model name but run nothing.
 _NO_ENGINE = ("/v1/merge/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+def _names(front: FrontDoor) -> list[str]:
+    """What is served, adapters last."""
+    return sorted(front.names, key=lambda name: front.names[name].kind == "adapter")
 
 
 class MergeMiddleware:
@@ -64,8 +70,7 @@ class MergeMiddleware:
         known = front.known(name) if name is not None else None
         if name is None or known is None:
             if name is not None and path.startswith(_GUARDED):  # elsewhere who asks may have no key
-                names = sorted(front.names, key=lambda known: front.names[known].kind == "adapter")  # these come last
-                send = UnknownName(name, names, send).send
+                send = UnknownName(name, partial(_names, front), send).send
             return await self._app(asked.scope, asked.receive, send)
         facts = AnswerFacts(name, known.kind, "", known.name, "", time.monotonic(), time.time())
         try:

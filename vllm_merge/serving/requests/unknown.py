@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Send
@@ -13,10 +13,10 @@ from vllm_merge.recipe.problems import listed, nearest
 
 
 class UnknownName:
-    """A send for a request whose model is none of ours. names: what is served by us."""
+    """A send for a request whose model is none of ours. names(): what is served by us; not asked where it is not told."""
 
-    def __init__(self, name: str, names: Iterable[str], send: Send) -> None:
-        self._name, self._names, self._send = name, list(names), send
+    def __init__(self, name: str, names: Callable[[], Sequence[str]], send: Send) -> None:
+        self._name, self._names, self._send = name, names, send
         self._start: Message | None = None  # of an answer that may be changed: it says how long the body is
 
     async def send(self, message: Message) -> None:
@@ -40,8 +40,8 @@ class UnknownName:
             said = content["error"]["message"]
         except (ValueError, KeyError, TypeError):
             return body
-        if not self._names or not isinstance(said, str) or f"`{self._name}`" not in said:
+        if not isinstance(said, str) or f"`{self._name}`" not in said or not (names := self._names()):
             return body
-        hint = nearest(self._name, self._names).replace(", did", " Did", 1)
-        content["error"]["message"] = f"{said}{hint} Served by vllm-merge: {listed(self._names)}."
+        hint = nearest(self._name, names).replace(", did", " Did", 1)
+        content["error"]["message"] = f"{said}{hint} Served by vllm-merge: {listed(names)}."
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
