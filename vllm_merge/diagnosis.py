@@ -16,7 +16,7 @@ from vllm_merge.adapters.base_model import WEIGHT_SUFFIXES, base_model_folder
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.methods.registry import FULL_RANK_SPACES, default_registry
-from vllm_merge.recipe.file import RecipeFile
+from vllm_merge.recipe.file import RecipeFile, begins_as_path
 from vllm_merge.recipe.problems import counted
 from vllm_merge.recipe_files import load_recipes
 from vllm_merge.serving.launch import ACCEPTED_RANKS, accepted_rank
@@ -151,7 +151,7 @@ def check_base(model: str | None, catalogue: Catalogue | None = None) -> Iterato
         return
     folder = base_model_folder(model)
     if folder is None:
-        local = model.startswith((".", "/", "~"))
+        local = begins_as_path(model)
         advice = "correct the path of the base model" if local else f"fetch it first: `hf download {model}`"
         yield Check("base model", "problem" if local else "warning", f"{model} is not on this machine", advice)
         return

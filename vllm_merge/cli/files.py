@@ -13,7 +13,7 @@ from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.methods.registry import default_registry
 from vllm_merge.recipe.continuation import check_states
 from vllm_merge.recipe.dtypes import Dtype
-from vllm_merge.recipe.file import RecipeFile, is_local
+from vllm_merge.recipe.file import RecipeFile, begins_as_path, is_local
 from vllm_merge.recipe.plan import AdapterSource, Plan, make_plan
 from vllm_merge.recipe.problems import listed
 from vllm_merge.recipe_files import load_recipes
@@ -70,7 +70,7 @@ def check_fit(model: str, catalogue: Catalogue) -> list[str]:
 
 def check_base_model(model: str, where: str) -> None:
     """Refuse what can only be a path, and leads nowhere. where: what named it, for the message."""
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+    if begins_as_path(model) and not Path(model).expanduser().exists():
         raise UserInputError(f"{where}: there is no {model}; give the folder of the base model, or its Hub name")
 
 

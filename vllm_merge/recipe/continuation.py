@@ -63,9 +63,9 @@ def check_digits(file: RecipeFile, names: Sequence[str], digest_of: Callable[[st
         earlier, digits = file.recipes[name].continued, (file.recipes[name].continues or "").partition("@")[2]
         if earlier is not None and digits and not (digest := digest_of(earlier)).startswith(digits):
             raise UserInputError(
-                f"{file.place('recipes', name, 'continue')}: {earlier!r} is {earlier}@{digest[:12]} now, not {earlier}@{digits}: its recipe, "
-                "its adapters, or the server's rank or dtype changed; write the new digits, or register the folder that "
-                "the earlier result was saved to"
+                f"{file.place('recipes', name, 'continue')}: {earlier!r} is {earlier}@{digest[:12]} now, not "
+                f"{earlier}@{digits}: its recipe, its adapters, or the server's rank or dtype changed; write the new digits, "
+                "or register the folder that the earlier result was saved to"
             )
 
 
@@ -81,7 +81,7 @@ def check_states(file: RecipeFile, names: Iterable[str], state_of: Callable[[str
         if (found := state_of(recipe.continued)) != recipe.merge_method:
             carries = "carries no state of a sequential merge" if found is None else f"carries the state of {found!r}"
             raise UserInputError(
-                f"{file.place('recipes', name, 'continue')}: adapter {recipe.continued!r} {carries}, so {recipe.merge_method!r} cannot go on "
-                "from it; give a folder that vllm-merge wrote for that method, with its merge_report.json, or merge all "
-                "adapters anew without `continue`"
+                f"{file.place('recipes', name, 'continue')}: adapter {recipe.continued!r} {carries}, so "
+                f"{recipe.merge_method!r} cannot go on from it; give a folder that vllm-merge wrote for that method, with its "
+                "merge_report.json, or merge all adapters anew without `continue`"
             )

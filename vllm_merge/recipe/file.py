@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.experiments import Experiment
-from vllm_merge.recipe.problems import dotted, listed, nearest
+from vllm_merge.recipe.problems import dotted, listed, nearest, place
 from vllm_merge.recipe.schema import AdapterEntry, Recipe
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -30,8 +30,7 @@ class RecipeFile:
 
     def place(self, *path: str) -> str:
         """`file:line: key`, for messages."""
-        key = dotted(path)
-        return f"{self.path}:{self.lines[key]}: {key}" if key in self.lines else f"{self.path}: {key}"
+        return place(self.path, path, self.lines.get(dotted(path)))
 
     def with_adapters(self, adapters: Mapping[str, AdapterEntry]) -> "RecipeFile":
         """The file with further registered adapters. Raises UserInputError where a name is taken."""
@@ -76,15 +75,20 @@ class RecipeFile:
         return list(order)
 
 
+def begins_as_path(name: str) -> bool:
+    """Whether `name` is meant as a path, wherever it leads."""
+    return name.startswith((".", "/", "~"))
+
+
 def is_local(path: str) -> bool:
     """Whether `path` can only be a folder, not the name of a Hub repository."""
-    return path.startswith((".", "/", "~")) or _HUB_NAME.fullmatch(path) is None
+    return begins_as_path(path) or _HUB_NAME.fullmatch(path) is None
 
 
 def base_model_path(path: str, directory: Path) -> str:
     """`path` as an absolute folder where it is one, taken from `directory`; else as it is, the name of a model."""
     local = absolute_path(path, directory)
-    return local if path.startswith((".", "/", "~")) or Path(local).is_dir() else path
+    return local if begins_as_path(path) or Path(local).is_dir() else path
 
 
 def absolute_path(path: str, directory: Path) -> str:

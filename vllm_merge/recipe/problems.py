@@ -39,9 +39,13 @@ class RecipeError(UserInputError):
 
 
 def _text(file: Path, problem: Problem) -> str:
-    key, message = cut(dotted(problem.path), MAX_KEY), cut(problem.message, MAX_MESSAGE)
-    where = f"{file}:{problem.line}" if problem.line else str(file)
-    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+    return f"{place(file, problem.path, problem.line)}: {cut(problem.message, MAX_MESSAGE)}"
+
+
+def place(file: Path, path: KeyPath, line: int | None) -> str:
+    """`file:line: key`, without what is not known."""
+    key, where = cut(dotted(path), MAX_KEY), f"{file}:{line}" if line else str(file)
+    return f"{where}: {key}" if key else where
 
 
 def cut(text: str, length: int) -> str:
