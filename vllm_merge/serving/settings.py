@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
 from vllm_merge.errors import UserInputError
@@ -200,15 +199,15 @@ TEXTS: Mapping[str, Callable[[Mapping[str, str]], object]] = {
 
 def wrong_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """{variable: what is wrong and what is allowed}, of all variables that a server would refuse."""
-    readers = dict(TEXTS)
-    unset_by_nothing = (HOST_BYTES_VARIABLE, WORKSPACE_BYTES_VARIABLE)  # as WorkerSettings.read takes them
-    for variable in NUMBERS:
-        if environment.get(variable) or variable not in unset_by_nothing:
-            readers[variable] = partial(number, variable=variable)
+    readings: list[tuple[str, Callable[[Mapping[str, str]], object], Mapping[str, str]]] = [
+        *((variable, read, environment) for variable, read in TEXTS.items()),
+        # Each number by itself: who reads them all tells the first that is wrong.
+        *((name, WorkerSettings.read, {name: environment[name]}) for name in NUMBERS if name in environment),
+    ]
     found = {}
-    for variable, read in readers.items():
+    for variable, read, given in readings:
         try:
-            read(environment)
+            read(given)
         except UserInputError as error:
             found[variable] = str(error)
     return found
