@@ -75,7 +75,7 @@ class State:
     def with_move(self, alias: str, target: str) -> State:
         """With `alias` standing for the recipe or adapter `target`; self if it does. Raises UserInputError."""
         aliases = self.names.recipes.aliases
-        self._check_alias(alias)
+        self.check_alias(alias)
         targets = [name for name, known in self.names.names.items() if known.kind not in ("alias", "experiment")]
         if target not in targets:
             raise UserInputError(f"there is no recipe or adapter {target!r}{nearest(target, targets)}")
@@ -95,11 +95,11 @@ class State:
 
     def with_move_back(self, alias: str) -> State:
         """With `alias` standing for what it stood for before its latest move. Raises UserInputError."""
-        self._check_alias(alias)
-        trail = self.trails.get(alias)
-        if not trail:
+        self.check_alias(alias)
+        before = self.before(alias)
+        if before is None:
             raise UserInputError(f"alias {alias!r} was not moved: it stands for {self.target(alias)!r}")
-        return replace(self.with_move(alias, trail[-1]), trails={**self.trails, alias: trail[:-1]})
+        return replace(self.with_move(alias, before), trails={**self.trails, alias: self.trails[alias][:-1]})
 
     def with_trials(self, trials: Trials) -> State:
         """With these experiments, and the aliases of those that were promoted since standing for the winners."""
@@ -120,7 +120,8 @@ class State:
         trail = self.trails.get(alias)
         return trail[-1] if trail else None
 
-    def _check_alias(self, alias: str) -> None:
+    def check_alias(self, alias: str) -> None:
+        """Raises UserInputError for an alias that the recipe file does not have."""
         aliases = self.names.recipes.aliases
         if alias not in aliases:
             raise UserInputError(

@@ -8,7 +8,6 @@ from collections.abc import Awaitable
 from fastapi import APIRouter, Depends, Request
 
 from vllm_merge.errors import UserInputError
-from vllm_merge.recipe.problems import listed, nearest
 from vllm_merge.serving.control.control import ControlError
 from vllm_merge.serving.control.front import ArtifactUnavailable
 from vllm_merge.serving.control.published import Published
@@ -56,10 +55,10 @@ async def back(alias: AliasName, request: Request) -> MovedAlias:
 
 def _published(request: Request, alias: str) -> Published:
     published: Published = request.app.state.vllm_merge_published
-    aliases = published.state.names.recipes.aliases
-    if alias not in aliases:
-        hint = f"{nearest(alias, aliases)} (aliases: {listed(aliases)})"
-        raise RouteError(404, f"the recipe file has no alias {alias!r}{hint}", param="alias")
+    try:
+        published.state.check_alias(alias)
+    except UserInputError as error:
+        raise RouteError(404, str(error), param="alias") from None
     return published
 
 
