@@ -47,8 +47,8 @@ ABANDONED_SECONDS = 3600  # a folder without a record that is older was left by 
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FOLDER = re.compile(r"\.?[0-9a-f]{64}(\.\w+)?")  # of an entry, or what a writer that ended has left of one
-# Of a place that does not say when a file changed, or of a torn file.
-UNTOLD = (OSError, ValueError, NotImplementedError)
+# NotImplementedError of a place that does not say when a file changed, ValueError of a torn `used`.
+_UNTOLD = (OSError, ValueError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class DiskTier:
         try:
             text = self._fs.cat_file(path)
             return float(text) if text else float(self._fs.modified(path).timestamp())  # empty: the place was full
-        except UNTOLD:
+        except _UNTOLD:
             return 0.0
 
     def _age(self, folder: str) -> float:
@@ -216,7 +216,7 @@ class DiskTier:
         try:
             files = self._fs.find(self._path(folder))
             return float(min(time.time() - self._fs.modified(path).timestamp() for path in files))
-        except UNTOLD:
+        except _UNTOLD:
             return 0.0
 
 
