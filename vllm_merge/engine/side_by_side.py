@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm_merge.engine.batches import Batch
     from vllm_merge.engine.job import Job
     from vllm_merge.methods.registry import Coefficients
+    from vllm_merge.methods.resolve import Scalars
 
 
 def fits(job: Job, group: ModuleGroup) -> bool:
@@ -46,19 +47,15 @@ def _shares(job: Job, groups: Sequence[ModuleGroup]) -> Tensor:
     coefficients, parameters = job.spec.coefficients, job.parameters
     assert coefficients is not None
     if (scalars := parameters.scalars) is not None:
-        return _shares_of(coefficients, *scalars)
+        return _shares_of(coefficients, scalars)
     modules, cpu = [module for group in groups for module in group.modules], torch.device("cpu")
     shares = coefficients(**parameters.tensors(modules, cpu), **parameters.per_recipe)
     return shares * parameters.lambdas(modules, cpu)[:, None]
 
 
 @lru_cache(maxsize=16)  # of the merges that are made again and again
-def _shares_of(
-    coefficients: Coefficients,
-    own: tuple[tuple[str, tuple[float, ...]], ...],
-    recipe: tuple[tuple[str, Any], ...],
-    lam: float,
-) -> Tensor:
+def _shares_of(coefficients: Coefficients, scalars: Scalars) -> Tensor:
+    own, recipe, lam = scalars
     tables = {name: torch.tensor([values], dtype=torch.float64) for name, values in own}
     return coefficients(**tables, **dict(recipe)) * lam
 

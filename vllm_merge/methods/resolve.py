@@ -13,6 +13,9 @@ from torch import Tensor
 from vllm_merge.errors import UserInputError
 from vllm_merge.methods.registry import MethodSpec
 
+Scalars = tuple[tuple[tuple[str, tuple[float, ...]], ...], tuple[tuple[str, Any], ...], float]
+"""Per-adapter parameters with a value for each adapter, per-recipe parameters, and λ."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResolvedParameters:
@@ -29,7 +32,7 @@ class ResolvedParameters:
         return not _by_module([self.lam]) and float(self.lam[0]) == 1.0
 
     @property
-    def scalars(self) -> tuple[tuple[tuple[str, tuple[float, ...]], ...], tuple[tuple[str, Any], ...], float] | None:
+    def scalars(self) -> Scalars | None:
         """Per-adapter and per-recipe parameters and λ as what can be looked up; None where one differs by module, or is a list."""
         if _by_module([self.lam]) or any(map(_by_module, self.per_adapter.values())):
             return None
