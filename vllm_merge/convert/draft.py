@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_merge.convert.written import Converted
 from vllm_merge.recipe.file import is_local
-from vllm_merge.recipe.problems import KeyPath, Problem, RecipeError, listed, nearest
+from vllm_merge.recipe.problems import KeyPath, Problem, RecipeError, nearest, suggested
 from vllm_merge.recipe.values import is_number, shown
 from vllm_merge.recipe.yaml_tree import YamlTree
 
@@ -46,7 +46,7 @@ class Draft:
         """Report keys that are not known."""
         for key in found:
             if key not in known:
-                self.wrong((*path, key), f"is not a key of this format{nearest(key, known)} (known: {listed(known)})")
+                self.wrong((*path, key), f"is not a key of this format{suggested(key, known)}")
 
     def mapping(self, path: KeyPath, value: object) -> Mapping[str, Any]:
         """The value as a mapping; reports another kind, and gives an empty one."""

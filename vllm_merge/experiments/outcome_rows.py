@@ -16,7 +16,7 @@ from vllm_merge.experiments.hashing import unit_hash
 from vllm_merge.experiments.measures import MEASURES
 from vllm_merge.experiments.records import Definition, Outcome
 from vllm_merge.experiments.tickets import read_ticket
-from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.problems import suggested
 from vllm_merge.recipe.values import NAME
 
 MOST_ROWS = 1000
@@ -121,7 +121,7 @@ class _Row:
         found = self._definition(experiment) if NAME.fullmatch(experiment) else None
         if found is None:
             known = self._known()
-            hint = f"{nearest(experiment, known)} (experiments: {listed(known)})"
+            hint = suggested(experiment, known, "experiments")
             raise self._wrong("experiment", f"there is no experiment {experiment[:64]!r}{hint}")
         seed = found.document["experiment"].get("seed") or experiment
         return {"experiment": experiment, "unit": unit_hash(seed, unit)}

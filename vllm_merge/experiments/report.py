@@ -32,7 +32,7 @@ from vllm_merge.experiments.store import Store
 from vllm_merge.experiments.tables import LATENCIES
 from vllm_merge.experiments.verdict import verdict
 from vllm_merge.recipe.experiments import Primary
-from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.problems import suggested
 
 Facts = dict[str, Any]
 STEPS = 60  # of the course over time
@@ -49,7 +49,7 @@ def find(store: Store, name: str, version: int | None = None) -> Running:
     known = store.experiments()
     if name in known:
         raise UserInputError(f"experiment {name} has no version {version} in {store.place}")
-    raise UserInputError(f"{store.place}: no experiment {name!r}{nearest(name, known)} (experiments: {listed(known)})")
+    raise UserInputError(f"{store.place}: no experiment {name!r}{suggested(name, known, 'experiments')}")
 
 
 def state(running: Running, decisions: Sequence[Decision], now: float) -> str:

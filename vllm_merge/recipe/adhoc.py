@@ -19,7 +19,7 @@ from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.checks import check_recipe
 from vllm_merge.recipe.file import RecipeFile
 from vllm_merge.recipe.hints import message
-from vllm_merge.recipe.problems import Finding, KeyPath, cut, dotted, listed, nearest
+from vllm_merge.recipe.problems import Finding, KeyPath, cut, dotted, suggested
 from vllm_merge.recipe.protocols import CheckPrecondition, Registry
 from vllm_merge.recipe.schema import Recipe, RecipeDocument
 from vllm_merge.recipe.values import NAME, NAME_RULE, shown
@@ -200,7 +200,7 @@ def check_written(
         if key in _REFUSED:
             raise written.error((key,), f"has no place in a merge of a request: {_REFUSED[key]}; leave it out")
         if key not in ALLOWED:
-            raise written.error((str(key),), f"unknown key{nearest(str(key), ALLOWED)} (allowed: {listed(ALLOWED)})")
+            raise written.error((str(key),), f"unknown key{suggested(str(key), ALLOWED, 'allowed')}")
     try:
         recipe = Recipe.model_validate(given)
     except ValidationError as error:

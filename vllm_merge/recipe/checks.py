@@ -8,7 +8,7 @@ from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.continuation import continuations
 from vllm_merge.recipe.experiment_checks import check_experiments
 from vllm_merge.recipe.file import absolute_path, is_local
-from vllm_merge.recipe.problems import Finding, KeyPath, listed, nearest
+from vllm_merge.recipe.problems import Finding, KeyPath, listed, nearest, suggested
 from vllm_merge.recipe.protocols import CheckPrecondition, MethodSpec, Registry
 from vllm_merge.recipe.resolve import scalars, varies
 from vllm_merge.recipe.schema import BASE, Recipe, RecipeDocument
@@ -89,7 +89,7 @@ def _aliases(document: RecipeDocument, registered: Collection[str]) -> Iterator[
         if target in document.aliases:
             yield ("aliases", name), f"{target!r} is an alias; aliases point to recipes or adapters"
         elif target not in known:
-            yield ("aliases", name), f"no recipe or adapter {target!r}{nearest(target, known)} (known: {listed(known)})"
+            yield ("aliases", name), f"no recipe or adapter {target!r}{suggested(target, known)}"
 
 
 def _references(document: RecipeDocument, name: str, recipe: Recipe, known: Mapping[str, None]) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_merge.errors import UserInputError
 from vllm_merge.recipe.experiments import Experiment
-from vllm_merge.recipe.problems import dotted, listed, nearest, place
+from vllm_merge.recipe.problems import dotted, place, suggested
 from vllm_merge.recipe.schema import AdapterEntry, Recipe
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -55,8 +55,7 @@ class RecipeFile:
         name = self.aliases.get(name, name)
         if name not in self.recipes and name not in self.adapters:
             names = [*self.recipes, *self.aliases, *self.adapters]
-            hint = nearest(name, names)
-            raise UserInputError(f"{self.path}: no recipe or adapter {name!r}{hint} (known: {listed(names)})")
+            raise UserInputError(f"{self.path}: no recipe or adapter {name!r}{suggested(name, names)}")
         return name
 
     def stage_order(self, recipe: str) -> list[str]:

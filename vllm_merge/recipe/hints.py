@@ -7,7 +7,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from vllm_merge.recipe.experiments import Experiment, Guardrail, Namespace, Primary
-from vllm_merge.recipe.problems import KeyPath, listed, nearest
+from vllm_merge.recipe.problems import KeyPath, suggested
 from vllm_merge.recipe.safety import Safety
 from vllm_merge.recipe.schema import AdapterEntry, Recipe, RecipeDocument, RecipeInput
 from vllm_merge.recipe.values import shown
@@ -115,7 +115,7 @@ def _unknown_key(path: KeyPath) -> str:
     place, allowed = _place(path)
     if hint := _HINTS.get((place, key)):
         return f"unknown key; {hint}"
-    return f"unknown key{nearest(key, allowed)} (allowed: {listed(allowed)})"
+    return f"unknown key{suggested(key, allowed, 'allowed')}"
 
 
 def _missing_key(path: KeyPath) -> str:

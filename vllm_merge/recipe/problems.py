@@ -67,6 +67,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def suggested(name: str, names: Iterable[str], kind: str = "known") -> str:
+    """`, did you mean 'x'? (known: x, y)` for a name that is none of `names`."""
+    items = list(names)
+    return f"{nearest(name, items)} ({kind}: {listed(items)})"
+
+
 def counted(number: int, word: str) -> str:
     """`1 recipe`, `2 recipes`, `2 aliases`."""
     plural = f"{word}es" if word.endswith("s") else f"{word}s"

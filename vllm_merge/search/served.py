@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_merge.errors import UserInputError
-from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.problems import listed, suggested
 from vllm_merge.search.endpoint import Endpoint, Refused
 
 
@@ -45,9 +45,7 @@ def look(endpoint: Endpoint, wanted: Sequence[str] | None) -> Served:
     chosen = list(wanted) if wanted is not None else [name for name, row in adapters.items() if row["reason"] is None]
     for name in chosen:
         if name not in adapters:
-            raise UserInputError(
-                f"--adapters: the server has no adapter {name!r}{nearest(name, adapters)} (it has: {listed(adapters)})"
-            )
+            raise UserInputError(f"--adapters: the server has no adapter {name!r}{suggested(name, adapters, 'it has')}")
         if adapters[name]["reason"] is not None:
             raise UserInputError(f"--adapters: {name!r} cannot be merged: {adapters[name]['reason']}")
     if len(set(chosen)) < len(chosen):

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from vllm_merge.errors import UserInputError
-from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.problems import nearest, suggested
 from vllm_merge.serving.control.names import Name, Names
 from vllm_merge.serving.experiments.trials import Trials
 
@@ -124,9 +124,7 @@ class State:
         """Raises UserInputError for an alias that the recipe file does not have."""
         aliases = self.names.recipes.aliases
         if alias not in aliases:
-            raise UserInputError(
-                f"the recipe file has no alias {alias!r}{nearest(alias, aliases)} (aliases: {listed(aliases)})"
-            )
+            raise UserInputError(f"the recipe file has no alias {alias!r}{suggested(alias, aliases, 'aliases')}")
 
     def to_message(self) -> dict[str, Any]:
         """The state as JSON data."""

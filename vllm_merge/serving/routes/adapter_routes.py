@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 
 from vllm_merge.adapters.catalogue import Catalogue
 from vllm_merge.errors import MergeError, UserInputError
-from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.problems import suggested
 from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.control.state import State
 from vllm_merge.serving.routes.adapter_root import folder_in
@@ -74,7 +74,7 @@ async def remove(name: FolderName, request: Request) -> ChangedAdapter:
     published: Published = request.app.state.vllm_merge_published
     adapters = published.state.names.recipes.adapters
     if name not in adapters:
-        hint = f"{nearest(name, adapters)} (adapters: {listed(adapters)})"
+        hint = suggested(name, adapters, "adapters")
         raise RouteError(404, f"there is no adapter {name!r}{hint}", param="name")
     with told_of_changes():
         state = await published.remove_adapter(name)

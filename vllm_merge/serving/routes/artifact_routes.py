@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import StreamingResponse
 
-from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.problems import suggested
 from vllm_merge.serving.control.control import ControlError
 from vllm_merge.serving.control.front import Artifact, ArtifactUnavailable, FrontDoor
 from vllm_merge.serving.routes.admin import require_admin
@@ -142,7 +142,7 @@ def _find(request: Request, name: str) -> tuple[FrontDoor, str]:
         raise RouteError(409, f"{name} has no artifact: {known.reason}", param="name")
     if _DIGEST.fullmatch(name):
         return front, name
-    hint = f"{nearest(name, front.names)} (known: {listed(front.names)})"
+    hint = suggested(name, front.names)
     raise RouteError(404, f"no recipe, alias, adapter or artifact {name!r}{hint}", param="name")
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_merge.errors import MergeError, UserInputError
 from vllm_merge.experiments.records import Decision
-from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.problems import listed, nearest, suggested
 from vllm_merge.recipe.safety import refusal
 from vllm_merge.serving.control.control import ControlError
 from vllm_merge.serving.control.published import Published
@@ -148,9 +148,7 @@ def _alias_left(state: State, name: str) -> dict[str, str | None] | None:
 def _known(state: State, name: str) -> Any:
     if name not in state.trials.running:
         running = state.trials.running
-        raise RouteError(
-            404, f"the recipe file has no experiment {name!r}{nearest(name, running)} (experiments: {listed(running)})"
-        )
+        raise RouteError(404, f"the recipe file has no experiment {name!r}{suggested(name, running, 'experiments')}")
     return state.trials.running[name]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Request
 
 from vllm_merge.recipe.adhoc import PREFIX, AdHocError, Written, parse_name
-from vllm_merge.recipe.problems import listed, nearest
+from vllm_merge.recipe.problems import suggested
 from vllm_merge.serving.control.published import Published
 from vllm_merge.serving.routes.admin import require_admin
 from vllm_merge.serving.routes.json_route import JsonRoute
@@ -55,7 +55,7 @@ async def remove(name: RecipeName, request: Request) -> ChangedRecipe:
     published: Published = request.app.state.vllm_merge_published
     recipes = published.state.names.recipes.recipes
     if name not in recipes:
-        hint = f"{nearest(name, recipes)} (recipes: {listed(recipes)})"
+        hint = suggested(name, recipes, "recipes")
         raise RouteError(404, f"there is no recipe {name!r}{hint}", param="name")
     with told_of_changes():
         state = await published.remove_recipe(name)

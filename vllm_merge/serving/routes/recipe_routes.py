@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from vllm_merge.errors import MergeError
 from vllm_merge.recipe.adhoc import PREFIX, AdHocError, Limits, Written, parse_name
 from vllm_merge.recipe.plan import Plan
-from vllm_merge.recipe.problems import MAX_KEY, MAX_MESSAGE, cut, dotted, listed, nearest
+from vllm_merge.recipe.problems import MAX_KEY, MAX_MESSAGE, cut, dotted, suggested
 from vllm_merge.recipe.yaml_tree import MAX_BYTES
 from vllm_merge.recipe_files import problems_of
 from vllm_merge.serving.control.control import ControlError
@@ -66,7 +66,7 @@ def _planned(front: FrontDoor, published: Published, wanted: ToPlan) -> Plan:
     if isinstance(wanted.merge, str) and not wanted.merge.startswith(PREFIX):
         known = front.known(wanted.merge)
         if known is None:
-            hint = f"{nearest(wanted.merge, front.names)} (known: {listed(front.names)})"
+            hint = suggested(wanted.merge, front.names)
             raise RouteError(404, f"no recipe, alias or adapter {cut(wanted.merge, 100)!r}{hint}", param="merge")
         if known.digest is None:
             raise RouteError(409, f"{known.name} has no artifact: {known.reason}", param="merge")
