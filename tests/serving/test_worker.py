@@ -367,6 +367,33 @@ def test_what_leaves_the_cache_before_it_is_hashed_is_hashed_when_it_is_back(ser
     talk(service, scenario)
 
 
+def test_the_latest_artifact_is_hashed_first(serve, merges, monkeypatch):
+    """As on a GPU. A merge that needs the room of the oldest would wait until it is hashed."""
+    whole, hashed = merging.Merging._resident, []
+
+    def unhashed(*arguments):
+        made = whole(*arguments)
+        made.tensors_sha256 = None
+        return made
+
+    monkeypatch.setattr(merging.Merging, "_resident", unhashed)
+    service = serve(cache_bytes=3 * SIZE)
+    monkeypatch.setattr(
+        service._merging._hasher, "tensors_sha256", lambda artifact: hashed.append(artifact.name[0]) or "hash"
+    )
+    go = threading.Event()
+    service._merging.after.submit(lambda: go.wait(60))
+
+    async def scenario(link):
+        for name in "abcde":  # there is room for three
+            await prepare(link, name)
+        go.set()
+        await asyncio.to_thread(service._merging.after.submit(lambda: None).result, 60)
+
+    talk(service, scenario)
+    assert hashed == ["e", "d", "c"]
+
+
 @pytest.mark.parametrize("short_of_memory", [1, 2])
 def test_a_merge_that_finds_no_memory_begins_anew_once(serve, merges, monkeypatch, short_of_memory):
     """What the first attempt held is free by then, and so is what the allocator kept."""

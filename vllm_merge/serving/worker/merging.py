@@ -75,6 +75,7 @@ class Merging:
         self.after = Place("vllm-merge-after")
         """What follows a merge, in a thread that does not keep the process from ending: it waits while vLLM sleeps."""
         self.after.submit(prepare_thread)
+        self._unhashed: list[tuple[float, str, weakref.ref[ResidentArtifact]]] = []  # begin, digest, artifact
         self.merges = 0
 
     def run_forever(self) -> None:
@@ -120,14 +121,17 @@ class Merging:
         return self._wakefulness.awake(merge)
 
     def remember(self, artifact: ResidentArtifact) -> None:
-        """Hash an artifact, and see to it that the disk has it, in the thread `after`."""
-        begin = time.monotonic() + self._settle
-        self.after.submit(functools.partial(self._remember, artifact.digest, weakref.ref(artifact), begin))
+        """Hash an artifact, and see to it that the disk has it, in the thread `after`: the latest artifact first. The oldest is
+        the next to be evicted, and whoever needs its room would wait for the hash.
+        """
+        self._unhashed.append((time.monotonic() + self._settle, artifact.digest, weakref.ref(artifact)))
+        self.after.submit(self._remember_latest)
 
-    def _remember(self, digest: str, reference: weakref.ref[ResidentArtifact], begin: float) -> None:
-        """What can wait until the artifact is served, and until time.monotonic() is `begin`: its hash, and its way to the disk.
+    def _remember_latest(self) -> None:
+        """What can wait until an artifact is served, and until time.monotonic() is `begin`: its hash, and its way to the disk.
         One that is gone needs neither.
         """
+        begin, digest, reference = self._unhashed.pop()
         time.sleep(max(0.0, begin - time.monotonic()))
 
         def remember() -> None:
