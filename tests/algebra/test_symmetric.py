@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky
+from vllm_merge.algebra import symmetric
+from vllm_merge.algebra.symmetric import descending_eigh, inverse_cholesky, looked_at_once
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +77,46 @@ def test_the_inverse_of_a_factor_or_nothing() -> None:
     singular = torch.cat([regular, grams(1, 10, 3)])
     assert inverse_cholesky(singular) is None
     assert inverse_cholesky(-regular) is None
+
+
+class PlayedKernels:
+    """Stands for `kernels.tridiagonal`: decompositions of which the first ones are wrong, and said to be."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
+        self.wrong, self.calls = wrong, 0
+        monkeypatch.setattr("vllm_merge.kernels.tridiagonal", SimpleNamespace(eigh=self.eigh), raising=False)
+        monkeypatch.setattr(symmetric, "descending_eigh", symmetric._at_once)
+
+    def eigh(self, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(matrices.nan_to_num()))
+        right = matrices.isfinite().all(-1).all(-1).to(torch.int8)
+        self.calls += 1
+        if self.calls <= self.wrong:
+            values[1], vectors[1], right[1] = torch.nan, torch.nan, 0
+        return values, vectors, right
+
+
+@pytest.mark.parametrize(("wrong", "calls"), [(0, 2), (1, 4), (2, 4), (3, 4), (4, 5)])
+def test_a_look_at_the_end_finds_what_a_look_after_each_would(monkeypatch, wrong: int, calls: int) -> None:
+    """Two decompositions in a row, in a computation that is itself part of one."""
+    kernels = PlayedKernels(monkeypatch, wrong)
+    matrices = grams(3, 10, 10)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        _, vectors = symmetric.descending_eigh(matrices)
+        return looked_at_once(lambda: symmetric.descending_eigh(vectors.mT @ matrices @ vectors))
+
+    values, vectors = looked_at_once(compute)
+    assert kernels.calls == calls
+    assert (values - torch.linalg.eigvalsh(matrices).flip(-1)).abs().max() < 1e-10
+    assert vectors.isfinite().all()
+
+
+def test_without_it_each_is_looked_at(monkeypatch) -> None:
+    kernels = PlayedKernels(monkeypatch, wrong=1)
+    with pytest.raises(ZeroDivisionError):
+        looked_at_once(lambda: 1 // 0)
+    matrices = grams(3, 10, 10)
+    values, vectors = symmetric.descending_eigh(matrices)
+    assert kernels.calls == 1
+    assert ((vectors @ torch.diag_embed(values) @ vectors.mT - matrices).abs() < 1e-10).all()

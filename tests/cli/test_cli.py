@@ -298,6 +298,19 @@ def test_serve_says_what_is_wrong_before_vllm_starts(run: Run, recipe: Path, tmp
     assert second.startswith(f"{recipe}:3: adapters.b.path: adapter 'b': ")
 
 
+def test_serve_needs_a_plugin_that_vllm_finds(run: Run, recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    """As where the package lies on Python's path and is not installed: vLLM would serve the base model alone."""
+    monkeypatch.setattr("vllm_merge.serving.diagnosis.entry_points", lambda group: [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("vllm_merge.cli.serve.wanted_rank", lambda model, config: 8)
+    code, out, err = run("serve", "org/base", "--config", recipe)
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        "Error: vLLM would not find the plugin: it is not among vllm.general_plugins and vllm.endpoint_plugins; "
+    )
+    assert "pip install" in err
+
+
 def test_a_base_model_that_is_not_there(run: Run, recipe: Path, tmp_path: Path) -> None:
     """Nothing is made, served or asked of another; what may be a model of the Hub is not looked for."""
     recipe.write_text(RECIPE.replace("base_model: org/base", "base_model: ./modl"))

@@ -82,8 +82,9 @@ def check_kth_largest_by_digits(device: str) -> None:
         for counts in (everywhere, by_module, *(inside if kind == "whole" else [])):
             found = selection.kth_largest(batches(given), counts.to(device)).cpu()
             expected = kth_largest(stored(given), counts.to(device)).cpu()
-            rounding = 1e-5 if kind == "random" else 0.0
-            torch.testing.assert_close(found, expected, rtol=rounding, atol=0.0)
+            # Entries near zero are what is left of terms near 1, which processors add in orders of their own.
+            rounding = {"rtol": 1e-5, "atol": 1e-6} if kind == "random" else {"rtol": 0.0, "atol": 0.0}
+            torch.testing.assert_close(found, expected, **rounding)
 
 
 @contextmanager

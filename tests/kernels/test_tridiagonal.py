@@ -13,7 +13,7 @@ from tests.kernels.running import checks_of, interpret, on_a_gpu, run_all
 
 
 def with_spectrum(spectrum: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """Random symmetric matrices (batch, k, k) with these eigenvalues, the largest diagonal entry of each 1."""
+    """Random symmetric matrices (batch, k, k) with these eigenvalues, scaled so that the largest diagonal entry of each is 1."""
     k = spectrum.shape[0]
     basis = torch.linalg.qr(torch.randn(batch, k, k, generator=generator, dtype=torch.float64)).Q
     matrices = basis @ torch.diag_embed(spectrum.double()) @ basis.mT
@@ -22,15 +22,17 @@ def with_spectrum(spectrum: Tensor, batch: int, generator: torch.Generator) -> T
 
 
 def check(matrices: Tensor, device: str) -> None:
-    """Values, vectors and what they multiply to, to within 1e-11 of the largest entry, which is 1."""
+    """Values, the largest first, vectors and what they multiply to, to within 1e-11 of the largest entry of each matrix."""
     from vllm_merge.kernels import tridiagonal
 
     k = matrices.shape[-1]
-    values, vectors, converged = (part.cpu() for part in tridiagonal.eigh(matrices.to(device)))
-    assert converged.all()
-    assert (values.sort(-1).values - torch.linalg.eigvalsh(matrices)).abs().max() < 1e-11
+    values, vectors, right = (part.cpu() for part in tridiagonal.eigh(matrices.to(device)))
+    size = matrices.abs().amax((1, 2))[:, None]
+    assert right.all()
+    assert (values.diff(dim=-1) <= 0).all()
+    assert ((values.flip(-1) - torch.linalg.eigvalsh(matrices)).abs() <= 1e-11 * size).all()
     assert (vectors.mT @ vectors - torch.eye(k, dtype=torch.float64)).abs().max() < 1e-11
-    assert (vectors @ torch.diag_embed(values) @ vectors.mT - matrices).abs().max() < 1e-11
+    assert ((vectors @ torch.diag_embed(values) @ vectors.mT - matrices).abs() <= 1e-11 * size[:, None]).all()
 
 
 SIZES = {"cpu": (1, 3, 6, 13), "cuda": (1, 2, 3, 4, 5, 8, 13, 16, 32, 33, 63, 64, 65, 100, 127, 128)}
@@ -101,13 +103,42 @@ def check_indefinite(device: str) -> None:
         check((torch.eye(k, dtype=torch.float64) - 0.5 * (beside + beside.mT))[None], device)
 
 
+def check_any_magnitude(device: str) -> None:
+    """From next to nothing to the largest there is, and zero; of a batch that is a part of another, turned and strided."""
+    generator = torch.Generator().manual_seed(6)
+    for k in SIZES[device]:
+        for size in (0.0, 1e-300, 1e-20, 1e20, 1e300):
+            check(size * with_spectrum(torch.linspace(1, 2, k), 2, generator), device)
+        wide = with_spectrum(torch.linspace(1, 2, k + 3), 5, generator).mT
+        check(wide[1::2, :k, :k], device)
+
+
+def check_what_is_wrong_is_told(device: str) -> None:
+    """Of vectors that are not those of the matrix, or not orthonormal: whatever made them said that it had converged."""
+    from vllm_merge.kernels import tridiagonal
+
+    generator = torch.Generator().manual_seed(7)
+    for k in SIZES[device]:
+        matrices = (3 * with_spectrum(torch.linspace(1, 2, k), 5, generator)).to(device)
+        diagonal, rows, scales, converged = tridiagonal.diagonalized(matrices)
+        rows[1, 0] *= 1 + 1e-9  # no longer of length 1
+        diagonal[2, k - 1] += 1e-9
+        converged[3] = 0
+        scales[4] = torch.nan
+        vectors = rows[:, :k, :k]
+        found = tridiagonal.ordered(
+            diagonal, rows, scales, converged, vectors @ matrices, vectors @ vectors.mT.contiguous()
+        )
+        assert found[2].tolist() == [1, 0, 0, 0, 0]
+
+
 def check_what_is_not_finite_is_told(device: str) -> None:
     """It has not converged; its neighbour has."""
     from vllm_merge.kernels import tridiagonal
 
     matrices = with_spectrum(torch.linspace(0.5, 1, 8), 2, torch.Generator().manual_seed(5))
     matrices[0, 2, 3] = matrices[0, 3, 2] = torch.nan
-    assert tridiagonal.eigh(matrices.to(device))[2].tolist() == [False, True]
+    assert tridiagonal.eigh(matrices.to(device))[2].tolist() == [0, 1]
 
 
 @pytest.mark.gpu

@@ -206,7 +206,15 @@ def test_matrices_of_any_size_find_their_kernels(asked: Keys, there: Keys) -> No
         gram = torch.eye(adapters * rank, dtype=torch.float64).expand(3, -1, -1).clone()
         for power in (1, 2):
             descent.descended(gram, slots, torch.ones_like(gram[:, 0, 0]), 2, power=power, gamma=0.5)
-    assert {name for name, _ in asked} == {"_reflect", "_rotate", "_orthonormalize", "_advance", "_judge", "_powers"}
+    assert {name for name, _ in asked} == {
+        "_reflect",
+        "_rotate",
+        "_order",
+        "_orthonormalize",
+        "_advance",
+        "_judge",
+        "_powers",
+    }
     assert asked <= there
 
 

@@ -10,14 +10,19 @@ cores are faster, and leave the GPU to others.
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import gcd
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vllm_merge.kernels import turns
+
+T = TypeVar("T")
 
 LARGEST_AT_ONCE = 128  # rows
 LARGEST_ON_HOST = 512  # rows; larger matrices fill the GPU one by one
@@ -67,14 +72,35 @@ def _at_once(matrices: Tensor) -> tuple[Tensor, Tensor]:
     from vllm_merge.kernels import tridiagonal
 
     wide = matrices.double()
-    scale = wide.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
-    wide = wide / scale[:, None, None]
-    values, vectors, converged = tridiagonal.eigh(wide)
-    if not bool(converged.all()):
-        values[~converged], vectors[~converged] = torch.linalg.eigh(wide[~converged])
-    values, order = values.sort(-1, descending=True)
-    vectors = vectors.gather(-1, order[:, None, :].expand_as(vectors))
-    return (values.clamp_min(0) * scale[:, None]).to(matrices.dtype), vectors.to(matrices.dtype)
+    values, vectors, right = tridiagonal.eigh(wide)
+    if _looks.later is not None:
+        _looks.later.append(right.all())
+    elif not bool(right.all()):
+        wrong = right == 0
+        again = torch.linalg.eigh(wide[wrong])
+        values[wrong], vectors[wrong] = (part.flip(-1) for part in again)
+    return values.clamp_min(0).to(matrices.dtype), vectors.to(matrices.dtype)
+
+
+class _Looks(threading.local):
+    later: list[Tensor] | None = None
+
+
+_looks = _Looks()
+
+
+def looked_at_once(compute: Callable[[], T]) -> T:
+    """What `compute` returns, with one look at its end whether its decompositions on a GPU are right, not one after each: a look
+    waits for the GPU, which then waits for what comes next. Where one is not, it is called again, with a look after each.
+    """
+    if _looks.later is not None:
+        return compute()
+    _looks.later = []
+    try:
+        found, told = compute(), _looks.later
+    finally:
+        _looks.later = None
+    return found if not told or bool(torch.stack(told).all()) else compute()
 
 
 def inverse_cholesky(matrices: Tensor) -> Tensor | None:

@@ -40,6 +40,7 @@ def serve(
     """
     from vllm_merge.cli.files import check_base_model
     from vllm_merge.serving import launch
+    from vllm_merge.serving.diagnosis import check_entry_points
     from vllm_merge.serving.settings import check_variables
 
     if model.startswith("-"):
@@ -49,6 +50,8 @@ def serve(
     rank = wanted_rank(model, config)
     if importlib.util.find_spec("vllm") is None:
         raise MergeError("vLLM is not installed; install it with `pip install 'vllm-merge[vllm]'`, then try again")
+    if (plugin := check_entry_points()).state != "ok":  # vLLM would start, and serve the base model alone
+        raise MergeError(f"vLLM would not find the plugin: it is {plugin.found}; {plugin.advice}")
     options = [*ctx.args, *launch.lora_options(ctx.args, rank)]
     command = launch.command(model, options)
     if len(options) > len(ctx.args):

@@ -19,6 +19,7 @@ from vllm_merge.adapters.arrangement import FactorViews, arranged
 from vllm_merge.adapters.factors import LoraFactors
 from vllm_merge.algebra.coordinates import owner_matrix, owners
 from vllm_merge.algebra.symmetric import inverse_cholesky_each
+from vllm_merge.engine import finish
 
 if TYPE_CHECKING:
     from vllm_merge.engine.batches import Batch
@@ -90,7 +91,7 @@ class ColumnSums:
         stretch = torch.where(there, wanted / (found * root.float()), 0.0)
         torch.mul(rows, stretch[:, owner], out=a)
         b.copy_(wide @ (inverse[:, :, None] * lower.mT * root))
-        finite = (part.sum(dtype=torch.float64).isfinite() for part in (a, b))
+        finite = (finish.finite(part) for part in (a, b))
         return torch.stack([*finite, (regular & (total > 0)).all()]).all()
 
     def factors(self) -> Mapping[str, LoraFactors]:

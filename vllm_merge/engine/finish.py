@@ -36,6 +36,14 @@ class Lifted:
     largest: Tensor
 
 
+def finite(values: Tensor, along: tuple[int, ...] | None = None) -> Tensor:
+    """Whether all values along some dimensions are finite, or all there are."""
+    if values.is_cuda:  # in one pass: a sum in float64 would write them in float64 first
+        largest: Tensor = torch.linalg.vector_norm(values, torch.inf, dim=along)
+        return largest < torch.inf
+    return values.sum(along, dtype=torch.float64).isfinite()
+
+
 def lifted(job: Job, prepared: Prepared, cut: Truncated, described: Truncated, tall: bool) -> Lifted:
     """The merged factors, made of some modules at a time. described: the same by singular vectors, for the report."""
     group, kept = prepared.batch.group, cut.long.shape[2]

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from vllm_merge.algebra.cores import Cores
 from vllm_merge.algebra.factorwise import NOT_EXACT, FactorTasks
 from vllm_merge.algebra.overview import Overview
 from vllm_merge.algebra.ranks import RankPolicy
+from vllm_merge.algebra.symmetric import looked_at_once
 from vllm_merge.algebra.tiles import BYTES_PER_ENTRY, Part, Tile, parts
 from vllm_merge.algebra.truncation import Truncated, truncate_each
 from vllm_merge.algebra.workspace import ModuleCost, Workspace
@@ -390,10 +391,11 @@ class Job:
                         tile = self.tile(prepared, part)
                         if self.overview is not None and not elects:
                             self.overview.count_signs(tile, batch.start, modules)
-                    values = self.spec.apply(tile, statistics, **tile.parameters, **self.parameters.per_recipe)
+                    apply = partial(self.spec.apply, tile, statistics, **tile.parameters, **self.parameters.per_recipe)
+                    values = looked_at_once(apply) if self.spec.whole_modules else apply()
                 if not self.parameters.unscaled:
                     values = values * prepared.lam[part.modules, None, None].to(values.dtype)
-                finite[part.modules] &= values.sum((-1, -2), dtype=torch.float64).isfinite()
+                finite[part.modules] &= finish.finite(values, (-1, -2))
                 yield part, values
 
         def checked_parts() -> Iterator[Tensor]:

@@ -17,21 +17,31 @@ from torch import Tensor
 from vllm_merge.kernels import turns
 
 LARGEST = 128  # rows; a matrix of 256 does not fit into the registers of a program
-ACCEPTED = 1e-11  # off the diagonal of VᵀGV, and of orthonormality, where the largest entry of G is about 1
+ACCEPTED = 1e-11  # of VᵀG − ΛVᵀ, relative to the largest entry of G, and of orthonormality
 _STEPS = 40  # QL steps for one eigenvalue; it takes two
 _NEGLIGIBLE = 2e-16  # of an entry beside the diagonal, relative to 1 and its neighbours on it
 
 
-@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
-def _reflect(matrices, transposed, diagonal, beside, count, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """T's diagonal and the entries beside it, and Qᵀ; (N, N), N a power of two of at least 4. count: of reflections, N − 2, or
-    fewer where rows of zeros follow.
+# A batch may be a part of another, or turned: where it begins and its strides say nothing.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["size", "stride", "down", "across"], do_not_specialize_on_alignment=["matrices", "scales"]
+)
+def _reflect(  # type: ignore[no-untyped-def]
+    matrices, scales, transposed, diagonal, beside, size, stride, down, across, N: tl.constexpr
+):
+    """The largest entry of a matrix, and of the matrix divided by it T's diagonal, the entries beside it, and Qᵀ; (N, N), N a
+    power of two of at least 4, rows and columns of zeros behind those of the matrix. stride, down, across: from one matrix, row
+    and column to the next.
     """
     program = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, N)
     columns = tl.arange(0, N)
-    square = rows[:, None] * N + columns[None, :]
-    a = tl.load(matrices + program * N * N + square)
+    inside = (rows[:, None] < size) & (columns[None, :] < size)
+    a = tl.load(matrices + program * stride + rows[:, None] * down + columns[None, :] * across, mask=inside, other=0.0)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(a), 1), 0), 2.2250738585072014e-308)
+    tl.store(scales + program, scale)
+    a = a / scale
+    count = tl.minimum(size - 1, N - 2)  # of reflections
     reflections = transposed + program * N * N  # row k holds reflection k until Qᵀ takes its place
     for k in range(count):
         column = tl.sum(tl.where(columns[None, :] == k, a, 0.0), 1)
@@ -139,35 +149,104 @@ def _rotate(diagonals, besides, vectors, converged, size, steps, limit, N: tl.co
     tl.store(converged + program, good.to(tl.int8))
 
 
-def diagonalized(padded: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`eigh`'s values, vectors by rows, and for which the steps sufficed, of matrices padded to a power of two, (batch, n, n)."""
-    batch, n = padded.shape[:2]
-    rows = torch.empty_like(padded)
-    diagonal, beside = padded.new_empty(2, batch, n).unbind()
-    converged = torch.empty(batch, dtype=torch.int8, device=padded.device)
-    for part in turns.pieces(batch, padded.device):
+@triton.jit(
+    do_not_specialize=["size"], do_not_specialize_on_alignment=["applied", "products", "values", "vectors", "right"]
+)  # type: ignore[untyped-decorator]
+def _order(  # type: ignore[no-untyped-def]
+    diagonals,
+    rows,
+    scales,
+    converged,
+    applied,
+    products,
+    values,
+    vectors,
+    right,
+    size,
+    accepted,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Eigenvalues and eigenvectors, the largest first, and whether VᵀG = ΛVᵀ and VᵀV = 1: applied and products are VᵀG and VᵀV,
+    (size, size), G the matrix as it was given.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, N)
+    there = lane < size
+    scale = tl.load(scales + program)
+    every = tl.load(diagonals + program * N + lane)
+    away = tl.zeros((ROWS, N), tl.float64)
+    for first in range(0, size, ROWS):
+        index = first + tl.arange(0, ROWS)
+        value = tl.load(diagonals + program * N + index, mask=index < size, other=0.0)
+        before = (every[None, :] > value[:, None]) | (
+            (every[None, :] == value[:, None]) & (lane[None, :] < index[:, None])
+        )
+        place = tl.sum((before & there[None, :]).to(tl.int32), 1)
+        inside = (index[:, None] < size) & there[None, :]
+        vector = tl.load(rows + program * N * N + index[:, None] * N + lane[None, :], mask=inside, other=0.0)
+        entry = program * size * size + index[:, None] * size + lane[None, :]
+        stretched = tl.load(applied + entry, mask=inside, other=0.0) / scale
+        product = tl.load(products + entry, mask=inside, other=0.0)
+        one = tl.where(inside & (index[:, None] == lane[None, :]), 1.0, 0.0).to(tl.float64)
+        off = tl.maximum(
+            tl.abs(stretched - value[:, None] * vector), tl.abs(product - one), propagate_nan=tl.PropagateNan.ALL
+        )
+        away = tl.maximum(away, off, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(values + program * size + place, value * scale, mask=index < size)
+        tl.store(vectors + program * size * size + lane[None, :] * size + place[:, None], vector, mask=inside)
+    wrong = tl.sum(tl.sum((~(away < accepted)).to(tl.int32), 1), 0)  # nan is not, either
+    tl.store(right + program, ((wrong == 0) & (tl.load(converged + program) > 0)).to(tl.int8))
+
+
+def diagonalized(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of matrices as `eigh` takes them, n the next power of two: eigenvalues in no order, divided by the largest entry, (batch,
+    n); eigenvectors by rows (batch, n, n); the largest entries, and for which the steps sufficed, (batch,).
+    """
+    batch, k = matrices.shape[:2]
+    n = max(4, triton.next_power_of_2(k))
+    rows = matrices.new_empty(batch, n, n)
+    diagonal, beside = matrices.new_empty(2, batch, n).unbind()
+    scales = matrices.new_empty(batch)
+    converged = torch.empty(batch, dtype=torch.int8, device=matrices.device)
+    for part in turns.pieces(batch, matrices.device):
         programs, outer, inner = (part.stop - part.start,), rows[part], (diagonal[part], beside[part])
         _reflect[programs](
-            padded[part], outer, *inner, min(k - 1, n - 2), N=n, num_warps=max(1, min(16, n * n // 1024))
+            matrices[part],
+            scales[part],
+            outer,
+            *inner,
+            k,
+            *matrices.stride(),
+            N=n,
+            num_warps=max(1, min(16, n * n // 1024)),
         )
         turns.between()
         _rotate[programs](*inner, outer, converged[part], k, _STEPS, _NEGLIGIBLE, N=n, num_warps=1)
         turns.between()
-    return diagonal, rows, converged
+    return diagonal, rows, scales, converged
+
+
+def ordered(
+    diagonal: Tensor, rows: Tensor, scales: Tensor, converged: Tensor, applied: Tensor, products: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`eigh`'s result of that of `diagonalized`, and of VᵀG and VᵀV, (batch, k, k)."""
+    batch, k = applied.shape[:2]
+    n = diagonal.shape[1]
+    values, vectors, right = applied.new_empty(batch, k), torch.empty_like(applied), torch.empty_like(converged)
+    several = min(n, 16)
+    _order[(batch,)](
+        diagonal, rows, scales, converged, applied, products, values, vectors, right, k, ACCEPTED, N=n, ROWS=several
+    )
+    return values, vectors, right
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (batch, k), eigenvectors (batch, k, k), and whether they are right (batch,); in no order.
+    """Eigenvalues (batch, k), eigenvectors (batch, k, k), the largest first, and whether they are right (batch,), int8.
 
-    matrices: symmetric (batch, k, k) float64, k at most 128, the largest entry of each about 1.
+    matrices: symmetric (batch, k, k) float64, k at most 128.
     """
     k = matrices.shape[1]
-    n = max(4, triton.next_power_of_2(k))
-    padded = torch.nn.functional.pad(matrices, (0, n - k, 0, n - k)).contiguous()
-    diagonal, rows, converged = diagonalized(padded, k)
-    values, vectors = diagonal[:, :k], rows[:, :k, :k].mT
-    residual = matrices @ vectors - vectors * values[:, None, :]
-    product = vectors.mT @ vectors
-    product.diagonal(dim1=-2, dim2=-1).sub_(1)
-    away = torch.maximum(residual.abs_(), product.abs_()).amax((-1, -2))
-    return values, vectors, (converged > 0) & (away < ACCEPTED)
+    diagonal, rows, scales, converged = diagonalized(matrices)
+    vectors = rows[:, :k, :k]
+    return ordered(diagonal, rows, scales, converged, vectors @ matrices, vectors @ vectors.mT)

@@ -37,9 +37,7 @@ def variants(device: torch.device, widest: int, dtype: torch.dtype) -> Iterator[
         depth *= 2
     n = 4
     while n <= tridiagonal.LARGEST:
-        yield partial(
-            tridiagonal.diagonalized, torch.eye(n, dtype=torch.float64, device=device).expand(2, n, n).clone(), n
-        )
+        yield partial(_decomposed, device, n)
         n *= 2
     for rows in (16, 32, 64, 128):
         for wide in (16, 32, 64):
@@ -104,6 +102,11 @@ def _products(device: torch.device, depth: int) -> products.Products:
     left = torch.ones(2, _SIZE, 2 * depth, device=device)
     right = torch.ones(2, 2 * depth, _SIZE, device=device)
     return products.Products(left, right, (slice(0, depth), slice(depth, 2 * depth)), slice(0, 2))
+
+
+def _decomposed(device: torch.device, rows: int) -> None:
+    one = torch.eye(rows, dtype=torch.float64, device=device).expand(2, rows, rows).clone()
+    tridiagonal.ordered(*tridiagonal.diagonalized(one), one, one)
 
 
 def _bases(device: torch.device, rows: int, wide: int) -> Iterator[Launch]:

@@ -11,7 +11,8 @@ an arbitrary basis of its null space as well, which on low-rank changes makes th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from vllm_merge.algebra.cores import Cores
 from vllm_merge.algebra.spectral import Triples, triples_of
+from vllm_merge.algebra.symmetric import looked_at_once
 from vllm_merge.algebra.tiles import Passes
 from vllm_merge.errors import UserInputError
 from vllm_merge.kernels import turns
@@ -44,13 +46,7 @@ class OpcmSequence:
         total = squares.new_zeros(())
         for cores in passes.cores():
             tasks = cores.scaled(cores.parameters["weight"])
-            reach = _reach(cores)
-            rows, cols = reach[order[0]]
-            x = tasks.dense(order[0]) * scale[cores.modules, None, None]
-            for index in order[1:]:
-                x += projected(tasks.dense(index), triples_of(x[:, :rows, :cols]), alpha)
-                rows, cols = max(rows, reach[index][0]), max(cols, reach[index][1])
-                turns.between()
+            x = looked_at_once(partial(_summed, tasks, _reach(cores), order, scale[cores.modules], alpha))
             squares += tasks.norms().square().sum(0)
             total += x.square().sum()
             self._sums[cores.modules.start] = x
@@ -77,6 +73,19 @@ class OpcmSequence:
             if first < last:
                 found.append(x[first - start : last - start])
         return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _summed(
+    tasks: Cores, reach: Sequence[tuple[int, int]], order: Sequence[int], scale: Tensor, alpha: float
+) -> Tensor:
+    """X_T, (modules, rows, cols). scale: (modules,), of the first task."""
+    rows, cols = reach[order[0]]
+    x = tasks.dense(order[0]) * scale[:, None, None]
+    for index in order[1:]:
+        x += projected(tasks.dense(index), triples_of(x[:, :rows, :cols]), alpha)
+        rows, cols = max(rows, reach[index][0]), max(cols, reach[index][1])
+        turns.between()
+    return x
 
 
 def _reach(cores: Cores) -> list[tuple[int, int]]:

@@ -32,7 +32,7 @@ SWITCH_SECONDS = 0.000001
 # How many times as long as a piece of a merge has taken vLLM has the GPU and the interpreter to itself after it. While the
 # merge waits for the GPU, a copy leaves the multiprocessors alone, but arithmetic, beside a step, takes twice its time and a
 # third of the steps'; while it prepares what the GPU does, the GPU is nearly vLLM's alone.
-REST, REST_OF_ARITHMETIC = 1.0, 2.0
+REST, REST_OF_ARITHMETIC = 1.0, 4.0
 SHORTEST_PIECE = 0.0005  # seconds, up to which pieces follow each other
 LONGEST_REST = 0.05  # seconds
 LIBRARY_SHAPE = 32  # rows and columns of the product that makes libraries take their workspaces
