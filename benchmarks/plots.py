@@ -18,7 +18,7 @@ from calibrate import Foretold, each_point_left_out, point_of, rows_of, seconds_
 from growth import ALONG, series, took
 
 SIZE = (12.0, 8.5)
-COLORS, MARKERS = ("tab:blue", "tab:gray"), "ox"  # of the runs that a file is of, the latest first
+COLORS, MARKERS = ("tab:blue", "tab:gray", "tab:olive"), "ox+"  # of the runs that a file is of, the latest first
 QUANTILES = {"p50": "median", "p99": "99th percentile", "p999": "99.9th percentile", "max": "longest"}
 
 

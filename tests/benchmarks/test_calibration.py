@@ -16,23 +16,35 @@ from vllm_merge.recipe.plan import AdapterSource, Plan, PlannedAdapter, PlannedI
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 RECORDED = json.loads((FOLDER / "results" / "merge_speed.json").read_text())
 ON_A_CPU = json.loads((FOLDER / "results" / "merge_speed-cpu.json").read_text())
-# With their point left out, by case, shape and n. Descent: steps on other matrices than those of any method measured at four
-# points. 32 adapters: matrices twice as large as any other's. 0.5b: by far the smallest shape, and of an earlier run, whose
-# code made more calls.
+# With their point left out, by case, shape, n and r. Descent and DOGE: steps on other matrices than those of any method measured
+# at four points. A sum of entries that are dropped at random: known from one other row, as the smallest shape of an earlier run,
+# whose code made more calls. Rank 64: measured while the cores that find its eigenvalues were busy.
 MISSED = {
-    ("do_descent", "8b", 8): 2.8,
-    ("do_descent", "8b", 6): 2.8,
-    ("knots_ties", "8b", 32): 2.1,
-    ("knots_ties", "0.5b", 5): 2.8,
-    ("tsv_m", "0.5b", 5): 2.3,
-    ("delta_ties_r64", "0.5b", 5): 2.1,
+    ("do_descent", "8b", 8, 16): 3.0,
+    ("do_descent", "8b", 6, 32): 3.0,
+    ("doge", "8b", 8, 16): 6.5,
+    ("doge", "8b", 6, 32): 5.0,
+    ("knots_dare_linear", "8b", 8, 16): 3.2,
+    ("knots_ties", "8b", 8, 64): 4.2,
+    ("delta_ties_r64", "0.5b", 5, 24): 2.1,
 }
 # What is shipped was fitted to it and still misses it: see above.
-SMALLEST = ("knots_ties", "0.5b", 5)
+BUSY = ("knots_ties", "8b", 8, 64)
+# Ways to merge without constants: measured at one point, in a space none of which was measured at four, or too unlike
+# all that were. Plans of them merge a few modules to see.
+UNLIKE = {
+    "doge",
+    "factor_dare_linear",
+    "factor_dare_ties",
+    "factor_linear",
+    "factor_magnitude_prune",
+    "factor_ties",
+    "lora_lego",
+}
 
 
-def place(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["case"], row["shape"], row["n"]
+def place(row: dict[str, Any]) -> tuple[str, str, int, int]:
+    return row["case"], row["shape"], row["n"], row["r"]
 
 
 @pytest.fixture
@@ -50,7 +62,7 @@ def test_points_that_were_left_out_are_foretold_within_a_factor_2(calibrate: Any
     found = list(calibrate.each_point_left_out(rows))
     assert len(found) == len(rows)
     known = [one for one in found if one.seconds is not None]
-    assert len(known) >= 67
+    assert len(known) >= 83
     assert sum(one.within(2) for one in known) >= 0.9 * len(known)
     for one in known:
         assert one.within(MISSED.get(place(one.row), 2)), one.in_words()
@@ -68,19 +80,22 @@ def test_rows_of_an_earlier_run_are_told_apart(calibrate: Any, rows: list[dict[s
     for row in rows:
         assert (FOLDER / "results" / row["record"]).is_file()
         of_run.setdefault(row["record"], set()).add(row["oversampling"])
-    assert list(of_run.values()) == [{64}, {16}]
+    assert list(of_run.values()) == [{64}, {64}, {16}]
 
 
 def test_a_forecast_that_is_off_is_outside(calibrate: Any, rows: list[dict[str, Any]]) -> None:
     costs = calibrate.fit(rows)
-    assert {place(one.row) for one in calibrate.foretold(rows, costs) if not one.within(2)} <= {SMALLEST}
+    found = list(calibrate.foretold(rows, costs))
+    assert {one.row["case"] for one in found if one.seconds is None} == UNLIKE
+    rows = [one.row for one in found if one.seconds is not None]
+    assert {place(one.row) for one in calibrate.foretold(rows, costs) if not one.within(2)} <= {BUSY}
     for part in ("seconds", "workspace_share"):
         worse = {
             key: {**cost, part: {name: 5 * value for name, value in cost[part].items()} if part == "seconds" else 20.0}
             for key, cost in costs.items()
         }
         off = {place(one.row) for one in calibrate.foretold(rows, worse) if not one.within(2)}
-        assert off - {SMALLEST}, part
+        assert off - {BUSY}, part
 
 
 def test_a_step_where_small_matrices_end_is_foretold(calibrate: Any, rows: list[dict[str, Any]]) -> None:
@@ -119,8 +134,10 @@ def test_a_plan_of_every_measured_merge_finds_its_constants(calibrate: Any, rows
         names = [f"a{index}" for index in range(row["n"])]
         sizes = {name: (module.d_out, module.d_in, row["r"]) for name, module in _named(calibrate, row)}
         found = plan_cost(_plan(row, names), dict.fromkeys(names, sizes), on)
-        assert found is not None, row["case"]
-        least = 0.4 if place(row) == SMALLEST else 0.5
+        assert (found is None) == (row["case"] in UNLIKE), row["case"]
+        if found is None:
+            continue
+        least = 0.25 if place(row) == BUSY else 0.5
         assert least < found.seconds / row["fastest"] < 2, (row["case"], found.seconds, row["fastest"])
 
 
