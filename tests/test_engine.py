@@ -18,6 +18,7 @@ from tests.adapters_in_memory import SHAPES, distance, map_factors, random_adapt
 from vllm_merge import Adapter, LoraFactors, MergeCancelled, MergeError, UserInputError, merge
 from vllm_merge.algebra.workspace import Workspace
 from vllm_merge.engine import Job, _check_reachable
+from vllm_merge.engine.finish import finite
 
 
 def test_the_example_of_the_documentation() -> None:
@@ -372,3 +373,20 @@ def test_the_sources_of_a_merge_do_not_hold_it(monkeypatch: pytest.MonkeyPatch) 
     assert gone() is None
     with pytest.raises(MergeCancelled):
         given[0]()
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_a_gpu])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_one_value_that_is_not_finite_is_found(device: str, dtype: torch.dtype, wrong: float) -> None:
+    """Among the largest that there are, which are."""
+    values = torch.full((3, 40, 50), torch.finfo(dtype).max, dtype=dtype, device=device)
+    values[:, ::2] *= -1
+    assert finite(values, (-1, -2)).tolist() == [True, True, True]
+    assert finite(values)
+    values[1, 39, 7] = wrong
+    assert finite(values, (-1, -2)).tolist() == [True, False, True]
+    assert not finite(values)
