@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.adapters_in_memory import SHAPES, distance, map_factors, random_adapter, three, weighted_sum, zero_adapter
+from tests.kernels.running import on_a_gpu
 from vllm_merge import Adapter, LoraFactors, MergeCancelled, MergeError, UserInputError, merge
 from vllm_merge.algebra.workspace import Workspace
 from vllm_merge.engine import Job, _check_reachable
@@ -373,9 +374,6 @@ def test_the_sources_of_a_merge_do_not_hold_it(monkeypatch: pytest.MonkeyPatch) 
     assert gone() is None
     with pytest.raises(MergeCancelled):
         given[0]()
-
-
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_a_gpu])])

@@ -336,17 +336,22 @@ def test_what_follows_a_merge_does_not_keep_the_process_from_ending(serve, merge
     assert service._merging.after.submit(threading.current_thread).result(30).daemon
 
 
-def test_what_leaves_the_cache_before_it_is_hashed_is_hashed_when_it_is_back(serve, merges, monkeypatch, tmp_path):
-    """As on a GPU, where the hash comes after the merge: only what has one may go to the disk."""
-    whole = merging.Merging._resident
+@pytest.fixture
+def hashes(monkeypatch) -> dict[str, str]:
+    """As on a GPU, the hash comes after the merge. By digest, what it will be."""
+    whole, told = merging.Merging._resident, {}
 
     def unhashed(*arguments):
         made = whole(*arguments)
-        hashes[made.digest], made.tensors_sha256 = made.tensors_sha256, None
+        told[made.digest], made.tensors_sha256 = made.tensors_sha256, None
         return made
 
-    hashes: dict[str, str] = {}
     monkeypatch.setattr(merging.Merging, "_resident", unhashed)
+    return told
+
+
+def test_what_leaves_the_cache_before_it_is_hashed_is_hashed_when_it_is_back(serve, merges, hashes, tmp_path):
+    """Only what has a hash may go to the disk."""
     service = serve(cache_bytes=SIZE, host_bytes=4 * SIZE, disk=tmp_path)
     go = threading.Event()
     service._merging.after.submit(lambda: go.wait(60))
@@ -367,16 +372,10 @@ def test_what_leaves_the_cache_before_it_is_hashed_is_hashed_when_it_is_back(ser
     talk(service, scenario)
 
 
+@pytest.mark.usefixtures("hashes")
 def test_the_latest_artifact_is_hashed_first(serve, merges, monkeypatch):
-    """As on a GPU. A merge that needs the room of the oldest would wait until it is hashed."""
-    whole, hashed = merging.Merging._resident, []
-
-    def unhashed(*arguments):
-        made = whole(*arguments)
-        made.tensors_sha256 = None
-        return made
-
-    monkeypatch.setattr(merging.Merging, "_resident", unhashed)
+    """A merge that needs the room of the oldest would wait until it is hashed."""
+    hashed: list[str] = []
     service = serve(cache_bytes=3 * SIZE)
     monkeypatch.setattr(
         service._merging._hasher, "tensors_sha256", lambda artifact: hashed.append(artifact.name[0]) or "hash"

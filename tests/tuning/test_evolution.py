@@ -27,7 +27,7 @@ def harm(table: torch.Tensor) -> float:
 
 
 def test_enmp_finds_the_pairs_that_harm() -> None:
-    """From every start one of the two at least, from four in ten both. Which these are hangs on how a processor rounds."""
+    """From every start one of the two at least, from about half both. From which hangs on how a processor rounds."""
     for seed in range(20):
         search = enmp(harm, BY_LAYER, START, EVERYWHERE, seed=seed)
         assert search.value() == 2.0

@@ -391,8 +391,9 @@ class Job:
                         tile = self.tile(prepared, part)
                         if self.overview is not None and not elects:
                             self.overview.count_signs(tile, batch.start, modules)
-                    apply = partial(self.spec.apply, tile, statistics, **tile.parameters, **self.parameters.per_recipe)
-                    values = looked_at_once(apply) if self.spec.whole_modules else apply()
+                    values = looked_at_once(
+                        partial(self.spec.apply, tile, statistics, **tile.parameters, **self.parameters.per_recipe)
+                    )
                 if not self.parameters.unscaled:
                     values = values * prepared.lam[part.modules, None, None].to(values.dtype)
                 finite[part.modules] &= finish.finite(values, (-1, -2))

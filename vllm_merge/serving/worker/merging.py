@@ -128,8 +128,8 @@ class Merging:
         self.after.submit(self._remember_latest)
 
     def _remember_latest(self) -> None:
-        """What can wait until an artifact is served, and until time.monotonic() is `begin`: its hash, and its way to the disk.
-        One that is gone needs neither.
+        """What can wait until an artifact is served and whoever waited has the prompt read: its hash, and its way to the disk. One
+        that is gone needs neither.
         """
         begin, digest, reference = self._unhashed.pop()
         time.sleep(max(0.0, begin - time.monotonic()))
